@@ -1,0 +1,6 @@
+"""Optional behaviour of a run."""
+
+from lit_rl.callbacks.episode_writer import EpisodeWriter
+from lit_rl.callbacks.progress import EnvStepsProgressBar
+
+__all__ = ["EnvStepsProgressBar", "EpisodeWriter"]

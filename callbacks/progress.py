@@ -1,0 +1,50 @@
+"""A progress bar in env steps."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+
+class EnvStepsProgressBar(TQDMProgressBar):
+    """One bar for the whole run: env steps of `max_env_steps`, training return, evaluation return, env steps/s."""
+
+    SHOWN = {"rollout/return_mean": "return", "eval/return_mean": "eval", "time/env_steps_per_s": "steps/s"}
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.unit = " steps"
+        bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        bar.unit_scale = True
+        return bar
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.train_progress_bar = self.init_train_tqdm()
+        budget = getattr(getattr(trainer, "datamodule", None), "max_env_steps", None)
+        self.train_progress_bar.reset(budget)
+        self.train_progress_bar.set_description("env steps")
+        self._show(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """The bar spans epochs."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self._should_update(int(pl_module.updates), 0):
+            self._show(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._show(pl_module)
+
+    def _show(self, pl_module: Any) -> None:
+        bar = self.train_progress_bar
+        if bar.disable:
+            return
+        metrics = pl_module.trainer.progress_bar_metrics
+        bar.n = int(pl_module.env_steps)
+        bar.set_postfix_str(", ".join(f"{label}={metrics[key]:.4g}" for key, label in self.SHOWN.items() if key in metrics))

@@ -1,0 +1,366 @@
+"""On-policy rollouts, and the episodes that evaluation plays."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tensordict import TensorDict
+
+from lit_rl import distributed
+from lit_rl.algorithm import Algorithm
+from lit_rl.checks import check_count
+from lit_rl.distributed import Vote
+from lit_rl.envs.make import EnvConfig, Wrapper
+from lit_rl.errors import OptionError
+from lit_rl.policy import Policy
+from lit_rl.rollout import to_rollout
+from lit_rl.runners.env_runner import EnvRunner, Episode, play
+from lit_rl.runners.pool import LocalPool, Pool, RunnerPool, Weights
+from lit_rl.runners.transport import pack_weights
+from lit_rl.spec import EnvSpec
+
+WINDOW = 100  # episodes over which the training return is averaged
+# What a seed is for: the first number of every SeedSequence's spawn key.
+RUNNERS, EVALUATION = 0, 1
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Rollouts [B, T] collected with the policy that is being trained, for on-policy algorithms.
+
+    Args:
+        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment.
+        env_kwargs: passed on to the environment.
+        wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
+        vectorization: "sync" (one after the other), "async" (a process for each), or "native" (the environment's own).
+        num_env_runners: Ray actors that step environments, per learner process; 0 steps them in the learner process.
+        num_envs_per_env_runner: environments in each runner.
+        rollout_length: T, env steps per environment and rollout.
+        max_env_steps: the budget, summed over learner processes; never exceeded. None: the Trainer's limits alone.
+        rollouts_per_epoch: batches in a Lightning epoch: how often evaluation and checkpoints can happen.
+        prefetch: 0 collects every rollout with the newest weights; 1 collects the next one while the learner updates,
+            with weights one version behind (needs num_env_runners >= 1).
+        eval_episodes: whole episodes that `validate` plays, each with the same seed every time.
+        eval_deterministic: whether evaluation takes the most probable action.
+        info_metrics: keys of the environment's `info` to log, read at each episode's last step.
+        seed: of everything random here. None: what `seed_everything` set, else a random one, which is logged.
+        ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
+        torch_threads: of the learner process; None leaves each runner a core of its own.
+    """
+
+    def __init__(
+        self,
+        env: str | Callable[..., gym.Env],
+        *,
+        env_kwargs: dict[str, Any] | None = None,
+        wrappers: Sequence[Wrapper] = (),
+        vectorization: str = "sync",
+        num_env_runners: int = 0,
+        num_envs_per_env_runner: int = 8,
+        rollout_length: int = 128,
+        max_env_steps: int | None = None,
+        rollouts_per_epoch: int = 10,
+        prefetch: int = 0,
+        eval_episodes: int = 10,
+        eval_deterministic: bool = True,
+        info_metrics: Sequence[str] = (),
+        seed: int | None = None,
+        ray_address: str | None = None,
+        torch_threads: int | None = None,
+    ):
+        super().__init__()
+        self.env = EnvConfig(env, dict(env_kwargs or {}), tuple(wrappers), vectorization)
+        self.num_env_runners = check_count("num_env_runners", num_env_runners, 0)
+        self.num_envs_per_env_runner = check_count("num_envs_per_env_runner", num_envs_per_env_runner)
+        self.rollout_length = check_count("rollout_length", rollout_length)
+        self.max_env_steps = None if max_env_steps is None else check_count("max_env_steps", max_env_steps)
+        self.rollouts_per_epoch = check_count("rollouts_per_epoch", rollouts_per_epoch)
+        self.prefetch = check_count("prefetch", prefetch, 0)
+        if prefetch > 1:
+            raise OptionError(f"prefetch={prefetch}: expected 0 (newest weights) or 1 (one version behind).")
+        if prefetch and not num_env_runners:
+            raise OptionError(
+                f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
+            )
+        self.eval_episodes = check_count("eval_episodes", eval_episodes)
+        self.eval_deterministic = eval_deterministic
+        self.info_metrics = tuple(info_metrics)
+        self.seed = None if seed is None else check_count("seed", seed, 0)
+        self.ray_address = ray_address
+        self.torch_threads = None if torch_threads is None else check_count("torch_threads", torch_threads)
+        self.spec: EnvSpec | None = None
+        self.sample_s = 0.0  # seconds the last rollout was waited for
+        self._pool: Pool | None = None
+        self._rollouts = 0  # collected since the run began, over resumes: part of the runners' seeds
+        self._episodes: deque[Episode] = deque(maxlen=WINDOW)
+        self._resume: dict[str, Any] | None = None
+
+    # --- Lightning's hooks --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if self.seed is None:
+            self.seed = self._trainer.strategy.broadcast(_global_seed())
+        if self.spec is None:
+            self.spec = self.env.spec()
+        if stage == "fit":
+            self._check_budget()
+            self._set_threads()
+
+    def train_dataloader(self) -> "RolloutLoader":
+        loader = RolloutLoader(self)
+        if self._budget_left(self._algorithm.env_steps_done) < self._max_rows:
+            rank_zero_info(
+                f"Nothing to train: env_steps={self._algorithm.env_steps_done} of max_env_steps={self.max_env_steps} "
+                "are done. Set a larger max_env_steps to go on."
+            )
+            self._trainer.should_stop = True
+        return loader
+
+    def val_dataloader(self) -> "EpisodeLoader":
+        return EpisodeLoader(self)
+
+    def test_dataloader(self) -> "EpisodeLoader":
+        return EpisodeLoader(self)
+
+    def predict_dataloader(self) -> "EpisodeLoader":
+        return EpisodeLoader(self, record=True)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
+
+    def teardown(self, stage: str) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    # --- rollouts -----------------------------------------------------------------------------------------------
+
+    def eval_seed(self, episode: int) -> int:
+        """With which evaluation resets the environment for its `episode`-th episode."""
+        return int(self._seed_sequence(EVALUATION, episode).generate_state(1)[0])
+
+    def rollout_metrics(self) -> dict[str, float]:
+        """Means over the last 100 episodes of every rank; absent before the first one ends."""
+        names = ["return", "length", *(f"info/{key}" for key in self.info_metrics)]
+        rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
+        table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
+        present = ~table.isnan()
+        sums = distributed.all_reduce_sum(torch.stack([table.nan_to_num().sum(0), present.sum(0).double()]))
+        total, count = sums.tolist()
+        return {f"rollout/{name}_mean": t / n for name, t, n in zip(names, total, count) if n}
+
+    @property
+    def num_restarts(self) -> int:
+        """Env runners of this rank that died and were replaced."""
+        return 0 if self._pool is None else self._pool.num_restarts
+
+    def rank_state(self) -> dict[str, Any]:
+        """This rank's part of a checkpoint, in plain data."""
+        return {
+            "seed": self.seed,
+            "rollouts": self._rollouts,
+            "episodes": [[e.return_, e.length, dict(e.info)] for e in self._episodes],
+            "runners": [] if self._pool is None else self._pool.get_state(),
+        }
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `rank_state` returned."""
+        self._rollouts = state["rollouts"]
+        self._episodes.clear()
+        self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
+        self._resume = state
+
+    def start_rollout(self) -> None:
+        """Have the runners begin to collect, with the weights the policy has now."""
+        if self._pool is None:
+            self._pool = self._make_pool()
+        self._pool.start(Weights(pack_weights(self._algorithm.policy), self._algorithm.updates_done))
+
+    def finish_rollout(self) -> TensorDict:
+        """The rollout that was begun."""
+        assert self._pool is not None
+        fragments = self._pool.finish()
+        self._rollouts += 1
+        for fragment in fragments:
+            self._episodes.extend(fragment.episodes)
+        return to_rollout(fragments, copy=bool(self.num_env_runners))
+
+    def rollouts_left(self, env_steps: int) -> int:
+        """How many whole rollouts the budget still has room for."""
+        left = self._budget_left(env_steps)
+        return int(left // self._max_rows) if left != float("inf") else 2**31
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "the datamodule is not attached to a Trainer"
+        return self.trainer
+
+    @property
+    def _algorithm(self) -> Algorithm:
+        algorithm = self._trainer.lightning_module
+        if not isinstance(algorithm, Algorithm):
+            raise OptionError(f"model={type(algorithm).__name__}: {type(self).__name__} feeds a lit_rl Algorithm.")
+        return algorithm
+
+    @property
+    def _max_rows(self) -> int:
+        """The most env steps that one rollout of all ranks takes."""
+        runners = max(1, self.num_env_runners)
+        return runners * self.num_envs_per_env_runner * self.rollout_length * self._trainer.world_size
+
+    def _budget_left(self, env_steps: int) -> float:
+        return float("inf") if self.max_env_steps is None else self.max_env_steps - env_steps
+
+    def _seed_sequence(self, *key: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self.seed, spawn_key=key)
+
+    def _make_pool(self) -> Pool:
+        rank, start = self._trainer.global_rank, self._rollouts
+        description, network = self._algorithm.policy.describe(), self._algorithm.network
+        env, seed = self.env, self.seed
+        num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
+
+        def make_runner(runner: int, incarnation: int) -> EnvRunner:
+            key = (RUNNERS, rank, runner, incarnation, start)
+            return EnvRunner(
+                env,
+                Policy.from_description(description, network=network),
+                num_envs=num_envs,
+                rollout_length=rollout_length,
+                seed=np.random.SeedSequence(seed, spawn_key=key),
+                info_metrics=info_metrics,
+            )
+
+        if self.num_env_runners:
+            self._connect_ray()
+            return RunnerPool(make_runner, self.num_env_runners)
+        pool = LocalPool(make_runner)
+        if self._resume is not None and self._resume["runners"]:
+            pool.set_state(self._resume["runners"])
+        return pool
+
+    def _connect_ray(self) -> None:
+        """Rank 0 starts or joins Ray, the others join the same one."""
+        from lit_rl.runners import ray_session
+
+        strategy = self._trainer.strategy
+        address = ray_session.connect(self.ray_address) if self._trainer.global_rank == 0 else None
+        address = strategy.broadcast(address)
+        if self._trainer.global_rank:
+            ray_session.connect(address)
+
+    def _check_budget(self) -> None:
+        trainer = self._trainer
+        if self.max_env_steps is None:
+            return
+        if self.max_env_steps < self._max_rows:
+            raise OptionError(
+                f"max_env_steps={self.max_env_steps}: expected at least one rollout, {self._max_rows} env steps "
+                "(runners x num_envs_per_env_runner x rollout_length x ranks). Raise it, or shorten rollout_length."
+            )
+        epochs = trainer.max_epochs
+        reach = (epochs or 0) * self.rollouts_per_epoch * self._max_rows
+        if epochs is not None and epochs >= 0 and reach < self.max_env_steps:
+            rank_zero_warn(
+                f"Training ends at {reach} of max_env_steps={self.max_env_steps} env steps, after max_epochs={epochs}. "
+                "Pass Trainer(max_epochs=-1) to spend the whole budget."
+            )
+
+    def _set_threads(self) -> None:
+        if self.torch_threads is not None:
+            torch.set_num_threads(self.torch_threads)
+            return
+        processes = self._trainer.num_devices
+        left = max(1, (os.cpu_count() or 1) // processes - self.num_env_runners)
+        torch.set_num_threads(min(torch.get_num_threads(), left))
+
+
+class RolloutLoader:
+    """A sized, stateful iterable over one epoch's rollouts.
+
+    Sized, because Lightning fetches one batch ahead from an iterable without a length: training would silently be one
+    policy behind.
+    """
+
+    def __init__(self, data: RolloutDataModule):
+        self._data = data
+        self._position = 0
+        self._in_flight = False
+
+    def __len__(self) -> int:
+        return self._data.rollouts_per_epoch
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        data = self._data
+        algorithm, trainer = data._algorithm, data._trainer
+        while self._position < len(self):
+            started = time.perf_counter()
+            if not self._in_flight:
+                data.start_rollout()
+            rollout = data.finish_rollout()
+            self._in_flight = False
+            data.sample_s = time.perf_counter() - started
+            left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
+            # Set before the last batch is yielded: Lightning then still validates and saves after it.
+            if distributed.vote(Vote.DATA if left else Vote.STOP, algorithm.device) is Vote.STOP:
+                trainer.should_stop = True
+            elif data.prefetch:
+                data.start_rollout()
+                self._in_flight = True
+            self._position += 1
+            yield rollout
+        self._position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many rollouts of the epoch were given out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"] % len(self)
+
+
+class EpisodeLoader:
+    """A sized iterable over this rank's share of the evaluation episodes, one item per episode."""
+
+    def __init__(self, data: RolloutDataModule, *, record: bool = False):
+        self._data = data
+        self._record = record
+        trainer = data._trainer
+        episodes = range(trainer.global_rank, data.eval_episodes, trainer.world_size)
+        self._seeds = [data.eval_seed(episode) for episode in episodes]
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        data = self._data
+        policy = data._algorithm.policy
+        acting = Policy.from_description(policy.describe(), network=data._algorithm.network)
+        acting.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
+        acting.rng = np.random.default_rng(self._seeds)
+        episodes = play(
+            data.env,
+            acting,
+            self._seeds,
+            deterministic=data.eval_deterministic,
+            info_metrics=data.info_metrics,
+            record=self._record,
+        )
+        for episode in episodes:
+            yield episode._asdict()
+
+
+def _global_seed() -> int:
+    """What `seed_everything` set, or a random seed, which is logged."""
+    from_lightning = os.environ.get("PL_GLOBAL_SEED")
+    if from_lightning is not None:
+        return int(from_lightning)
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    rank_zero_info(f"No seed was given: seed={seed}")
+    return seed

@@ -1,0 +1,48 @@
+"""Reinforcement learning as an ordinary PyTorch Lightning program.
+
+Public names are imported on first use, so that `import lit_rl` is light: an env runner's process needs neither
+Lightning nor tensordict.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Algorithm": "lit_rl.algorithm",
+    "EnvRunner": "lit_rl.runners.env_runner",
+    "EnvSpec": "lit_rl.spec",
+    "EnvStepsProgressBar": "lit_rl.callbacks",
+    "EpisodeWriter": "lit_rl.callbacks",
+    "MLP": "lit_rl.networks",
+    "PPO": "lit_rl.modules",
+    "Policy": "lit_rl.policy",
+    "RolloutDataModule": "lit_rl.datamodules",
+    "load_policy": "lit_rl.loading",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from lit_rl.algorithm import Algorithm as Algorithm
+    from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
+    from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
+    from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
+    from lit_rl.loading import load_policy as load_policy
+    from lit_rl.modules import PPO as PPO
+    from lit_rl.networks import MLP as MLP
+    from lit_rl.policy import Policy as Policy
+    from lit_rl.runners.env_runner import EnvRunner as EnvRunner
+    from lit_rl.spec import EnvSpec as EnvSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lit_rl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,107 @@
+"""Checkpoint files: written whole or not at all, readable without running any code of theirs."""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from lit_rl.errors import CheckpointError
+from lit_rl.loading import read_checkpoint
+
+
+class LitCheckpointIO(CheckpointIO):
+    """Writes a checkpoint to a temporary file beside its target, flushes it to disk, and renames it.
+
+    A crash or a full disk leaves the previous file as it was. What `weights_only` loading would refuse on the day of
+    the resume is refused when it is saved, with the key that holds it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None:
+            raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to local files only.")
+        check_plain(checkpoint, "checkpoint")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _fsync_folder(target.parent)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write the checkpoint {target}: {error}. The previous one is kept.") from error
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Refuse what torch's `weights_only` loading cannot read.
+
+    Raises:
+        CheckpointError: naming the key and the type of the first such value.
+    """
+    if value is None or type(value) in (bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device):
+        return
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(key, f"{where} (a key)")
+            check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            check_plain(item, f"{where}[{index}]")
+    else:
+        raise CheckpointError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: "
+            "expected tensors, numbers, strings, and lists and dicts of them. Convert it in state_dict()."
+        )
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of this process's random number generators (Python, numpy, torch, CUDA), as plain data."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on from what `rng_state` returned."""
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,50 @@
+"""Checks of option values: one sentence that names the option, the value and what was expected."""
+
+import math
+from typing import Any
+
+from lit_rl.errors import OptionError
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    exclusive_low: bool = False,
+) -> float:
+    """Return `value` if it is a finite number in [low, high], or (low, high] with `exclusive_low`.
+
+    Raises:
+        OptionError: naming the option, its value and the interval.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and (low < value if exclusive_low else low <= value) and value <= high:
+        return value
+    bound = f"{'above' if exclusive_low else 'at least'} {low:g}" if math.isfinite(low) else ""
+    upper = f"at most {high:g}" if math.isfinite(high) else ""
+    wanted = " and ".join(part for part in (bound, upper) if part) or "finite"
+    raise OptionError(f"{name}={value!r}: expected a number, {wanted}.")
+
+
+def check_count(name: str, value: Any, low: int = 1) -> int:
+    """Return `value` if it is a whole number of at least `low`.
+
+    Raises:
+        OptionError: naming the option and its value.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
+        return value
+    raise OptionError(f"{name}={value!r}: expected a whole number of at least {low}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        OptionError: naming the option, its value and the choices.
+    """
+    if value in choices:
+        return value
+    raise OptionError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")

@@ -1,0 +1,1 @@
+"""Environments: making and vectorising them."""

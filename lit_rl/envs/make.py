@@ -1,0 +1,181 @@
+"""From what a user calls an environment (id, entry point, callable) to something that makes one."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from lit_rl.checks import check_choice
+from lit_rl.errors import EnvError, LitRLError, OptionError
+from lit_rl.spec import EnvSpec
+
+Env = str | Callable[..., Any]
+Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
+VECTORIZATIONS = ("sync", "async", "native")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """How to make an environment, one at a time or vectorised.
+
+    Attributes:
+        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment.
+        env_kwargs: passed to whichever of the three makes it.
+        wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
+        vectorization: "sync" steps the environments one after the other in this process, "async" gives each a process
+            of its own, "native" uses the environment's own vector form (its vector entry point; a callable is called
+            with `num_envs=` and returns a `VectorEnv`).
+    """
+
+    env: Env
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    wrappers: Sequence[Wrapper] = ()
+    vectorization: str = "sync"
+
+    def __post_init__(self) -> None:
+        check_choice("vectorization", self.vectorization, VECTORIZATIONS)
+        if not (isinstance(self.env, str) or callable(self.env)):
+            raise OptionError(
+                f"env={self.env!r}: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', "
+                "or a callable that returns an environment."
+            )
+
+    @property
+    def env_id(self) -> str:
+        """How messages name the environment."""
+        return self.env if isinstance(self.env, str) else getattr(self.env, "__qualname__", repr(self.env))
+
+    def make(self) -> gym.Env:
+        """One environment.
+
+        Raises:
+            EnvError: if it cannot be found or made.
+        """
+        env = self._wrap(self._construct(self.env_kwargs))
+        if isinstance(env, VectorEnv):
+            raise EnvError(f"env={self.env_id} made a VectorEnv: set vectorization='native' to use it.")
+        if not isinstance(env, gym.Env):
+            raise EnvError(f"env={self.env_id} made a {type(env).__name__}: expected a gymnasium.Env.")
+        return env
+
+    def make_vector(self, num_envs: int, autoreset: AutoresetMode = AutoresetMode.SAME_STEP) -> VectorEnv:
+        """`num_envs` environments as one.
+
+        Args:
+            num_envs: how many.
+            autoreset: the mode for "sync" and "async"; a native vector environment keeps its own.
+
+        Raises:
+            EnvError: if they cannot be found or made.
+        """
+        if self.vectorization == "native":
+            return self._make_native(num_envs)
+        makers = [self.make] * num_envs
+        if self.vectorization == "sync":
+            return SyncVectorEnv(makers, autoreset_mode=autoreset)
+        return AsyncVectorEnv(makers, autoreset_mode=autoreset)
+
+    def spec(self) -> EnvSpec:
+        """The spaces, read from an environment that is made and closed again."""
+        env: Any = self._make_native(1) if self.vectorization == "native" else self.make()
+        try:
+            native = isinstance(env, VectorEnv)
+            observation_space = env.single_observation_space if native else env.observation_space
+            action_space = env.single_action_space if native else env.action_space
+            return EnvSpec(self.env_id, observation_space, action_space)
+        finally:
+            env.close()
+
+    def _make_native(self, num_envs: int) -> VectorEnv:
+        if isinstance(self.env, str) and _entry_point(self.env) is None:
+            env_spec = _registered(self.env)
+            if env_spec.vector_entry_point is None:
+                raise OptionError(
+                    f"vectorization='native': {self.env} has no vector entry point of its own. Use 'sync' or 'async'."
+                )
+            env = _call(
+                self.env_id, gym.make_vec, env_spec.id, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs
+            )
+        else:
+            env = self._construct({**self.env_kwargs, "num_envs": num_envs})
+        env = self._wrap(env)
+        if not isinstance(env, VectorEnv):
+            raise OptionError(
+                f"vectorization='native': env={self.env_id} made a {type(env).__name__}, expected a "
+                "gymnasium.vector.VectorEnv. Use 'sync' or 'async' for a single environment."
+            )
+        return env
+
+    def _construct(self, kwargs: dict[str, Any]) -> Any:
+        if callable(self.env):
+            return _call(self.env_id, self.env, **kwargs)
+        entry_point = _entry_point(self.env)
+        if entry_point is not None:
+            return _call(self.env_id, entry_point, **kwargs)
+        return _call(self.env_id, gym.make, _registered(self.env).id, **kwargs)
+
+    def _wrap(self, env: Any) -> Any:
+        for wrapper in self.wrappers:
+            kwargs: dict[str, Any] = {}
+            if isinstance(wrapper, dict):
+                if len(wrapper) != 1:
+                    raise OptionError(f"wrappers: expected one 'package.module:Class' and its kwargs, got {wrapper!r}.")
+                ((wrapper, kwargs),) = wrapper.items()
+            if isinstance(wrapper, str):
+                found = _entry_point(wrapper)
+                if found is None:
+                    raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
+                wrapper = found
+            env = _call(self.env_id, wrapper, env, **(kwargs or {}))
+        return env
+
+
+def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+    """How a vector environment starts the next episode.
+
+    Raises:
+        EnvError: if it does not say, since guessing wrong corrupts every episode's last transition.
+    """
+    mode = envs.metadata.get("autoreset_mode")
+    if isinstance(mode, AutoresetMode):
+        return mode
+    for known in AutoresetMode:
+        if mode is not None and str(getattr(mode, "value", mode)) in (known.value, known.name):
+            return known
+    raise EnvError(
+        f"The vector environment {type(envs).__name__} says metadata['autoreset_mode']={mode!r}: expected one of "
+        "gymnasium.vector.AutoresetMode. Set it in the environment's metadata."
+    )
+
+
+def _entry_point(name: str) -> Callable[..., Any] | None:
+    """The class or function `"package.module:name"` means, or None if the string is a gymnasium id."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        return None
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise EnvError(f"{name!r}: cannot import {module_name!r} ({error}).") from error
+    return getattr(module, attribute, None)
+
+
+def _registered(env_id: str) -> Any:
+    try:
+        return gym.spec(env_id.rpartition(":")[2])  # "ale_py:ALE/Pong-v5": the module is imported by now
+    except gym.error.Error as error:
+        message = " ".join(str(error).split())
+        raise EnvError(f"env={env_id!r} is not a registered gymnasium environment: {message}") from error
+
+
+def _call(env_id: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except LitRLError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split()) or "no message"
+        raise EnvError(f"env={env_id} could not be made: {type(error).__name__}: {message}") from error

@@ -1,0 +1,25 @@
+"""Mistakes a user can mend. The command line prints their message alone; anything else keeps its traceback."""
+
+
+class LitRLError(Exception):
+    """Base of every error whose message says what was given, what was expected and what to do."""
+
+
+class OptionError(LitRLError, ValueError):
+    """An option has a value it cannot have."""
+
+
+class SpaceError(LitRLError, TypeError):
+    """An observation or action space is not supported by what was asked to handle it."""
+
+
+class EnvError(LitRLError, RuntimeError):
+    """An environment could not be made, or gave something it must not give."""
+
+
+class RunnerError(LitRLError, RuntimeError):
+    """An env runner could not be kept alive."""
+
+
+class CheckpointError(LitRLError, RuntimeError):
+    """A checkpoint cannot be written or read."""

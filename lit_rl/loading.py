@@ -1,0 +1,82 @@
+"""Reading checkpoints without Lightning, an environment or Ray: one inference object from one file."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_rl.errors import CheckpointError
+from lit_rl.networks import NetworkFactory
+from lit_rl.policy import Policy
+
+# The section of a checkpoint that describes itself, and the newest form of it that this version reads.
+SECTION, FORMAT = "lit_rl", 1
+POLICY_PREFIX = "policy."
+
+
+def load_policy(path: str | Path, network: NetworkFactory | None = None) -> Policy:
+    """The policy in a checkpoint, on the CPU, ready to act: `action, state = policy.act(obs)`.
+
+    Needs no environment, no Trainer and no Ray. It acts as it did in evaluation.
+
+    Args:
+        path: a checkpoint that a lit_rl algorithm wrote.
+        network: the callable it was trained with, if that is not one of lit_rl's own. A file never decides what is
+            imported.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or not lit_rl's, or needs `network`.
+    """
+    checkpoint = read_checkpoint(path)
+    policy = Policy.from_description(section(checkpoint, path)["policy"], network=network)
+    policy.load_weights(
+        {
+            name.removeprefix(POLICY_PREFIX): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith(POLICY_PREFIX)
+        }
+    )
+    return policy.eval()
+
+
+def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's contents: plain data and tensors only, whatever else the file may hold.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or holds anything else.
+    """
+    if str(path).startswith(("http://", "https://")):
+        raise CheckpointError(f"Checkpoint {path}: expected a local file. Download it first.")
+    if not Path(path).exists():
+        raise CheckpointError(f"Checkpoint {path} does not exist.")
+    if Path(path).is_dir():
+        raise CheckpointError(f"Checkpoint {path} is a folder: expected a file.")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"Checkpoint {path} is damaged, or holds something other than tensors and plain data; it was not loaded."
+        ) from error
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"Checkpoint {path} is damaged or not a checkpoint: {message[:200]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"Checkpoint {path} holds no state_dict: it was not written by a Trainer.")
+    return checkpoint
+
+
+def section(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
+    """The part of a checkpoint that describes itself, brought up to this version's form.
+
+    Raises:
+        CheckpointError: if there is none, or a newer lit_rl wrote it.
+    """
+    found = checkpoint.get(SECTION)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"Checkpoint {path} was not written by a lit_rl algorithm.")
+    if found["format"] > FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {path} has format {found['format']}, this lit_rl reads up to {FORMAT}: install a newer lit_rl."
+        )
+    return found

@@ -1,0 +1,69 @@
+"""Running statistics: of observations (inside the policy) and of discounted returns (inside the algorithm)."""
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl import distributed, returns
+
+CLIP = 10.0
+EPSILON = 1e-8
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows seen, merged batch by batch (Chan et al. 1979).
+
+    The statistics are buffers, so that they travel with weights and checkpoints, and are the same on every rank.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in rows `x` [*N, *shape] of which only those with `mask` [*N] True are real; summed over ranks."""
+        rows = x.reshape(-1, *self.mean.shape) if mask is None else x[mask]
+        rows = rows.to(torch.float64)
+        # Two sums per rank; the shift by the running mean keeps their difference accurate.
+        shifted = rows - self.mean.to(torch.float64)
+        sums = torch.stack([shifted.sum(0), shifted.square().sum(0)])
+        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=x.device)
+        packed = distributed.all_reduce_sum(torch.cat([sums.flatten(), count.reshape(1)]))
+        batch_count = packed[-1]
+        if batch_count == 0:
+            return
+        shift, square = (packed[:-1] / batch_count).reshape(sums.shape)
+        batch_var = square - shift.square()
+        total = self.count + batch_count
+        weight = batch_count / total
+        var = self.var * (1 - weight) + batch_var * weight + shift.square() * weight * (1 - weight)
+        self.mean.add_((shift * weight).to(self.mean.dtype))
+        self.var.copy_(var)
+        self.count.add_(batch_count.to(torch.int64))
+
+
+class ReturnNormalizer(RunningMoments):
+    """Scales rewards by the running standard deviation of the discounted return.
+
+    As `VecNormalize(norm_reward=True)` of Stable-Baselines3: the reward is divided, its mean is kept.
+    """
+
+    def __init__(self, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+        self.running_return: Tensor | None = None  # [B], this rank's own: saved with the rank, not with the weights
+
+    def scale(self, reward: Tensor, done: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Take in a rollout's rewards [B, T] and return them scaled and clipped to +-10."""
+        carry = self.running_return
+        if carry is None or carry.shape != reward.shape[:1]:
+            carry = reward.new_zeros(reward.shape[:1])
+        discounted, self.running_return = returns.running_return(reward, done, gamma=self.gamma, initial=carry)
+        self.update(discounted, mask)
+        return (reward / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)

@@ -1,0 +1,1 @@
+"""Env runners: what steps environments with a policy, in this process or in Ray actors."""

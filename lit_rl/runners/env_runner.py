@@ -1,0 +1,400 @@
+"""Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from lit_rl.envs.make import EnvConfig, autoreset_mode
+from lit_rl.errors import EnvError, LitRLError, OptionError
+from lit_rl.policy import Policy
+from lit_rl.runners.transport import Packed, allocate, load_weights, pack
+
+
+class Episode(NamedTuple):
+    """A finished episode.
+
+    Attributes:
+        return_: undiscounted sum of its rewards.
+        length: its env steps.
+        info: the user's metrics, read from the last step's `info`.
+        steps: its transitions, if recorded: time-ordered arrays by name.
+    """
+
+    return_: float
+    length: int
+    info: dict[str, float]
+    steps: dict[str, np.ndarray] | None = None
+
+
+class Fragment(NamedTuple):
+    """What one `EnvRunner.sample` collected.
+
+    Attributes:
+        rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
+            is a transition, `mask`; each [B, T, ...]; and `last_observation` [B, *obs].
+        finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
+            [B, F, *obs], their true next observations.
+        episodes: those that ended.
+        policy_version: version of the weights that acted.
+    """
+
+    rows: Packed
+    finals: Packed
+    episodes: list[Episode]
+    policy_version: int
+
+
+class EnvRunner:
+    """Collects fragments [B, T] from `num_envs` environments, and plays whole episodes.
+
+    Args:
+        env: how to make the environments.
+        policy: what acts; the runner's own copy, on the CPU.
+        num_envs: B.
+        rollout_length: T, env steps per environment and fragment.
+        seed: of the environments' first resets and of the actions.
+        info_metrics: keys of `info` to report for each episode.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        policy: Policy,
+        *,
+        num_envs: int,
+        rollout_length: int,
+        seed: np.random.SeedSequence,
+        info_metrics: Sequence[str] = (),
+    ):
+        self.policy = policy
+        self.policy_version = 0
+        self._env = env
+        self._num_envs = num_envs
+        self._rollout_length = rollout_length
+        self._info_metrics = tuple(info_metrics)
+        self._envs = env.make_vector(num_envs)
+        self._mode = autoreset_mode(self._envs)
+        _check_spaces(self._envs, policy)
+        env_seed, action_seed = seed.spawn(2)
+        policy.rng = np.random.default_rng(action_seed)
+        seeds = [int(child.generate_state(1)[0]) for child in env_seed.spawn(num_envs)]
+        self._obs = _numeric(env_call(self._envs.reset, env.env_id, seed=seeds)[0], policy)
+        self._is_init = np.ones(num_envs, np.bool_)
+        self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
+        self._state = policy.initial_state(num_envs)
+        self._returns = np.zeros(num_envs)
+        self._lengths = np.zeros(num_envs, np.int64)
+
+    def set_weights(self, weights: Packed, version: int) -> None:
+        """Act with these weights from the next step on."""
+        load_weights(self.policy, weights)
+        self.policy_version = version
+
+    def sample(self) -> Fragment:
+        """Step every environment `rollout_length` times.
+
+        Raises:
+            EnvError: if the environment raises, or gives a reward or an observation that is not finite.
+        """
+        length, policy, envs = self._rollout_length, self.policy, self._envs
+        rows = self._allocate()
+        view = rows.views()
+        obs_rows, action_rows, log_prob_rows = view["observation"], view["action"], view["action_log_prob"]
+        reward_rows, terminated_rows, truncated_rows = view["reward"], view["terminated"], view["truncated"]
+        is_init_rows, mask_rows = view["is_init"], view.get("mask")
+        finals: list[tuple[int, int, np.ndarray]] = []
+        episodes: list[Episode] = []
+        obs, state = self._obs, self._state
+        for t in range(length):
+            action, log_prob, state = policy.sample(obs, state)
+            obs_rows[:, t] = obs
+            action_rows[:, t] = action
+            log_prob_rows[:, t] = log_prob
+            is_init_rows[:, t] = self._is_init
+            try:
+                next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
+            except Exception as error:
+                raise _step_error(self._env.env_id, error) from error
+            next_obs = _numeric(next_obs, policy)
+            reward_rows[:, t] = reward
+            terminated_rows[:, t] = terminated
+            truncated_rows[:, t] = truncated
+            self._returns += reward
+            self._lengths += 1
+            done = terminated | truncated
+            self._is_init = done
+            if mask_rows is not None:
+                self._after_next_step(t, done, mask_rows, reward_rows)
+            if done.any():
+                ended = np.flatnonzero(done)
+                episodes += self._finish(ended, info)
+                if mask_rows is None:
+                    next_obs = self._after_episode_end(t, ended, done, next_obs, info, finals)
+            obs = next_obs
+        self._obs, self._state = obs, state
+        view["last_observation"][...] = obs
+        self._check_finite(view)
+        return Fragment(rows, self._pack_finals(finals), episodes, self.policy_version)
+
+    def close(self) -> None:
+        self._envs.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """The action noise's generator, as plain data. Episodes under way are not kept: they start afresh."""
+        return {"action_rng": self.policy.rng.bit_generator.state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `get_state` returned."""
+        self.policy.rng.bit_generator.state = state["action_rng"]
+
+    def _allocate(self) -> Packed:
+        batch = (self._num_envs, self._rollout_length)
+        spec = self.policy.spec
+        obs_dtype, obs_shape = row_dtype(spec.observation_space), spec.observation_space.shape or ()
+        fields: dict[str, tuple[str, tuple[int, ...]]] = {
+            "observation": (obs_dtype, batch + obs_shape),
+            "action": (row_dtype(spec.action_space), batch + (spec.action_space.shape or ())),
+            "action_log_prob": ("<f4", batch),
+            "reward": ("<f4", batch),
+            "terminated": ("|b1", batch),
+            "truncated": ("|b1", batch),
+            "is_init": ("|b1", batch),
+            "last_observation": (obs_dtype, (self._num_envs, *obs_shape)),
+        }
+        if self._mode is AutoresetMode.NEXT_STEP:
+            fields["mask"] = ("|b1", batch)
+        return allocate(fields)
+
+    def _after_next_step(self, t: int, done: np.ndarray, mask_rows: np.ndarray, reward_rows: np.ndarray) -> None:
+        """NEXT_STEP: the step after an episode's end ignored its action and returned the next episode's first obs."""
+        was_reset = self._resetting
+        mask_rows[:, t] = ~was_reset
+        if was_reset.any():
+            reward_rows[was_reset, t] = 0.0
+            self._returns[was_reset] = 0.0
+            self._lengths[was_reset] = 0
+        self._is_init = was_reset
+        self._resetting = done
+
+    def _after_episode_end(
+        self,
+        t: int,
+        ended: np.ndarray,
+        done: np.ndarray,
+        next_obs: np.ndarray,
+        info: dict[str, Any],
+        finals: list[tuple[int, int, np.ndarray]],
+    ) -> np.ndarray:
+        """SAME_STEP and DISABLED: keep the true final observations; `next_obs` becomes the next episodes' first."""
+        if self._mode is AutoresetMode.DISABLED:
+            finals += [(b, t, next_obs[b].copy()) for b in ended]
+            reset_obs, _ = env_call(self._envs.reset, self._env.env_id, options={"reset_mask": done})
+            return _numeric(reset_obs, self.policy)
+        final_obs = info.get("final_obs")
+        if final_obs is None:
+            raise EnvError(
+                f"env={self._env.env_id}: an episode ended in autoreset mode SAME_STEP without info['final_obs'], "
+                "so its last transition is unknown. Return it, or use another autoreset mode."
+            )
+        finals += [(b, t, np.asarray(final_obs[b])) for b in ended]
+        return next_obs
+
+    def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> list[Episode]:
+        last_info = info.get("final_info", info) if self._mode is AutoresetMode.SAME_STEP else info
+        episodes = [
+            Episode(float(self._returns[b]), int(self._lengths[b]), read_info(last_info, self._info_metrics, b))
+            for b in ended
+        ]
+        self._returns[ended] = 0.0
+        self._lengths[ended] = 0
+        return episodes
+
+    def _pack_finals(self, finals: list[tuple[int, int, np.ndarray]]) -> Packed:
+        counts = np.bincount([b for b, _, _ in finals], minlength=self._num_envs)
+        shape = (self._num_envs, int(counts.max()))
+        space = self.policy.spec.observation_space
+        steps = np.full(shape, -1, np.int64)
+        observations = np.zeros(shape + (space.shape or ()), row_dtype(space))
+        filled = [0] * self._num_envs
+        for b, t, obs in finals:
+            steps[b, filled[b]], observations[b, filled[b]] = t, obs
+            filled[b] += 1
+        return pack({"final_step": steps, "final_observation": observations})
+
+    def _check_finite(self, view: dict[str, np.ndarray]) -> None:
+        """Once per fragment, so that it costs nothing per step."""
+        for name in ("reward", "observation", "action"):
+            array = view[name]
+            if array.dtype.kind == "f" and not np.isfinite(array.sum()):
+                bad = np.argwhere(~np.isfinite(array))
+                if len(bad):
+                    b, t = bad[0][:2]
+                    raise EnvError(
+                        f"env={self._env.env_id}: {name}={array[b, t].tolist()} at row {t} of environment {b}: "
+                        "expected finite numbers. "
+                        + ("The policy has diverged: lower lr." if name == "action" else "Mend the environment.")
+                    )
+
+
+def play(
+    env: EnvConfig,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    deterministic: bool = True,
+    info_metrics: Sequence[str] = (),
+    record: bool = False,
+    num_envs: int = 16,
+) -> Iterator[Episode]:
+    """Play one whole episode per seed, several at a time, and yield them in the order they end.
+
+    Environment b plays episodes b, b + num_envs, ...: which episodes are counted does not depend on how long they are.
+    Each is reset with its own seed, so that the same seeds give the same episodes however many are played at a time.
+    (A native vector environment resets itself: there the seeds only decide its first episodes.)
+
+    Args:
+        env: how to make the environments.
+        policy: what acts, as `policy.act` does.
+        seeds: one for each episode.
+        deterministic: the most probable action, or a random one.
+        info_metrics: keys of `info` to report for each episode.
+        record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
+            0 where there was no choice.
+        num_envs: the most environments at a time.
+
+    Raises:
+        EnvError: if the environment raises.
+    """
+    num_envs = min(num_envs, len(seeds))
+    if not num_envs:
+        return
+    envs = env.make_vector(num_envs, AutoresetMode.DISABLED)
+    try:
+        _check_spaces(envs, policy)
+        mode = autoreset_mode(envs)
+        remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
+        first_seeds = [queue.pop(0) for queue in remaining]
+        obs = _numeric(env_call(envs.reset, env.env_id, seed=first_seeds)[0], policy)
+        state = policy.initial_state(num_envs)
+        playing, left = np.ones(num_envs, np.bool_), len(seeds)
+        resetting = np.zeros(num_envs, np.bool_)
+        returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        recorder = _Recorder(num_envs) if record else None
+        while left:
+            if deterministic:
+                (action, state), log_prob = policy.act(obs, state), np.zeros(num_envs, np.float32)
+            else:
+                raw_action, log_prob, state = policy.sample(obs, state)
+                action = policy.to_env(raw_action)
+            try:
+                next_obs, reward, terminated, truncated, info = envs.step(action)
+            except Exception as error:
+                raise _step_error(env.env_id, error) from error
+            next_obs = _numeric(next_obs, policy)
+            real = ~resetting
+            returns += np.where(real, reward, 0.0)
+            lengths += real
+            if recorder is not None:
+                recorder.add(real, obs, action, log_prob, reward, terminated, truncated)
+            done = terminated | truncated
+            resetting = done if mode is AutoresetMode.NEXT_STEP else resetting
+            if done.any():
+                last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
+                for b in np.flatnonzero(done):
+                    steps = recorder.take(b) if recorder is not None else None
+                    if playing[b]:
+                        left -= 1
+                        infos = read_info(last_info, info_metrics, b)
+                        yield Episode(float(returns[b]), int(lengths[b]), infos, steps)
+                returns[done], lengths[done] = 0.0, 0
+                next_seeds: list[int | None] = [None] * num_envs
+                for b in np.flatnonzero(done & playing):
+                    if remaining[b]:
+                        next_seeds[b] = remaining[b].pop(0)
+                    else:
+                        playing[b] = False  # goes on stepping, uncounted, until the others end
+                if mode is AutoresetMode.DISABLED:
+                    options = {"reset_mask": done}
+                    next_obs = _numeric(
+                        env_call(envs.reset, env.env_id, seed=next_seeds, options=options)[0], policy
+                    )
+            obs = next_obs
+    finally:
+        envs.close()
+
+
+class _Recorder:
+    """Keeps the rows of the episodes under way."""
+
+    NAMES = ("observation", "action", "action_log_prob", "reward", "terminated", "truncated")
+
+    def __init__(self, num_envs: int):
+        self._rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_envs)]
+
+    def add(self, real: np.ndarray, *columns: np.ndarray) -> None:
+        for b in np.flatnonzero(real):
+            self._rows[b].append(tuple(column[b] for column in columns))
+
+    def take(self, b: int) -> dict[str, np.ndarray]:
+        rows, self._rows[b] = self._rows[b], []
+        return {name: np.asarray(column) for name, column in zip(self.NAMES, zip(*rows))}
+
+
+def row_dtype(space: Any) -> str:
+    """The dtype in which a space's values are stored: whole numbers as int64, bytes as they are, else float32."""
+    dtype = np.dtype(space.dtype)
+    if dtype == np.uint8:
+        return "|u1"
+    return "<i8" if dtype.kind in "iu" else "<f4"
+
+
+def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, float]:
+    """The user's metrics of environment b, those that its `info` holds.
+
+    Raises:
+        EnvError: if one is not a number.
+    """
+    found = {}
+    for key in keys:
+        values = info.get(key)
+        present = info.get(f"_{key}")
+        if values is None or (present is not None and not present[b]):
+            continue
+        try:
+            found[key] = float(values[b])
+        except (TypeError, ValueError) as error:
+            raise EnvError(f"info_metrics: info[{key!r}]={values[b]!r} is not a number.") from error
+    return found
+
+
+def env_call(function: Any, env_id: str, **kwargs: Any) -> Any:
+    """Call an environment's `reset`; what it raises becomes an EnvError that names it."""
+    try:
+        return function(**kwargs)
+    except Exception as error:
+        raise _step_error(env_id, error, "reset") from error
+
+
+def _step_error(env_id: str, error: Exception, where: str = "step") -> Exception:
+    if isinstance(error, LitRLError):
+        return error
+    message = " ".join(str(error).split()) or "no message"
+    return EnvError(f"env={env_id} raised in {where}: {type(error).__name__}: {message}")
+
+
+def _numeric(obs: Any, policy: Policy) -> np.ndarray:
+    """Observations as recorded and acted upon: float64 becomes float32."""
+    return np.asarray(obs, row_dtype(policy.spec.observation_space))
+
+
+def _check_spaces(envs: Any, policy: Policy) -> None:
+    spec = policy.spec
+    found = (envs.single_observation_space, envs.single_action_space)
+    if found != (spec.observation_space, spec.action_space):
+        raise OptionError(
+            f"The policy was made for {spec.env_id} (observation {spec.observation_space}, action "
+            f"{spec.action_space}), but the environment has observation {found[0]}, action {found[1]}. "
+            "Use the environment and env_kwargs it was trained with."
+        )

@@ -1,0 +1,75 @@
+"""What an algorithm must know of an environment, in plain data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from lit_rl.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """The spaces of one (unvectorised) environment.
+
+    Attributes:
+        env_id: how messages and checkpoints name the environment.
+        observation_space: of a single environment.
+        action_space: of a single environment.
+    """
+
+    env_id: str
+    observation_space: gym.Space
+    action_space: gym.Space
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data: what a `weights_only` checkpoint and a JSON file can hold."""
+        return {
+            "env_id": self.env_id,
+            "observation_space": space_to_dict(self.observation_space),
+            "action_space": space_to_dict(self.action_space),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "EnvSpec":
+        return cls(
+            data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"])
+        )
+
+
+def space_to_dict(space: gym.Space) -> dict[str, Any]:
+    """Plain data from which `space_from_dict` makes an equal space.
+
+    Raises:
+        SpaceError: for a space other than Box or Discrete.
+    """
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.Box):
+        return {
+            "type": "Box",
+            "low": _bound_to_plain(space.low),
+            "high": _bound_to_plain(space.high),
+            "shape": list(space.shape),
+            "dtype": space.dtype.name,
+        }
+    raise SpaceError(f"Space {space} is not supported: lit_rl handles Box and Discrete spaces.")
+
+
+def space_from_dict(data: dict[str, Any]) -> gym.Space:
+    """The space that `space_to_dict` described."""
+    if data["type"] == "Discrete":
+        return spaces.Discrete(data["n"], start=data["start"])
+    if data["type"] == "Box":
+        shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
+        low, high = (np.broadcast_to(np.asarray(data[k], dtype), shape) for k in ("low", "high"))
+        return spaces.Box(low, high, shape, dtype.type)
+    raise SpaceError(f"Unknown space type {data['type']!r}: the file was written by a newer lit_rl.")
+
+
+def _bound_to_plain(bound: np.ndarray) -> Any:
+    """One number where all are equal (an image's bounds are), nested lists otherwise."""
+    first = bound.flat[0].item() if bound.size else 0
+    return first if bool((bound == first).all()) else bound.tolist()

@@ -1,0 +1,171 @@
+"""Proximal Policy Optimization."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import returns
+from lit_rl.algorithm import Algorithm
+from lit_rl.checks import check_count, check_range
+from lit_rl.distributed import masked_mean, standardize
+from lit_rl.errors import OptionError
+from lit_rl.losses import approximate_kl, ppo_clip, value_loss
+from lit_rl.networks import NetworkFactory, ValueNetwork, build_network
+from lit_rl.normalizer import ReturnNormalizer
+from lit_rl.policy import Policy
+from lit_rl.rollout import mask_of, next_values, rows
+from lit_rl.schedules import Schedule, check_schedule
+from lit_rl.spec import EnvSpec
+
+
+class PPO(Algorithm):
+    """PPO with clipped surrogate objective: Schulman et al. 2017, arXiv:1707.06347, algorithm 1.
+
+    Advantages are generalised advantage estimates (arXiv:1506.02438); after a time limit the value of the final
+    observation is bootstrapped. Deviations from the paper, as in most implementations: advantages are standardised
+    (over the rollout), gradients are clipped, policy and critic are separate networks with orthogonal weights.
+
+    Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each
+    [B, T, ...], its last and final observations, and `mask` if there is one; writes `advantage, value_target` [B, T].
+
+    Args:
+        lr: Adam's learning rate; usually 1e-4 to 1e-3.
+        lr_schedule: "constant", "linear" (to 0 at the datamodule's `max_env_steps`), or points
+            `[[env_step, lr], ...]`, which replace `lr`.
+        gamma: discount per env step; 0.9 to 0.999.
+        gae_lambda: 0 (one-step, biased) to 1 (Monte-Carlo, noisy); usually 0.9 to 0.98.
+        clip: how far the probability ratio may leave 1; 0.1 to 0.3.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus; 0 to 0.02.
+        num_epochs: passes over each rollout; 3 to 20.
+        minibatch_size: rows per gradient step and rank; at most the rollout's rows.
+        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
+        normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
+        normalize_observations: standardise observations by running statistics.
+        normalize_returns: divide rewards by the running standard deviation of the discounted return.
+        network: callable `(observation_space) -> nn.Module` with an `output_size`, called once for the policy and once
+            for the critic; None for two hidden layers of 64 tanh units.
+        spec: the environment's spaces in plain data; None takes the datamodule's.
+    """
+
+    critic: ValueNetwork
+
+    def __init__(
+        self,
+        *,
+        lr: float = 3e-4,
+        lr_schedule: Schedule = "constant",
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip: float = 0.2,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.0,
+        num_epochs: int = 4,
+        minibatch_size: int = 256,
+        max_grad_norm: float | None = 0.5,
+        normalize_advantage: bool = True,
+        normalize_observations: bool = False,
+        normalize_returns: bool = False,
+        network: NetworkFactory | dict[str, Any] | None = None,
+        spec: dict[str, Any] | None = None,
+    ):
+        super().__init__(network=network, spec=spec, max_grad_norm=max_grad_norm)
+        check_range("lr", lr, 0.0, exclusive_low=True)
+        check_schedule("lr_schedule", lr_schedule)
+        check_range("gamma", gamma, 0.0, 1.0)
+        check_range("gae_lambda", gae_lambda, 0.0, 1.0)
+        check_range("clip", clip, 0.0, exclusive_low=True)
+        check_range("value_coef", value_coef, 0.0)
+        check_range("entropy_coef", entropy_coef, 0.0)
+        check_count("num_epochs", num_epochs)
+        check_count("minibatch_size", minibatch_size)
+        if max_grad_norm is not None:
+            check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
+        self.save_hyperparameters(ignore=["network", "spec"])
+
+    def build(self, spec: EnvSpec) -> None:
+        hp = self.hparams
+        self.policy = Policy(spec, network=self.network, normalize_observations=hp.normalize_observations)
+        self.critic = ValueNetwork(build_network(self.network, spec.observation_space))
+        self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = [*self.policy.parameters(), *self.critic.parameters()]
+        return torch.optim.Adam(parameters, lr=self.hparams.lr, eps=1e-5, fused=True)
+
+    def lr_at(self, env_steps: int) -> float:
+        return self.schedule("lr_schedule", self.hparams.lr, self.hparams.lr_schedule, env_steps)
+
+    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
+        hp, mask = self.hparams, mask_of(rollout)
+        with torch.no_grad():
+            value, next_value = next_values(rollout, self.value)
+            reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
+            if self.return_normalizer is not None:
+                reward = self.return_normalizer.scale(reward, done, mask)
+            advantage, value_target = returns.gae(
+                reward, terminated, done, value, next_value, gamma=hp.gamma, lambda_=hp.gae_lambda
+            )
+            rollout["advantage"] = standardize(advantage, mask) if hp.normalize_advantage else advantage
+            rollout["value_target"] = value_target
+
+        terms = []
+        for minibatch in self.minibatches(rollout):
+            loss, minibatch_terms = self.loss(minibatch)
+            self.optimize(loss)
+            terms.append(minibatch_terms)
+
+        if self.policy.normalizer is not None:
+            self.policy.normalizer.update(rollout["observation"], mask)
+        names = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
+        metrics: dict[str, Tensor | float] = dict(zip(names, torch.stack(terms).mean(0).unbind()))
+        metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
+        return metrics
+
+    def loss(self, minibatch: TensorDict) -> tuple[Tensor, Tensor]:
+        """The loss of a minibatch [M], and the means of its terms (policy, value, entropy, KL, clip fraction)."""
+        hp, mask, advantage = self.hparams, mask_of(minibatch), minibatch["advantage"]
+        log_prob, entropy = self.policy.evaluate(minibatch)
+        log_ratio = log_prob - minibatch["action_log_prob"]
+        policy_loss = ppo_clip(log_ratio, advantage, hp.clip)
+        critic_loss = value_loss(self.value(minibatch["observation"]), minibatch["value_target"])
+        loss = masked_mean(policy_loss + hp.value_coef * critic_loss - hp.entropy_coef * entropy, mask)
+        with torch.no_grad():
+            clipped = ((log_ratio.exp() - 1).abs() > hp.clip).float()
+            terms = torch.stack([policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped])
+            terms = terms.mean(1) if mask is None else (terms * mask).sum(1) / mask.sum().clamp(min=1)
+        return loss, terms
+
+    def value(self, obs: Tensor) -> Tensor:
+        """The critic's value of raw observations, [*B, *obs] -> [*B]."""
+        return self.critic(self.policy.normalize(obs))
+
+    def minibatches(self, rollout: TensorDict) -> Iterator[TensorDict]:
+        """`num_epochs` passes over the rollout's rows, each in a new order, in slices of `minibatch_size`."""
+        size = self.hparams.minibatch_size
+        batch = rows(rollout, "observation", "action", "action_log_prob", "advantage", "value_target", "mask")
+        if size > len(batch):
+            raise OptionError(
+                f"minibatch_size={size}: expected at most the {len(batch)} rows of a rollout "
+                "(environments x rollout_length). Lower it, or collect longer rollouts."
+            )
+        for _ in range(self.hparams.num_epochs):
+            order = torch.randperm(len(batch), generator=self.generator).to(rollout.device or "cpu")
+            yield from batch[order].split(size)
+
+    def rank_state(self) -> dict[str, Any]:
+        return {"running_return": None if self.return_normalizer is None else self.return_normalizer.running_return}
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        if self.return_normalizer is not None:
+            self.return_normalizer.running_return = state["running_return"]
+
+
+def explained_variance(value: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one that says a constant; NaN-free."""
+    if mask is not None:
+        value, target = value[mask], target[mask]
+    return 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
