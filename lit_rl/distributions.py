@@ -45,11 +45,15 @@ class Categorical:
         self._start = int(space.start)
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        # Gumbel-max: argmax(logits + Gumbel noise) is a draw from softmax(logits).
-        action = (parameters + rng.gumbel(size=parameters.shape)).argmax(-1)
-        shifted = parameters - parameters.max(-1, keepdims=True)
-        chosen = np.take_along_axis(shifted, action[..., None], -1)[..., 0]
-        return action, chosen - np.log(np.exp(shifted).sum(-1))
+        rows = parameters.reshape(-1, self.num_parameters)
+        shifted = rows - rows.max(-1, keepdims=True)
+        cumulative = np.exp(shifted).cumsum(-1)
+        total = cumulative[:, -1]
+        # Inverse CDF. `<=` never chooses an action of probability 0, and the threshold is below the total.
+        action = (cumulative <= (rng.random(len(rows)) * total)[:, None]).sum(-1)
+        log_prob = shifted[np.arange(len(rows)), action] - np.log(total)
+        shape = parameters.shape[:-1]
+        return action.reshape(shape), log_prob.reshape(shape)
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         return parameters.argmax(-1)

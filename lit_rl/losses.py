@@ -8,6 +8,7 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """Clipped surrogate loss.
 
     -min(r A, clip(r, 1 - clip, 1 + clip) A) with r = exp(log_ratio): eq. 7 of Schulman et al. 2017, arXiv:1707.06347.
+    The minimum clips r from above only where A > 0, and from below only where A < 0: said so, it takes half the time.
 
     Args:
         log_ratio: log pi(a|s) - log mu(a|s), shape [*N].
@@ -17,8 +18,9 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     >>> ppo_clip(torch.tensor([2.0]).log(), torch.tensor([2.0]), clip=0.2)
     tensor([-2.4000])
     """
-    ratio = log_ratio.exp()
-    return -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    lowest = torch.where(advantage < 0, 1 - clip, 0.0)
+    highest = torch.where(advantage > 0, 1 + clip, torch.inf)
+    return -torch.clamp(log_ratio.exp(), lowest, highest) * advantage
 
 
 def value_loss(value: Tensor, target: Tensor) -> Tensor:

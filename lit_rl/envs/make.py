@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from lit_rl.checks import check_choice
+from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, LitRLError, OptionError
 from lit_rl.spec import EnvSpec
 

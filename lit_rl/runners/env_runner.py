@@ -80,7 +80,7 @@ class EnvRunner:
         env_seed, action_seed = seed.spawn(2)
         policy.rng = np.random.default_rng(action_seed)
         seeds = [int(child.generate_state(1)[0]) for child in env_seed.spawn(num_envs)]
-        self._obs = _numeric(env_call(self._envs.reset, env.env_id, seed=seeds)[0], policy)
+        self._obs = _numeric(_reset(self._envs, env, seeds)[0], policy)
         self._is_init = np.ones(num_envs, np.bool_)
         self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
         self._state = policy.initial_state(num_envs)
@@ -190,7 +190,7 @@ class EnvRunner:
         """SAME_STEP and DISABLED: keep the true final observations; `next_obs` becomes the next episodes' first."""
         if self._mode is AutoresetMode.DISABLED:
             finals += [(b, t, next_obs[b].copy()) for b in ended]
-            reset_obs, _ = env_call(self._envs.reset, self._env.env_id, options={"reset_mask": done})
+            reset_obs, _ = _reset(self._envs, self._env, None, done)
             return _numeric(reset_obs, self.policy)
         final_obs = info.get("final_obs")
         if final_obs is None:
@@ -276,7 +276,7 @@ def play(
         mode = autoreset_mode(envs)
         remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
         first_seeds = [queue.pop(0) for queue in remaining]
-        obs = _numeric(env_call(envs.reset, env.env_id, seed=first_seeds)[0], policy)
+        obs = _numeric(_reset(envs, env, first_seeds)[0], policy)
         state = policy.initial_state(num_envs)
         playing, left = np.ones(num_envs, np.bool_), len(seeds)
         resetting = np.zeros(num_envs, np.bool_)
@@ -316,10 +316,7 @@ def play(
                     else:
                         playing[b] = False  # goes on stepping, uncounted, until the others end
                 if mode is AutoresetMode.DISABLED:
-                    options = {"reset_mask": done}
-                    next_obs = _numeric(
-                        env_call(envs.reset, env.env_id, seed=next_seeds, options=options)[0], policy
-                    )
+                    next_obs = _numeric(_reset(envs, env, next_seeds, done)[0], policy)
             obs = next_obs
     finally:
         envs.close()
@@ -369,12 +366,18 @@ def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, fl
     return found
 
 
-def env_call(function: Any, env_id: str, **kwargs: Any) -> Any:
-    """Call an environment's `reset`; what it raises becomes an EnvError that names it."""
+def _reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: np.ndarray | None = None) -> Any:
+    """Reset the environments, those of `mask` if there is one; what they raise becomes an EnvError that names them.
+
+    A native vector environment has one generator for all of its environments: it takes the first seed.
+    """
+    seed: Any = seeds
+    if seeds is not None and env.vectorization == "native":
+        seed = seeds[0]
     try:
-        return function(**kwargs)
+        return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
     except Exception as error:
-        raise _step_error(env_id, error, "reset") from error
+        raise _step_error(env.env_id, error, "reset") from error
 
 
 def _step_error(env_id: str, error: Exception, where: str = "step") -> Exception:

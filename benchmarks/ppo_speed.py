@@ -1,0 +1,242 @@
+"""Env steps/s of PPO on CartPole-v1: lit_rl against Stable-Baselines3, RLlib and a single-file loop.
+
+    .venv/bin/pip install -c constraints.txt -e '.[bench]'
+    .venv/bin/python benchmarks/ppo_speed.py --rounds 5
+
+Every system runs in a process of its own, one after the other, several rounds, with the same network and
+hyper-parameters: 8 environments x 128 steps, 4 epochs, minibatch 256, 2x64 tanh, Adam 2.5e-4, one torch thread per
+process. The first `WARM_UP` rollouts are not timed. Read the ratios: these machines are noisy.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+ENVS, LENGTH, WARM_UP, TIMED = 8, 128, 10, 50
+ROLLOUT = ENVS * LENGTH
+
+
+class Stopwatch:
+    """Counts rollouts; timed from the end of the warm-up."""
+
+    def __init__(self) -> None:
+        self.rollouts = 0
+        self.resident = 0
+
+    def tick(self) -> None:
+        self.rollouts += 1
+        if self.rollouts == WARM_UP:
+            self.started = time.perf_counter()
+        self.ended = time.perf_counter()
+
+    def result(self) -> dict[str, float]:
+        steps = (self.rollouts - WARM_UP) * ROLLOUT
+        return {"env_steps_per_s": steps / (self.ended - self.started), "growth_mb": (resident() - self.resident) / 1e6}
+
+
+def resident() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def lit_rl(num_env_runners: int = 0, prefetch: int = 0, vectorization: str = "sync") -> dict[str, float]:
+    import lightning as L
+
+    from lit_rl import PPO, RolloutDataModule
+
+    watch = Stopwatch()
+
+    class Tick(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            watch.tick()
+
+    watch.resident = resident()
+    data = RolloutDataModule(
+        "CartPole-v1", num_envs_per_env_runner=ENVS, rollout_length=LENGTH, num_env_runners=num_env_runners,
+        prefetch=prefetch, vectorization=vectorization, max_env_steps=(WARM_UP + TIMED) * ROLLOUT, torch_threads=1,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Tick()],
+    )  # fmt: skip
+    trainer.fit(PPO(lr=2.5e-4, num_epochs=4, minibatch_size=256, entropy_coef=0.01), data)
+    return watch.result()
+
+
+def sb3() -> dict[str, float]:
+    import stable_baselines3
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    watch = Stopwatch()
+
+    class Tick(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                watch.tick()
+
+        def _on_training_end(self) -> None:
+            watch.tick()
+
+        def _on_step(self) -> bool:
+            return True
+
+    watch.resident = resident()
+    model = stable_baselines3.PPO(
+        "MlpPolicy", make_vec_env("CartPole-v1", ENVS), n_steps=LENGTH, batch_size=256, n_epochs=4,
+        learning_rate=2.5e-4, ent_coef=0.01, device="cpu",
+    )  # fmt: skip
+    model.learn((WARM_UP + TIMED) * ROLLOUT, callback=Tick())
+    return watch.result()
+
+
+def rllib(num_env_runners: int) -> dict[str, float]:
+    import ray
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    ray.init(include_dashboard=False, log_to_driver=False)
+    watch = Stopwatch()
+    config = (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=ENVS // max(1, num_env_runners))
+        .training(
+            train_batch_size_per_learner=ROLLOUT, num_epochs=4, minibatch_size=256, lr=2.5e-4, entropy_coeff=0.01,
+            use_kl_loss=False, clip_param=0.2, lambda_=0.95, vf_loss_coeff=0.5, grad_clip=0.5,
+            model={"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh", "vf_share_layers": False},
+        )
+        .learners(num_learners=0)
+    )  # fmt: skip
+    algo = config.build_algo()
+    watch.resident = resident()
+    for _ in range(WARM_UP + TIMED // 2):
+        algo.train()
+        watch.tick()
+    algo.stop()
+    return watch.result()
+
+
+def single_file() -> dict[str, float]:
+    """PPO as a careful person writes it in one file: eager torch, no library."""
+    import gymnasium as gym
+    import numpy as np
+    import torch
+    from torch import nn
+    from torch.distributions import Categorical
+
+    watch = Stopwatch()
+    watch.resident = resident()
+    make = gym.vector.SyncVectorEnv
+    envs = make([lambda: gym.make("CartPole-v1")] * ENVS, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+    def net(out: int, gain: float) -> nn.Sequential:
+        layers = [nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, out)]
+        for layer, g in zip(layers[::2], (2**0.5, 2**0.5, gain)):
+            nn.init.orthogonal_(layer.weight, g)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(*layers)
+
+    actor, critic = net(2, 0.01), net(1, 1.0)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=2.5e-4, eps=1e-5)
+    obs_b, act_b = torch.zeros(LENGTH, ENVS, 4), torch.zeros(LENGTH, ENVS, dtype=torch.long)
+    logp_b, rew_b, done_b, val_b = (torch.zeros(LENGTH, ENVS) for _ in range(4))
+    obs = torch.as_tensor(envs.reset(seed=1)[0])
+    done = torch.zeros(ENVS)
+    for _ in range(WARM_UP + TIMED):
+        for t in range(LENGTH):
+            obs_b[t], done_b[t] = obs, done
+            with torch.no_grad():
+                dist = Categorical(logits=actor(obs))
+                action = dist.sample()
+                val_b[t] = critic(obs).squeeze(-1)
+            act_b[t], logp_b[t] = action, dist.log_prob(action)
+            next_obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+            rew_b[t] = torch.as_tensor(reward, dtype=torch.float32)
+            obs, done = torch.as_tensor(next_obs), torch.as_tensor(np.logical_or(terminated, truncated)).float()
+        with torch.no_grad():
+            next_value, adv, last = critic(obs).squeeze(-1), torch.zeros_like(rew_b), torch.zeros(ENVS)
+            for t in reversed(range(LENGTH)):
+                alive = 1 - (done if t == LENGTH - 1 else done_b[t + 1])
+                following = next_value if t == LENGTH - 1 else val_b[t + 1]
+                delta = rew_b[t] + 0.99 * following * alive - val_b[t]
+                adv[t] = last = delta + 0.99 * 0.95 * alive * last
+            ret = adv + val_b
+        flat = [x.reshape(ROLLOUT, *x.shape[2:]) for x in (obs_b, act_b, logp_b, adv, ret)]
+        for _ in range(4):
+            for index in torch.randperm(ROLLOUT).split(256):
+                o, a, old, ad, re = (x[index] for x in flat)
+                dist = Categorical(logits=actor(o))
+                ratio = (dist.log_prob(a) - old).exp()
+                ad = (ad - ad.mean()) / (ad.std() + 1e-8)
+                pg = torch.max(-ad * ratio, -ad * ratio.clamp(0.8, 1.2)).mean()
+                loss = pg + 0.25 * (critic(o).squeeze(-1) - re).pow(2).mean() - 0.01 * dist.entropy().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.step()
+        watch.tick()
+    return watch.result()
+
+
+SYSTEMS: dict[str, Callable[[], dict[str, float]]] = {
+    "lit_rl": lit_rl,
+    "lit_rl, native vector env": lambda: lit_rl(vectorization="native"),
+    "lit_rl, 1 runner, prefetch": lambda: lit_rl(num_env_runners=1, prefetch=1),
+    "SB3": sb3,
+    "single file": single_file,
+    "RLlib, 0 runners": lambda: rllib(0),
+    "RLlib, 2 runners": lambda: rllib(2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--run", choices=list(SYSTEMS), help=argparse.SUPPRESS)
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.run:
+        import torch
+
+        warnings.filterwarnings("ignore")
+        torch.set_num_threads(1)
+        print("RESULT " + json.dumps(SYSTEMS[args.run]()))
+        return
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.systems}
+    for round_ in range(args.rounds):
+        for name in args.systems:
+            command = [sys.executable, __file__, "--run", name]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+            if line is None:
+                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+            results[name].append(json.loads(line.removeprefix("RESULT ")))
+            print(f"round {round_ + 1}  {name:28s} {results[name][-1]['env_steps_per_s']:8.0f} env steps/s", flush=True)
+    report(results)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+def report(results: dict[str, list[dict[str, float]]]) -> None:
+    import statistics
+
+    speed = {name: statistics.median(r["env_steps_per_s"] for r in rows) for name, rows in results.items()}
+    print(f"\n{'median of rounds':28s} env steps/s   / SB3   / RLlib's best   growth of resident memory, MB")
+    rllib_best = max((v for name, v in speed.items() if name.startswith("RLlib")), default=float("nan"))
+    for name, value in speed.items():
+        growth = statistics.median(r["growth_mb"] for r in results[name])
+        print(f"{name:28s} {value:11.0f} {value / speed.get('SB3', float('nan')):7.2f} {value / rllib_best:16.2f} {growth:12.0f}")
+
+
+if __name__ == "__main__":
+    main()
