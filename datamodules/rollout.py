@@ -299,6 +299,8 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[TensorDict]:
         data = self._data
         algorithm, trainer = data._algorithm, data._trainer
+        if self._position == len(self):  # Lightning never resumes the iterator after an epoch's last batch
+            self._position = 0
         while self._position < len(self):
             started = time.perf_counter()
             if not self._in_flight:
@@ -315,7 +317,6 @@ class RolloutLoader:
                 self._in_flight = True
             self._position += 1
             yield rollout
-        self._position = 0
 
     def state_dict(self) -> dict[str, int]:
         """How many rollouts of the epoch were given out."""

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import stat
+import threading
 from pathlib import Path
 
 from lit_rl.errors import RunnerError
@@ -21,9 +22,7 @@ def connect(address: str | None = None) -> str:
     """
     # Ray turns authentication on for a Ray it starts. Who joins that one needs the same mode, set before `import ray`.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Ray's own exporter of usage statistics and metrics is of no use to a training run.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
@@ -43,15 +42,9 @@ def connect(address: str | None = None) -> str:
         finally:
             # ray.init replaces the SIGTERM handler: Lightning's step would be cut in the middle.
             for number, handler in handlers.items():
-                if handler is not None and _in_main_thread():
+                if handler is not None and threading.current_thread() is threading.main_thread():
                     signal.signal(number, handler)
     return ray.get_runtime_context().gcs_address
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
 
 
 def _protect_token() -> None:

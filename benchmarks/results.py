@@ -1,0 +1,125 @@
+"""Learning results: one recipe over several seeds, judged by its last checkpoint.
+
+    .venv/bin/python benchmarks/results.py ppo_cartpole --seeds 1 2 3 4 5
+
+Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>` in a process of its own. Its last
+checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
+`docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lit_rl import load_policy
+from lit_rl.envs.make import EnvConfig
+from lit_rl.runners.env_runner import play
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "results"
+EPISODES = 100
+
+
+def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one seed; returns its figures and its curve."""
+    command = [
+        sys.executable, "-m", "lit_rl", "fit", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"),
+        "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false",
+        "--trainer.logger.init_args.save_dir", str(folder), "--trainer.logger.init_args.name", f"seed_{seed}",
+    ]  # fmt: skip
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"seed {seed} failed:\n{done.stderr[-4000:]}")
+    wall_s = time.perf_counter() - started
+    run = folder / f"seed_{seed}" / "version_0"
+    data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
+    env = EnvConfig(data["env"], data.get("env_kwargs") or {}, tuple(data.get("wrappers") or ()))
+    seeds = np.random.SeedSequence([seed, 20_000]).generate_state(EPISODES).tolist()
+    policy = load_policy(run / "checkpoints" / "last.ckpt")
+    returns = [episode.return_ for episode in play(env, policy, seeds)]
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    curve = {
+        name: [[float(row["env_steps"]), float(row[name])] for row in rows if row.get(name)]
+        for name in ("rollout/return_mean", "eval/return_mean")
+    }
+    return {
+        "seed": seed,
+        "return_mean": round(statistics.mean(returns), 3),
+        "return_std": round(statistics.pstdev(returns), 3),
+        "return_min": min(returns),
+        "env_steps": int(max(float(row["env_steps"]) for row in rows)),
+        "wall_s": round(wall_s, 1),
+        "curve": {name: _thin(points) for name, points in curve.items()},
+    }
+
+
+def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
+    step = max(1, len(points) // most)
+    return [[steps, round(value, 3)] for steps, value in points[::step]]
+
+
+def plot(recipe: str, runs: list[dict[str, Any]], env: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, run in enumerate(runs):
+        points = np.array(run["curve"]["rollout/return_mean"])
+        axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
+        axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
+    axes.set(xlabel="env steps", ylabel="return", title=f"{recipe} on {env}: training return (mean of 100 episodes)")
+    axes.plot([], [], "ok", label="greedy, 100 episodes, last checkpoint")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(OUT / f"{recipe}.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    args = parser.parse_args()
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            runs.append(run_seed(args.recipe, seed, Path(folder)))
+            last = runs[-1]
+            print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    result = {
+        "recipe": args.recipe,
+        "env": recipe["data"]["init_args"]["env"],
+        "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}",
+        "commit": commit + (" with uncommitted changes" if dirty else ""),
+        "judged": f"greedy, {EPISODES} episodes, last checkpoint",
+        "median": statistics.median(run["return_mean"] for run in runs),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": {n: importlib.metadata.version(n) for n in ("torch", "lightning", "gymnasium", "numpy")},
+        "runs": runs,
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{args.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(args.recipe, runs, result["env"])
+    print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}: {OUT / args.recipe}.json, .png")
+
+
+if __name__ == "__main__":
+    main()

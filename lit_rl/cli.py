@@ -1,0 +1,189 @@
+"""The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
+
+import importlib.resources
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import lit_rl
+import lit_rl.callbacks
+import lit_rl.datamodules
+import lit_rl.modules  # so that short class names such as PPO are found
+from lit_rl.algorithm import Algorithm
+from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
+from lit_rl.errors import CheckpointError, LitRLError, OptionError
+from lit_rl.loading import read_checkpoint
+
+DEFAULTS = {
+    "max_epochs": -1,  # the budget is data.max_env_steps
+    "log_every_n_steps": 1,  # one batch is one rollout
+    "num_sanity_val_steps": 0,
+}
+
+
+class CLI(LightningCLI):
+    """`lit-rl fit|validate|test|predict`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="start from this checkpoint's weights and normaliser alone (optimizer, counters and RNGs are new)",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.progress_bar_callback is not None:
+            own = EnvStepsProgressBar()
+            trainer.callbacks[trainer.callbacks.index(trainer.progress_bar_callback)] = own  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not any(isinstance(c, EpisodeWriter) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(EpisodeWriter())  # type: ignore[attr-defined]
+        return trainer
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            config["ckpt_path"] = str(newest_checkpoint(config.trainer))
+        for option in ("ckpt_path", "init_from"):
+            if config.get(option) is not None:
+                read_checkpoint(config[option])  # a missing or damaged file is refused before anything starts
+        if config.get("ckpt_path") and config.get("init_from"):
+            raise OptionError(
+                f"init_from={config.init_from!r} together with ckpt_path={config.ckpt_path!r}: expected one of them. "
+                "ckpt_path goes on with a run, init_from starts a new one from its weights."
+            )
+        if self.subcommand == "fit":
+            _check_budget(config)
+        elif config.get("ckpt_path") is None:
+            raise OptionError(f"lit-rl {self.subcommand} needs --ckpt_path: a checkpoint file, or 'last'.")
+
+    def before_fit(self) -> None:
+        self.model.init_from = self.config_init.fit.get("init_from")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+                logger.experiment.define_metric("*", step_metric="env_steps")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the run's config beside its log; a run that logs nothing leaves no file."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+def newest_checkpoint(trainer: Any) -> Path:
+    """The newest checkpoint among the runs that log to where this one will.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    folders = []
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        arguments = getattr(logger, "init_args", None)
+        if arguments is not None:
+            folders.append(Path(arguments.get("save_dir") or ".") / (arguments.get("name") or "lightning_logs"))
+    folders = folders or [Path(trainer.default_root_dir or ".") / "lightning_logs"]
+    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+    if not found:
+        raise CheckpointError(
+            f"ckpt_path='last': found no *.ckpt below {', '.join(map(str, folders))}. Give the checkpoint's own path."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def recipe_path(name: str) -> str:
+    """The file a `--config` value means: a path that exists, or a packaged recipe's name.
+
+    Raises:
+        OptionError: if it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    folder = importlib.resources.files(lit_rl) / "recipes"
+    recipes = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    if name in recipes:
+        return str(folder / f"{name}.yaml")
+    raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.")
+
+
+def _resolve_recipes(args: Sequence[str]) -> list[str]:
+    resolved = list(args)
+    for i, argument in enumerate(resolved):
+        if argument in ("--config", "-c") and i + 1 < len(resolved):
+            resolved[i + 1] = recipe_path(resolved[i + 1])
+        elif argument.startswith("--config="):
+            resolved[i] = f"--config={recipe_path(argument.removeprefix('--config='))}"
+    return resolved
+
+
+def _check_budget(config: Any) -> None:
+    trainer, data = config.trainer, config.data.get("init_args", {})
+    bounded = (trainer.max_epochs or -1) > -1 or (trainer.max_steps or -1) > -1 or trainer.max_time is not None
+    if not bounded and not trainer.fast_dev_run and data.get("max_env_steps", 0) is None:
+        raise OptionError(
+            "The run has no end: set data.max_env_steps (or trainer.max_time, trainer.max_epochs, trainer.max_steps)."
+        )
+
+
+def _sentence(error: BaseException) -> str:
+    """jsonargparse's nested, many-lined message as one line: the innermost complaint with the key it is about."""
+    text = str(error)
+    keys = re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text)
+    key = next((key for key in reversed(keys) if key), "")
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    complaint = lines[-1] if lines else type(error).__name__
+    complaint = re.sub(r"^(Problem with given class_path[^:]*:)|Parser key [\"'][\w.]+[\"']:?", "", complaint).strip()
+    if "Given value" not in complaint:
+        given = re.findall(r"Given value: (.*)", text)
+        complaint += f" (given: {given[-1]})" if given and given[-1] not in complaint else ""
+    return f"{key}: {complaint}" if key and key not in complaint else complaint
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `lit-rl` and `python -m lit_rl`."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
+    # Lightning's advice for supervised learning does not apply: rollouts come from runners, not DataLoader workers.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    try:
+        CLI(
+            Algorithm,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=DEFAULTS,
+            seed_everything_default=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, "version": lit_rl.__version__, "prog": "lit-rl"},
+            args=_resolve_recipes(arguments),
+        )
+    except (LitRLError, MisconfigurationException) as error:
+        if debug:
+            raise
+        sys.exit(_fail(str(error), 2 if isinstance(error, OptionError) else 1))
+    except jsonargparse.ArgumentError as error:
+        if debug:
+            raise
+        sys.exit(_fail(_sentence(error), 2))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lit-rl: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
