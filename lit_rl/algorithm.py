@@ -1,6 +1,7 @@
 """What every algorithm shares: a LightningModule whose batches are rollouts and whose validation is episodes."""
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lit_rl import distributed
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, OptionError
-from lit_rl.loading import FORMAT, SECTION, section
+from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section
 from lit_rl.networks import NetworkFactory, describe_network
 from lit_rl.policy import Policy
 from lit_rl.rollout import count_rows, mask_of
@@ -42,6 +43,7 @@ class Algorithm(L.LightningModule):
         policy: what acts.
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
+        init_from: a checkpoint whose weights and statistics are taken when the networks are built, and nothing else.
     """
 
     policy: Policy
@@ -61,6 +63,7 @@ class Algorithm(L.LightningModule):
         self.max_grad_norm = max_grad_norm
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
+        self.init_from: str | None = None
         self.generator = torch.Generator()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -140,6 +143,10 @@ class Algorithm(L.LightningModule):
             if seed is not None:
                 torch.manual_seed(_seed_for(seed, INITIALISATION))
             self.build(self.spec)
+        if self.init_from is not None:
+            checkpoint = read_checkpoint(self.init_from)
+            self._check_fits(section(checkpoint, self.init_from)["algorithm"], checkpoint["state_dict"])
+            self.load_state_dict(checkpoint["state_dict"])
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
         # Called before Lightning's own check, whose message knows nothing of `max_grad_norm`.
@@ -260,23 +267,26 @@ class Algorithm(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = section(checkpoint)
-        if found["algorithm"] != type(self).__name__:
-            raise CheckpointError(
-                f"The checkpoint was written by {found['algorithm']}: it cannot be loaded into {type(self).__name__}."
-            )
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        if shapes != saved:
-            name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-            raise CheckpointError(
-                f"The checkpoint does not fit this {type(self).__name__}: {name} has shape {saved.get(name)} in the file "
-                f"and {shapes.get(name)} here. Use the environment, network and options it was trained with."
-            )
+        self._check_fits(found["algorithm"], checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:
             self._resume = found
             ranks = found["ranks"]
             if self.global_rank < len(ranks) and hasattr(self._datamodule, "load_rank_state"):
                 self._datamodule.load_rank_state(ranks[self.global_rank]["data"])
+
+    def _check_fits(self, algorithm: str, state_dict: Mapping[str, Tensor]) -> None:
+        if algorithm not in (ancestor.__name__ for ancestor in type(self).__mro__):
+            raise CheckpointError(
+                f"The checkpoint was written by {algorithm}: it cannot be loaded into {type(self).__name__}."
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if shapes != saved:
+            name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+            raise CheckpointError(
+                f"The checkpoint does not fit this {algorithm}: {name} has shape {saved.get(name)} in the file and "
+                f"{shapes.get(name)} here. Use the environment, network and options it was trained with."
+            )
 
     def rank_state(self) -> dict[str, Any]:
         """What is this rank's own and no weight, in plain data."""
@@ -329,8 +339,11 @@ class Algorithm(L.LightningModule):
             metrics[f"info/{key}_mean"] = np.mean([e["info"][key] for e in episodes if key in e["info"]])
         values = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
         in_fit = self.trainer.state.fn == "fit"
-        # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
-        self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
+        with warnings.catch_warnings():
+            # `trainer.validate` returns what was logged, whether there is a logger or not.
+            warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
+            # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
+            self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
         if in_fit and not self.trainer.sanity_checking:
             self.trainer.progress_bar_metrics[f"{prefix}/return_mean"] = values[f"{prefix}/return_mean"]
             for logger in self.trainer.loggers:

@@ -1,6 +1,7 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
 import importlib.resources
+import logging
 import re
 import sys
 import warnings
@@ -139,26 +140,34 @@ def _check_budget(config: Any) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """jsonargparse's nested, many-lined message as one line: the innermost complaint with the key it is about."""
+    """jsonargparse's nested, many-lined message as one line: the key, the innermost complaint, the value given."""
     text = str(error)
-    keys = re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text)
-    key = next((key for key in reversed(keys) if key), "")
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    complaint = lines[-1] if lines else type(error).__name__
-    complaint = re.sub(r"^(Problem with given class_path[^:]*:)|Parser key [\"'][\w.]+[\"']:?", "", complaint).strip()
-    if "Given value" not in complaint:
-        given = re.findall(r"Given value: (.*)", text)
-        complaint += f" (given: {given[-1]})" if given and given[-1] not in complaint else ""
-    return f"{key}: {complaint}" if key and key not in complaint else complaint
+    noise = r"Subtypes:|Errors:|Given value|Expected (a )?<class 'NoneType'>|Problem with given class_path"
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
+    if any(line.startswith("in ") and ", line " in line for line in lines):  # a YAML error: what, then where
+        return " ".join(lines)
+    key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]
+    complaint = re.sub(r"[Pp]arser key [\"'][\w.]+[\"']:?\s*", "", lines[-1] if lines else text).strip()
+    given = (re.findall(r"Given value: (\S.*)", text) or [""])[0]
+    nested = re.fullmatch(r"NestedArg\(key='([\w.]+)', val='(.*)'\)", given)
+    if nested:  # `--model.lr x` on the command line
+        key, given = f"{key or 'option'}.{nested[1]}", nested[2]
+    value = f"={given}" if given and len(given) < 80 else ""
+    return f"{key}{value}: {complaint}" if key else complaint
+
+
+def _own_error(error: BaseException | None) -> LitRLError | MisconfigurationException | None:
+    """Ours among the errors that led to this one: jsonargparse wraps what a class's `__init__` raises."""
+    while error is not None and not isinstance(error, LitRLError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `lit-rl` and `python -m lit_rl`."""
     debug = "--debug" in sys.argv
     arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
-    # Lightning's advice for supervised learning does not apply: rollouts come from runners, not DataLoader workers.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    _quieten()
     try:
         CLI(
             Algorithm,
@@ -174,14 +183,27 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_kwargs={"exit_on_error": False, "version": lit_rl.__version__, "prog": "lit-rl"},
             args=_resolve_recipes(arguments),
         )
-    except (LitRLError, MisconfigurationException) as error:
-        if debug:
+    except Exception as error:
+        own = _own_error(error)
+        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
             raise
-        sys.exit(_fail(str(error), 2 if isinstance(error, OptionError) else 1))
-    except jsonargparse.ArgumentError as error:
-        if debug:
-            raise
-        sys.exit(_fail(_sentence(error), 2))
+        if own is None or isinstance(own, OptionError | MisconfigurationException):
+            sys.exit(_fail(_sentence(error) if own is None else str(own), 2))
+        sys.exit(_fail(str(own), 1))
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says to everybody and what does not apply here."""
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*LightningCLI's args parameter is intended to run from within Python.*",
+        ".*The dirpath has changed from.*",  # a resumed run logs to a folder of its own
+        ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    advice = ("litlogger", "`weights_only` was not set")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
 
 
 def _fail(message: str, code: int) -> int:

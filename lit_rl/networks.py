@@ -196,8 +196,7 @@ def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[st
 def _unwrap(network: NetworkFactory) -> tuple[Any, dict[str, Any]]:
     """A callable's class or function, and the keyword arguments bound to it."""
     if isinstance(network, functools.partial):
-        # jsonargparse makes partial(instantiator, cls, **init_args) for a `class_path` in a config.
-        if network.args and inspect.isclass(network.args[0]):
-            return network.args[0], dict(network.keywords)
-        return network.func, dict(network.keywords)
+        # jsonargparse makes partial(<its own function>, ..., cls, **init_args) of a `class_path` in a config.
+        classes = [argument for argument in network.args if inspect.isclass(argument)]
+        return (classes[-1] if classes else network.func), dict(network.keywords)
     return network, {}

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -20,8 +21,10 @@ def connect(address: str | None = None) -> str:
     Raises:
         RunnerError: if `address` cannot be joined.
     """
-    # Ray turns authentication on for a Ray it starts. Who joins that one needs the same mode, set before `import ray`.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray turns authentication on for a Ray it starts. Who joins that one needs the same mode, set before `import ray`;
+    # set later it only reaches the processes that Ray starts, which would then refuse this one.
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 

@@ -1,0 +1,49 @@
+# The project's commands; `make` alone lists them.
+PYTHON ?= python3
+SEEDS ?= 1 2 3 4 5
+RECIPE ?= $(basename $(notdir $(wildcard recipes/*.yaml)))
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint types check results clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## make .venv with lit_rl, its dependencies and the development tools (PYTHON=python3.11)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) $(NEW_ENOUGH) || { \
+	  echo "make venv: $(PYTHON) is $$($(PYTHON) --version 2>&1): expected Python 3.11 or newer." \
+	    "Name one, as in: make venv PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: venv  ## train PPO on CartPole-v1, then play 100 episodes with its last checkpoint
+	$(BIN)/lit-rl fit --config recipes/ppo_cartpole.yaml
+	$(BIN)/lit-rl validate --config recipes/ppo_cartpole.yaml --ckpt_path last --data.eval_episodes 100
+	@newest=$$(ls -t runs/ppo_cartpole/version_*/checkpoints/*.ckpt | head -n 1); \
+	  echo "Checkpoint: $$newest, log: $${newest%/checkpoints/*}/metrics.csv"
+
+test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
+	$(BIN)/pytest $(ARGS)
+
+lint: venv  ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: venv  ## check types
+	$(BIN)/mypy
+
+check: lint types test  ## all that must pass before a change is proposed
+
+results: venv  ## train and judge recipes over seeds: docs/results (RECIPE=ppo_cartpole SEEDS="1 2 3 4 5"; without RECIPE all)
+	for recipe in $(RECIPE); do $(BIN)/python benchmarks/results.py $$recipe --seeds $(SEEDS) || exit 1; done
+
+clean:  ## remove caches and build products; .venv and runs stay
+	rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

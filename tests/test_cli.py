@@ -1,0 +1,183 @@
+"""`lit-rl`: runs, options, resuming, and one-sentence errors."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_rl import cli, load_policy
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TINY = [
+    "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
+    "--data.rollouts_per_epoch", "2", "--data.eval_episodes", "1", "--model.minibatch_size", "64",
+    "--model.num_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "1",
+]  # fmt: skip
+
+
+def lit_rl(*args: str) -> "cli.CLI":
+    """Run the command in this process."""
+    return cli.main(list(args))
+
+
+def fails(capsys: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
+    """Run a command that must fail: its exit code and its last line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not any("Traceback" in line for line in lines)
+    return caught.value.code, lines[-1]
+
+
+def runs() -> list[Path]:
+    """The run folders below the working folder, in order."""
+    return sorted(Path("runs/ppo_cartpole").glob("version_*"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
+    config = yaml.safe_load(recipe.read_text())
+    data = config["data"]["init_args"]
+    steps = data["num_envs_per_env_runner"] * data["rollout_length"]
+    lit_rl(
+        "fit", "--config", str(recipe), "--data.max_env_steps", str(steps), "--trainer.enable_progress_bar", "false",
+        "--data.eval_episodes", "1", "--model.num_epochs", "1",
+    )  # fmt: skip
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    assert int(torch.load(checkpoint, weights_only=True)["state_dict"]["env_steps"]) == steps
+    assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
+
+
+def test_fit_validate_test_and_predict(capsys: pytest.CaptureFixture) -> None:
+    lit_rl("fit", *TINY)
+    (run,) = runs()
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["max_env_steps"] == 512
+    assert len(list(csv.DictReader((run / "metrics.csv").open()))) >= 4
+    lit_rl("validate", *TINY, "--ckpt_path", "last")
+    assert "eval/return_mean" in capsys.readouterr().out
+    lit_rl("test", *TINY, "--ckpt_path", "last")
+    assert "test/return_mean" in capsys.readouterr().out
+    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.eval_episodes", "3")
+    check_episodes_file(next(Path("runs").rglob("episodes-rank0.parquet")))
+
+
+def check_episodes_file(path: Path) -> None:
+    import json
+
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    rows = table.to_pydict()
+    assert sorted(set(rows["episode"])) == [0, 1, 2]
+    for episode in range(3):
+        steps = [i for i, e in enumerate(rows["episode"]) if e == episode]
+        assert [rows["t"][i] for i in steps] == list(range(len(steps)))
+        assert [rows["terminated"][i] or rows["truncated"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
+        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps)
+    spec = json.loads(table.schema.metadata[b"lit_rl"])["spec"]
+    assert spec["action_space"] == {"type": "Discrete", "n": 2, "start": 0}
+
+
+def test_short_names_and_nested_options_need_no_config_file() -> None:
+    lit_rl(
+        "fit", "--model", "PPO", "--model.lr", "0.01", "--model.minibatch_size", "64", "--model.network", "MLP",
+        "--model.network.hidden_sizes", "[8]", "--data", "RolloutDataModule", "--data.env", "CartPole-v1",
+        "--data.max_env_steps", "256", "--data.rollout_length", "32", "--trainer.enable_progress_bar", "false",
+        "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.accelerator", "cpu",
+    )  # fmt: skip
+    (path,) = Path("runs").rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["lr"] == 0.01
+    assert checkpoint["state_dict"]["policy.head.weight"].shape == (2, 8)
+    assert load_policy(path).act([0.0, 0.0, 0.0, 0.0])[0] in (0, 1)
+
+
+def test_print_config_prints_a_config_that_can_be_run(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fit", *TINY, "--print_config"])
+    assert caught.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"].endswith(".PPO") and config["data"]["init_args"]["max_env_steps"] == 512
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    lit_rl("fit", "--config", "own.yaml")
+
+
+def test_last_goes_on_and_a_larger_budget_is_spent() -> None:
+    lit_rl("fit", *TINY)
+    lit_rl("fit", *TINY, "--data.max_env_steps", "1024", "--ckpt_path", "last")
+    first, second = runs()
+    rows = list(csv.DictReader((second / "metrics.csv").open()))
+    assert [int(row["env_steps"].split(".")[0]) for row in rows if row["loss/policy"]] == [640, 768, 896, 1024]
+    old, new = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (first, second))
+    assert (old["global_step"], new["global_step"]) == (8, 16)
+    # A budget that is spent already trains nothing and breaks nothing.
+    lit_rl("fit", *TINY, "--data.max_env_steps", "1024", "--ckpt_path", "last")
+
+
+def test_init_from_takes_the_weights_and_counts_from_zero() -> None:
+    lit_rl("fit", *TINY, "--model.normalize_observations", "true")
+    source = runs()[0] / "checkpoints" / "last.ckpt"
+    lit_rl(
+        "fit", *TINY, "--model.normalize_observations", "true", "--init_from", str(source), "--model.lr", "1e-12",
+        "--data.max_env_steps", "128",
+    )  # fmt: skip
+    old, new = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs())
+    torch.testing.assert_close(new["state_dict"]["policy.head.weight"], old["state_dict"]["policy.head.weight"])
+    assert int(new["state_dict"]["env_steps"]) == 128 and int(new["state_dict"]["policy.normalizer.count"]) == 640
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["fit", "--config", "no_such"], 2, ["config='no_such'", "ppo_cartpole"]),
+        (["fit", *TINY, "--model.lrr", "1"], 2, ["lrr"]),
+        (["fit", *TINY, "--model.lr", "high"], 2, ["lr", "high"]),
+        (["fit", *TINY, "--model.lr", "-1"], 2, ["lr=-1"]),
+        (["fit", *TINY, "--model", "PPPO"], 2, ["PPPO"]),
+        (["fit", *TINY, "--data.env", "NoSuch-v0"], 1, ["NoSuch-v0"]),
+        (["fit", *TINY, "--data.max_env_steps", "null"], 2, ["data.max_env_steps"]),
+        (["fit", *TINY, "--ckpt_path", "last"], 1, ["ckpt_path='last'", "runs"]),
+        (["fit", *TINY, "--ckpt_path", "gone.ckpt"], 1, ["gone.ckpt", "does not exist"]),
+        (["validate", *TINY], 2, ["--ckpt_path"]),
+        (["fit", *TINY, "--trainer.gradient_clip_val", "1.0"], 2, ["max_grad_norm"]),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(capsys, args: list[str], code: int, words: list[str]) -> None:
+    got, line = fails(capsys, *args)
+    assert line.startswith("lit-rl: error: ")
+    assert all(word in line for word in words), line
+    assert got == code
+
+
+@pytest.mark.slow
+def test_a_sweeps_command_runs_offline_and_its_parameters_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    from wandb.sdk.launch.sweeps import utils
+
+    sweep = yaml.safe_load((ROOT / "recipes" / "sweeps" / "ppo_cartpole.yaml").read_text())
+    chosen = {"model.init_args.lr": 0.0042, "model.init_args.num_epochs": 4, "data.init_args.rollout_length": 32}
+    assert chosen.keys() <= sweep["parameters"].keys()
+    made = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
+    command = utils.create_sweep_command(sweep["command"])
+    expanded: list[str] = []
+    for part in command:
+        expanded += {
+            "${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": [sweep["program"]],
+            "${args}": made["args"],
+        }.get(part, [part])  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Path("recipes").symlink_to(ROOT / "recipes")
+    expanded += ["--trainer.max_epochs=1", "--data.rollouts_per_epoch=2", "--trainer.enable_progress_bar=false"]
+    done = subprocess.run(expanded, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(expanded)}\n{done.stderr[-2000:]}"
+    (path,) = Path("runs").rglob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["lr"] == 0.0042 and checkpoint["hyper_parameters"]["num_epochs"] == 4
+    assert int(checkpoint["state_dict"]["env_steps"]) == 2 * 8 * 32
+    assert list(Path("runs").rglob("run-*.wandb"))

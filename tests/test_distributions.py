@@ -1,0 +1,154 @@
+"""The two halves of each action distribution, numpy and torch, against each other and torch.distributions."""
+
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from lit_rl.distributions import ActionDistribution, Categorical, DiagonalGaussian, distribution_for
+from lit_rl.errors import SpaceError
+
+BOX = spaces.Box(np.array([-1.0, -2.0, 0.0], np.float32), np.array([1.0, 2.0, 0.5], np.float32))
+
+
+def reference_categorical(parameters: torch.Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.Categorical(logits=parameters)
+
+
+def reference_gaussian(parameters: torch.Tensor) -> torch.distributions.Distribution:
+    mean, log_std = parameters.chunk(2, -1)
+    return torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+
+
+BOTH = pytest.mark.parametrize(
+    ("distribution", "reference"),
+    [(Categorical(spaces.Discrete(5)), reference_categorical), (DiagonalGaussian(BOX), reference_gaussian)],
+    ids=["Categorical", "DiagonalGaussian"],
+)
+
+
+def random_parameters(distribution: ActionDistribution, batch: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((batch, distribution.num_parameters)).astype(np.float32)
+
+
+def test_categorical_samples_as_often_as_softmax_says() -> None:
+    logits = np.array([0.0, 1.0, -2.0, 3.0, 0.5], np.float32)
+    probability = np.exp(logits) / np.exp(logits).sum()
+    n = 50_000
+    action, _ = Categorical(spaces.Discrete(5)).sample(np.tile(logits, (n, 1)), np.random.default_rng(0))
+    frequency = np.bincount(action, minlength=5) / n
+    assert (np.abs(frequency - probability) < 4 * np.sqrt(probability * (1 - probability) / n)).all()
+
+
+def test_gaussian_samples_have_its_mean_and_standard_deviation() -> None:
+    mean, std, n = np.array([0.5, -1.0, 3.0]), np.array([0.1, 1.0, 2.0]), 50_000
+    parameters = np.tile(np.concatenate([mean, np.log(std)]).astype(np.float32), (n, 1))
+    action, _ = DiagonalGaussian(BOX).sample(parameters, np.random.default_rng(0))
+    assert (np.abs(action.mean(0) - mean) < 4 * std / np.sqrt(n)).all()
+    assert (np.abs(action.std(0) / std - 1) < 4 / np.sqrt(2 * n)).all()
+
+
+@BOTH
+def test_log_prob_of_a_numpy_sample_equals_torch(distribution: ActionDistribution, reference: Callable) -> None:
+    parameters = random_parameters(distribution, 500)
+    action, log_prob = distribution.sample(parameters, np.random.default_rng(1))
+    log_prob_torch, _ = distribution.evaluate(torch.as_tensor(parameters), torch.as_tensor(action))
+    torch.testing.assert_close(torch.as_tensor(log_prob), log_prob_torch, atol=1e-5, rtol=0)
+
+
+@BOTH
+def test_evaluate_equals_torch_distributions(distribution: ActionDistribution, reference: Callable) -> None:
+    parameters = torch.as_tensor(random_parameters(distribution, 500)).double()
+    expected = reference(parameters)
+    action = expected.sample()
+    log_prob, entropy = distribution.evaluate(parameters, action)
+    torch.testing.assert_close(log_prob, expected.log_prob(action))
+    torch.testing.assert_close(entropy, expected.entropy())
+
+
+@BOTH
+def test_evaluate_takes_rollouts_and_sends_gradients_to_the_parameters(
+    distribution: ActionDistribution, reference: Callable
+) -> None:
+    parameters = torch.as_tensor(random_parameters(distribution, 12)).reshape(3, 4, -1).requires_grad_()
+    log_prob, entropy = distribution.evaluate(parameters, reference(parameters).sample())
+    assert log_prob.shape == entropy.shape == (3, 4)
+    for term in (log_prob, entropy):
+        (gradient,) = torch.autograd.grad(term.sum(), parameters, retain_graph=True)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+class Edges:
+    """A generator that gives the ends of [0, 1), where inverse CDFs go wrong."""
+
+    def random(self, n: int) -> np.ndarray:
+        return np.resize([0.0, np.nextafter(1.0, 0.0)], n)
+
+
+@pytest.mark.parametrize("rng", [np.random.default_rng(0), Edges()], ids=["random", "edges"])
+@pytest.mark.parametrize("impossible", [[0], [4], [0, 4], [0, 1, 2, 4], [1, 2, 3]])
+def test_categorical_never_samples_an_action_of_probability_zero(
+    rng: np.random.Generator, impossible: list[int]
+) -> None:
+    logits = random_parameters(Categorical(spaces.Discrete(5)), 2000) * 3
+    logits[::2, impossible] = -np.inf
+    logits[1::2, impossible] = -1e9
+    action, log_prob = Categorical(spaces.Discrete(5)).sample(logits, rng)
+    assert not np.isin(action, impossible).any()
+    assert np.isfinite(log_prob).all()
+
+
+def test_categorical_survives_large_logits() -> None:
+    action, log_prob = Categorical(spaces.Discrete(3)).sample(
+        np.array([[1e4, 0.0, -1e4]], np.float32), np.random.default_rng(0)
+    )
+    assert (action.tolist(), log_prob.tolist()) == ([0], [0.0])
+
+
+def test_mode_is_the_most_probable_action() -> None:
+    assert Categorical(spaces.Discrete(3)).mode(np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+    parameters = np.array([[1.0, 2.0, 3.0, -1.0, -1.0, -1.0]])
+    assert DiagonalGaussian(BOX).mode(parameters).tolist() == [[1.0, 2.0, 3.0]]
+
+
+def test_discrete_start_is_added_for_the_environment_only() -> None:
+    space = spaces.Discrete(3, start=-1)
+    distribution = distribution_for(space)
+    parameters = random_parameters(distribution, 200)
+    action, _ = distribution.sample(parameters, np.random.default_rng(0))
+    assert set(action) == {0, 1, 2}  # recorded from 0, as losses index logits
+    assert set(distribution.to_env(action)) == {-1, 0, 1}
+    assert all(space.contains(a) for a in distribution.to_env(action))
+
+
+def test_box_actions_are_clipped_for_the_environment_only() -> None:
+    distribution = distribution_for(BOX)
+    action, _ = distribution.sample(random_parameters(distribution, 200), np.random.default_rng(0))
+    recorded = action.copy()
+    given = distribution.to_env(action)
+    assert all(BOX.contains(a) for a in given)
+    np.testing.assert_array_equal(given, np.clip(recorded, BOX.low, BOX.high))
+    assert (given != recorded).any()
+    np.testing.assert_array_equal(action, recorded)  # not clipped in place
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiBinary(4),
+        spaces.Box(-1, 1, (2, 2)),
+        spaces.Box(-1, 1, ()),
+        spaces.Box(0, 255, (3,), np.uint8),
+        spaces.Dict(a=spaces.Discrete(2)),
+    ],
+    ids=str,
+)
+def test_unsupported_action_space_is_named_in_the_error(space: gym.Space) -> None:
+    with pytest.raises(SpaceError) as error:
+        distribution_for(space)
+    assert str(space) in str(error.value)

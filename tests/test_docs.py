@@ -1,0 +1,187 @@
+"""What the documentation shows runs: README.md and docs/*.md, block by block, and the doctests.
+
+A ```python block runs by itself in an empty folder; ```python ray ones need Ray. The `lit-rl` and `python` lines of a
+page's ```bash blocks run in order in a folder that holds the recipes, `fit` with a small budget. A ```yaml block that has
+a `model` and a `data` is a config the command line takes. ```text is not run.
+"""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import lit_rl
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BUDGET = 2048  # env steps of each `fit` line; those after the first get more, so that resumed runs have something to do
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+def read_blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for match in re.finditer(r"^```([\w ]*)\n(.*?)^```$", text, re.M | re.S):
+        yield Block(page, text.count("\n", 0, match.start()) + 1, match[1].strip(), match[2])
+
+
+BLOCKS = [block for page in PAGES if page.exists() for block in read_blocks(page)]
+
+
+def each_block(language: str) -> pytest.MarkDecorator:
+    found = [block for block in BLOCKS if block.language == language]
+    return pytest.mark.parametrize("block", found, ids=[f"{b.page.relative_to(ROOT)}:{b.line}" for b in found])
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The `lit-rl` and `python` lines of a page's bash blocks as argument lists, with the budget of a test."""
+    text = "\n".join(block.text for block in BLOCKS if block.page == page and block.language == "bash")
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line and line[0] in ("lit-rl", "python")]
+    num_fits = 0
+    for line in lines:
+        if "fit" in line:
+            num_fits += 1
+            line += ["--data.max_env_steps", str(BUDGET * num_fits)]
+    return lines
+
+
+def test_readme_shows_both_ways_to_run() -> None:
+    languages = {block.language for block in BLOCKS if block.page.name == "README.md"}
+    assert {"python", "bash"} <= languages
+
+
+def test_every_block_says_whether_it_is_run() -> None:
+    known = {"python", "python ray", "bash", "yaml", "text"}
+    assert [block for block in BLOCKS if block.language not in known] == []
+    for page in PAGES:
+        assert page.read_text().count("\n```") == 2 * sum(block.page == page for block in BLOCKS), page
+
+
+@each_block("python")
+def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    code = "\n" * block.line + block.text  # so that tracebacks show the page's line
+    exec(compile(code, str(block.page), "exec"), {"__name__": f"docs_line_{block.line}"})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@each_block("python ray")
+def test_python_block_with_ray_runs(block: Block) -> None:
+    done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+# Lit_rl's command line, imported once; every command runs in a fork of its own.
+COMMAND_SERVER = """
+import json, os, sys
+from lit_rl.cli import main
+
+for request in sys.stdin:
+    folder, log, command = json.loads(request)
+    pid = os.fork()
+    if not pid:
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if command[0] == "python":
+            os.execv(sys.executable, command)
+        sys.argv = command
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def command_server() -> Iterator[subprocess.Popen]:
+    command, environment = [sys.executable, "-c", COMMAND_SERVER], os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        yield server
+        server.stdin.close()
+
+
+@pytest.fixture
+def run(command_server: subprocess.Popen, tmp_path: Path) -> Callable[[list[str]], None]:
+    """Runs one command in tmp_path, which holds the recipes; it must succeed."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    log = tmp_path / "output.txt"
+
+    def run(command: list[str]) -> None:
+        command_server.stdin.write(json.dumps([str(tmp_path), str(log), command]) + "\n")
+        command_server.stdin.flush()
+        code = int(command_server.stdout.readline())
+        assert code == 0, f"{shlex.join(command)}\n{log.read_text()[-3000:]}"
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if command_lines(p)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_run_in_order(page: Path, run: Callable[[list[str]], None]) -> None:
+    for line in command_lines(page):
+        run(line)
+
+
+@each_block("yaml")
+def test_yaml_block_is_yaml(block: Block) -> None:
+    assert isinstance(yaml.safe_load(block.text), dict)
+
+
+@pytest.mark.slow
+@each_block("yaml")
+def test_yaml_block_is_a_config_the_command_line_takes(
+    block: Block, tmp_path: Path, run: Callable[[list[str]], None]
+) -> None:
+    if not {"model", "data"} <= set(yaml.safe_load(block.text)):
+        pytest.skip("a part of a config")
+    (tmp_path / "block.yaml").write_text(block.text)
+    run(["lit-rl", "fit", "--config", "block.yaml", "--print_config"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+MODULES = [module.name for module in pkgutil.walk_packages(lit_rl.__path__, "lit_rl.") if "__main__" not in module.name]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_of_a_module_hold(name: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert not failed  # the captured output shows the examples
+
+
+def test_the_pure_functions_have_doctests() -> None:
+    for name in ("lit_rl.losses", "lit_rl.returns"):
+        module = importlib.import_module(name)
+        examples = {test.name for test in doctest.DocTestFinder().find(module) if test.examples}
+        functions = {f"{name}.{f.__name__}" for f in vars(module).values() if getattr(f, "__module__", "") == name}
+        assert functions <= examples

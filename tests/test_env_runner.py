@@ -1,0 +1,259 @@
+"""Every transition of the counter environment, in every autoreset mode."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from envs import CounterEnv, FailingEnv, counter_vector
+from gymnasium.vector import AutoresetMode
+from tensordict import TensorDict
+
+from lit_rl.envs.make import EnvConfig, autoreset_mode
+from lit_rl.envs.vector import SyncVectorEnv
+from lit_rl.errors import EnvError, OptionError, SpaceError
+from lit_rl.policy import Policy
+from lit_rl.rollout import next_observation, next_values, to_rollout
+from lit_rl.runners.env_runner import EnvRunner, Fragment, play
+
+NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4
+CONFIGS = {
+    "sync": EnvConfig(CounterEnv),
+    "async": EnvConfig(CounterEnv, vectorization="async"),
+    **{
+        mode.value: EnvConfig(counter_vector, {"mode": mode.value}, vectorization="native") for mode in AutoresetMode
+    },
+}
+
+
+def make_runner(config: EnvConfig, num_envs: int = NUM_ENVS, length: int = LENGTH, **kwargs) -> EnvRunner:
+    seed = np.random.SeedSequence(0)
+    return EnvRunner(config, Policy(config.spec()), num_envs=num_envs, rollout_length=length, seed=seed, **kwargs)
+
+
+def expected_rows(offset: int) -> Iterator[tuple[float, float, bool, bool, float, bool]]:
+    """(obs, reward, terminated, truncated, next obs, is_init) of CounterEnv(offset), from its definition."""
+    episode = 0
+    while True:
+        last = 2 + (episode + offset) % 3
+        for t in range(last):
+            ended = t + 1 == last
+            odd = episode % 2 == 1
+            yield 100 * episode + t, t + 1, ended and not odd, ended and odd, 100 * episode + t + 1, t == 0
+        episode += 1
+
+
+def check_rollouts(rollouts: list[TensorDict], offsets: list[int]) -> None:
+    """Every real row is the next one that the definition gives, none is missing and none is there twice."""
+    for b, offset in enumerate(offsets):
+        expected = expected_rows(offset)
+        for rollout in rollouts:
+            mask = rollout.get("mask", torch.ones_like(rollout["is_init"]))
+            following = next_observation(rollout)
+            for t in range(rollout["is_init"].shape[1]):
+                if not mask[b, t]:
+                    assert rollout["next", "reward"][b, t] == 0 and not rollout["next", "done"][b, t]
+                    assert not rollout["is_init"][b, t]
+                    continue
+                row = (
+                    rollout["observation"][b, t].item(),
+                    rollout["next", "reward"][b, t].item(),
+                    rollout["next", "terminated"][b, t].item(),
+                    rollout["next", "truncated"][b, t].item(),
+                    following[b, t].item(),
+                    rollout["is_init"][b, t].item(),
+                )
+                assert row == next(expected), (b, t)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_transition_is_exact_in_every_autoreset_mode(name: str) -> None:
+    runner = make_runner(CONFIGS[name])
+    try:
+        fragments = [runner.sample() for _ in range(FRAGMENTS)]
+    finally:
+        runner.close()
+    offsets = list(range(NUM_ENVS)) if CONFIGS[name].vectorization == "native" else [0] * NUM_ENVS
+    check_rollouts([to_rollout([fragment], copy=False) for fragment in fragments], offsets)
+    check_episodes(fragments, offsets)
+
+
+def check_episodes(fragments: list[Fragment], offsets: list[int]) -> None:
+    """The finished episodes are those of the definition: length n, return 1 + ... + n."""
+    found = sorted((e.length, e.return_) for fragment in fragments for e in fragment.episodes)
+    steps = sum(f.rows.views().get("mask", np.ones((NUM_ENVS, LENGTH))).sum(1) for f in fragments)
+    expected = []
+    for offset, total in zip(offsets, steps):
+        episode = 0
+        while total >= (length := 2 + (episode + offset) % 3):
+            expected.append((length, length * (length + 1) / 2))
+            total -= length
+            episode += 1
+    assert found == sorted(expected)
+
+
+def test_masked_rows_are_exactly_the_reset_rows_of_next_step_mode() -> None:
+    runner = make_runner(CONFIGS["NextStep"], num_envs=1, length=9)
+    mask = runner.sample().rows.views()["mask"][0]
+    # Episodes of 2, 3 and 4 steps, each followed by one reset row.
+    assert mask.tolist() == [True, True, False, True, True, True, False, True, True]
+
+
+def test_next_values_use_the_final_observation_at_an_episode_end() -> None:
+    rollout = to_rollout([make_runner(CONFIGS["sync"]).sample()], copy=False)
+    value, next_value = next_values(rollout, lambda obs: obs.squeeze(-1))
+    assert torch.equal(value, rollout["observation"].squeeze(-1))
+    assert torch.equal(next_value, next_observation(rollout).squeeze(-1))
+    assert rollout["final_observation"].shape[1] == 2  # episodes of 2 and 3 steps ended within 7
+
+
+def test_fragments_with_different_numbers_of_finals_join() -> None:
+    long, short = make_runner(CONFIGS["sync"]), make_runner(CONFIGS["sync"])
+    first, second = long.sample(), short.sample()
+    second = long.sample()
+    rollout = to_rollout([first, second], copy=True)
+    assert rollout.batch_size == (2 * NUM_ENVS,)
+    apart = [next_observation(to_rollout([f], copy=False)) for f in (first, second)]
+    assert torch.equal(next_observation(rollout), torch.cat(apart))
+
+
+def test_own_sync_vector_env_equals_gymnasiums() -> None:
+    makers = [functools.partial(gym.make, "CartPole-v1", max_episode_steps=12)] * 3
+    ours = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    theirs = gym.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    rng = np.random.default_rng(0)
+    ended = 0
+    for _ in range(60):
+        action = rng.integers(0, 2, 3)
+        a, b = ours.step(action), theirs.step(action)
+        for x, y in zip(a[:4], b[:4]):
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+        assert a[4].keys() == b[4].keys()
+        for i in np.flatnonzero(a[2] | a[3]):
+            ended += 1
+            np.testing.assert_array_equal(a[4]["final_obs"][i], b[4]["final_obs"][i])
+    assert ended
+
+
+def test_a_rollout_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    config = EnvConfig("CartPole-v1")
+    spec = config.spec()
+    torch.manual_seed(0)
+    policies = [Policy(spec) for _ in range(3)]
+    for policy in policies[1:]:
+        policy.load_state_dict(policies[0].state_dict())
+    seeds = [np.random.SeedSequence(s) for s in (1, 1, 2)]
+    a, b, c = (
+        EnvRunner(config, policy, num_envs=2, rollout_length=50, seed=seed).sample().rows.views()["observation"]
+        for policy, seed in zip(policies, seeds)
+    )
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_environments_of_a_runner_have_different_seeds() -> None:
+    observation = make_runner(EnvConfig("CartPole-v1")).sample().rows.views()["observation"]
+    assert len(np.unique(observation[:, 0, 0])) == NUM_ENVS
+
+
+def test_recorded_log_probs_are_the_policys() -> None:
+    for env in ("CartPole-v1", "Pendulum-v1"):
+        config = EnvConfig(env)
+        policy = Policy(config.spec(), normalize_observations=True)
+        policy.normalizer.update(torch.randn(100, *config.spec().observation_space.shape) * 3 + 1)
+        runner = EnvRunner(config, policy, num_envs=2, rollout_length=40, seed=np.random.SeedSequence(0))
+        rollout = to_rollout([runner.sample()], copy=False)
+        log_prob, _ = policy.evaluate(rollout)
+        torch.testing.assert_close(log_prob, rollout["action_log_prob"], atol=1e-5, rtol=0)
+
+
+def test_info_metrics_are_read_at_the_last_step_in_every_mode() -> None:
+    for name in ("sync", "NextStep", "Disabled"):
+        runner = make_runner(CONFIGS[name], num_envs=1, length=12, info_metrics=["score", "absent"])
+        episodes = runner.sample().episodes
+        assert [e.info for e in episodes] == [{"score": 10.0 * k} for k in range(len(episodes))], name
+        assert len(episodes) >= 3
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", ["FailingEnv", "step", "ValueError", "the simulator fell over"]),
+        ("nan reward", ["FailingEnv", "reward=nan", "row 6", "environment 0"]),
+        ("nan observation", ["FailingEnv", "observation=[nan]", "row 0", "environment 0"]),
+    ],
+)
+def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str]) -> None:
+    runner = make_runner(EnvConfig(FailingEnv, {"how": how}), num_envs=2)
+    with pytest.raises(EnvError) as caught:
+        [runner.sample() for _ in range(2)]
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: EnvConfig("NoSuchEnv-v0").make(), EnvError, ["NoSuchEnv-v0", "not a registered"]),
+        (lambda: EnvConfig("CartPole-v1", {"wings": 2}).make(), EnvError, ["CartPole-v1", "could not be made", "wings"]),
+        (lambda: EnvConfig("no.such.module:Env").make(), EnvError, ["no.such.module", "cannot import"]),
+        (lambda: EnvConfig(3), OptionError, ["env=3", "gymnasium id"]),
+        (lambda: EnvConfig("CartPole-v1", vectorization="fast"), OptionError, ["vectorization='fast'", "'sync'"]),
+        (lambda: EnvConfig("Pendulum-v1", vectorization="native").spec(), OptionError, ["Pendulum-v1", "native"]),
+        (lambda: EnvConfig(CounterEnv, {"offset": 0}, ["nothing:Here"]).make(), EnvError, ["nothing"]),
+        (lambda: EnvConfig(lambda: 3).make(), EnvError, ["int", "gymnasium.Env"]),
+        (lambda: Policy(EnvConfig("Blackjack-v1").spec()), SpaceError, ["Tuple", "Discrete"]),
+    ],
+)
+def test_what_cannot_be_made_is_said_in_one_sentence(make: Callable, error: type, words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        make()
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_wrappers_and_entry_points_are_found_by_name() -> None:
+    config = EnvConfig(
+        "envs:CounterEnv", {"offset": 1}, [{"gymnasium.wrappers:TimeLimit": {"max_episode_steps": 1}}, _Doubled]
+    )
+    env = config.make()
+    env.reset()
+    obs, reward, _, truncated, _ = env.step(0)
+    assert (obs.item(), reward, truncated) == (1.0, 2.0, True)
+
+
+class _Doubled(gym.RewardWrapper):
+    def reward(self, reward: float) -> float:
+        return 2 * reward
+
+
+def test_a_vector_env_that_does_not_say_how_it_resets_is_refused() -> None:
+    envs = counter_vector(1, "SameStep")
+    envs.metadata = {}
+    with pytest.raises(EnvError, match="autoreset_mode"):
+        autoreset_mode(envs)
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "SameStep", "NextStep", "Disabled"])
+def test_played_episodes_are_whole_whatever_their_length(name: str) -> None:
+    config = CONFIGS[name]
+    episodes = list(play(config, Policy(config.spec()), range(6), num_envs=2, record=True))
+    # Environment b plays three episodes: 2, 3 and 4 steps if its offset is 0.
+    lengths = [2, 3, 4] + ([3, 4, 2] if config.vectorization == "native" else [2, 3, 4])
+    assert sorted(e.length for e in episodes) == sorted(lengths)
+    for episode in episodes:
+        assert episode.return_ == sum(range(1, episode.length + 1))
+        assert episode.steps["reward"].tolist() == list(range(1, episode.length + 1))
+        assert (episode.steps["observation"][:, 0] % 100).tolist() == list(range(episode.length))
+        ends = episode.steps["terminated"] | episode.steps["truncated"]
+        assert ends.tolist() == [False] * (episode.length - 1) + [True]
+
+
+def test_played_episodes_do_not_depend_on_how_many_are_played_at_a_time() -> None:
+    config = EnvConfig("CartPole-v1")
+    torch.manual_seed(0)
+    policy = Policy(config.spec())
+    few, many = (sorted(e.return_ for e in play(config, policy, range(100, 112), num_envs=n)) for n in (1, 5))
+    assert few == many

@@ -1,0 +1,111 @@
+"""What is installed: the three outer folders as sub-packages of lit_rl, recipes as data, nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lit_rl
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = ("modules", "datamodules", "callbacks", "recipes")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+
+
+def packages_on_disk() -> dict[str, Path]:
+    """Every folder with an `__init__.py`, by the name it is imported as. (`rglob` does not enter links.)"""
+    folders = [
+        init.parent.relative_to(ROOT) for top in ("lit_rl", *LINKS) for init in (ROOT / top).rglob("__init__.py")
+    ]
+    return {".".join(("lit_rl", *folder.parts)).replace("lit_rl.lit_rl", "lit_rl"): folder for folder in folders}
+
+
+def folder_of(package: str) -> Path:
+    """Where setuptools looks for a package: the nearest entry of package-dir."""
+    parts = package.split(".")
+    for i in range(len(parts), 0, -1):
+        if ".".join(parts[:i]) in SETUPTOOLS["package-dir"]:
+            return Path(SETUPTOOLS["package-dir"][".".join(parts[:i])], *parts[i:])
+    raise AssertionError(f"{package} is below no entry of package-dir")
+
+
+def test_every_package_on_disk_is_listed_and_found_where_it_lies() -> None:
+    found = packages_on_disk()
+    assert {"lit_rl", "lit_rl.runners", "lit_rl.modules"} <= set(found)
+    assert set(SETUPTOOLS["packages"]) == set(found) | {"lit_rl.recipes"}  # data has no __init__.py
+    assert {package: folder_of(package) for package in found} == found
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_link_is_relative_and_points_to_its_folder(name: str) -> None:
+    link = ROOT / "lit_rl" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert link.resolve() == ROOT / name
+    assert (ROOT / name).is_dir()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: the checkout stays clean, and nothing left in its build/ gets in."""
+    copy, out = tmp_path_factory.mktemp("source") / "lit_rl", tmp_path_factory.mktemp("dist")
+    unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=unwanted)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_holds_all_files_under_lit_rl_once(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in names} == {"lit_rl"}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lit_rl").rglob("*.py")}
+    for name in LINKS:
+        pattern = "*.yaml" if name == "recipes" else "*.py"
+        expected |= {f"lit_rl/{path.relative_to(ROOT)}" for path in (ROOT / name).rglob(pattern)}
+    assert {"lit_rl/modules/ppo.py", "lit_rl/recipes/ppo_cartpole.yaml"} <= expected
+    assert sorted(names) == sorted(expected | {"lit_rl/py.typed"})
+
+
+@pytest.mark.slow
+def test_wheel_runs_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    unpacked, cwd = tmp_path / "site", tmp_path / "elsewhere"
+    cwd.mkdir()
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}  # comes before the editable install
+
+    def run(*args: str) -> str:
+        command = [sys.executable, *args]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    where = "import lit_rl, lit_rl.modules.ppo as ppo; print(lit_rl.__file__, ppo.__file__)"
+    assert all(Path(file).is_relative_to(unpacked) for file in run("-c", where).split())
+    arguments = (
+        "--config ppo_cartpole --data.max_env_steps 1024 --data.eval_episodes 1 --trainer.logger false "
+        "--trainer.callbacks null --trainer.enable_progress_bar false"
+    )
+    run("-m", "lit_rl", "fit", *arguments.split())
+
+
+def test_the_two_places_that_say_the_version_agree() -> None:
+    assert PYPROJECT["project"]["version"] == lit_rl.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["-m", "lit_rl"], [str(Path(sys.executable).with_name("lit-rl"))]], ids=["module", "script"]
+)
+def test_module_and_console_script_start(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"lit-rl {lit_rl.__version__}")

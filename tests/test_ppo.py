@@ -1,0 +1,256 @@
+"""PPO: what it learns, and that each of its options does what it says."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from envs import ClockEnv, CounterEnv, IdentityEnv, TargetEnv, counter_vector
+from tensordict import TensorDict
+
+from lit_rl import MLP, PPO, RolloutDataModule
+from lit_rl.errors import LitRLError, OptionError
+from lit_rl.modules.ppo import explained_variance
+
+
+def train(make_trainer, env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, RolloutDataModule, float]:
+    """Train, then play: the algorithm, its datamodule, and the mean greedy return."""
+    module = RolloutDataModule(env, max_env_steps=steps, **{"seed": 0, "eval_episodes": 20} | data)
+    algorithm = PPO(**model)
+    make_trainer(limit_val_batches=0, **trainer).fit(algorithm, module)
+    evaluated = make_trainer().validate(algorithm, module, verbose=False)
+    return algorithm, module, evaluated[0]["eval/return_mean"]
+
+
+SMALL = {"num_envs_per_env_runner": 8, "rollout_length": 16}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learns_to_name_a_discrete_observation(make_trainer, seed: int) -> None:
+    model = {"lr": 1e-2, "minibatch_size": 64, "gamma": 0.0}
+    *_, return_ = train(make_trainer, IdentityEnv, 2_500, model, SMALL | {"seed": seed})
+    assert return_ == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learns_a_continuous_action_from_a_continuous_observation(make_trainer, seed: int) -> None:
+    model = {"lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 64, "gamma": 0.0, "normalize_observations": True}
+    *_, return_ = train(make_trainer, TargetEnv, 6_000, model, SMALL | {"seed": seed})
+    assert return_ > -0.02  # acting at random costs about 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learns_cartpole(make_trainer, seed: int) -> None:
+    model = {"lr": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "num_epochs": 10}
+    *_, return_ = train(make_trainer, "CartPole-v1", 30_000, model, {"seed": seed})
+    assert return_ > 300
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "native"])
+def test_a_time_limit_is_bootstrapped_not_a_value_of_zero(make_trainer, vectorization: str) -> None:
+    env = ClockEnv if vectorization == "sync" else clock_vector
+    model = {"lr": 1e-2, "gamma": 0.5, "minibatch_size": 64, "value_coef": 1.0, "max_grad_norm": None}
+    data = SMALL | {"vectorization": vectorization}
+    algorithm, *_ = train(make_trainer, env, 8_000, model, data)
+    # 1 + 0.5 + 0.25 + ... = 2; were the limit an end, 1.4.
+    assert algorithm.value(torch.zeros(1, 1)).item() == pytest.approx(2.0, abs=0.05)
+
+
+def clock_vector(num_envs: int):
+    """ClockEnv in autoreset mode NEXT_STEP: one row in six is no transition."""
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    return SyncVectorEnv([ClockEnv] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def collect(make_trainer, env, data: dict, model: dict | None = None) -> tuple[PPO, TensorDict]:
+    """A PPO attached to a Trainer, its update not run, and one rollout."""
+    kept = []
+
+    class Keep(PPO):
+        def update(self, batch: TensorDict) -> dict:
+            kept.append(batch.clone())
+            return {}
+
+    module = RolloutDataModule(env, rollouts_per_epoch=1, **{"seed": 0} | data)
+    algorithm = Keep(**model or {})
+    make_trainer(max_epochs=1, limit_val_batches=0).fit(algorithm, module)
+    bare = Bare(**model or {}, spec=module.spec.to_dict())
+    bare.build(module.spec)
+    bare.load_state_dict(algorithm.state_dict())
+    return bare, kept[0]
+
+
+class Bare(PPO):
+    """PPO that keeps its gradients in place of stepping."""
+
+    def optimize(self, loss: torch.Tensor, optimizer: object = None) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+        loss.backward()
+        self.gradients = [p.grad.clone() for p in self.parameters() if p.grad is not None]
+
+
+def test_masked_rows_change_no_gradient_no_statistic_and_no_metric(make_trainer) -> None:
+    data = {"env_kwargs": {"mode": "NextStep"}, "vectorization": "native", "num_envs_per_env_runner": 4}
+    model = {
+        "minibatch_size": 4 * 24,
+        "num_epochs": 1,
+        "normalize_observations": True,
+        "normalize_returns": True,
+        "entropy_coef": 0.1,
+    }
+    algorithm, rollout = collect(make_trainer, counter_vector, data | {"rollout_length": 24}, model)
+    assert (~rollout["mask"]).sum() > 10
+    spoiled = rollout.clone()
+    bad = ~spoiled["mask"]
+    spoiled["action"][bad] = 1 - spoiled["action"][bad]
+    spoiled["action_log_prob"][bad] = -20.0
+    other = copy.deepcopy(algorithm)
+    first, second = algorithm.update(rollout), other.update(spoiled)
+    for a, b in zip(algorithm.gradients, other.gradients):
+        torch.testing.assert_close(a, b)
+    for name in first:
+        torch.testing.assert_close(torch.as_tensor(first[name]), torch.as_tensor(second[name]))
+    real = rollout["observation"][rollout["mask"]]
+    torch.testing.assert_close(algorithm.policy.normalizer.mean, real.mean(0))
+    assert int(algorithm.policy.normalizer.count) == int(rollout["mask"].sum())
+    assert int(algorithm.return_normalizer.count) == int(rollout["mask"].sum())
+
+
+def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) -> None:
+    data = {"env_kwargs": {"mode": "NextStep"}, "vectorization": "native", "num_envs_per_env_runner": 1}
+    model = {"minibatch_size": 24, "num_epochs": 1}
+    algorithm, rollout = collect(make_trainer, counter_vector, data | {"rollout_length": 24}, model)
+    algorithm.update(rollout)
+    masked = algorithm.gradients
+    # The same transitions as an environment without reset rows would give them.
+    keep = rollout["mask"][0]
+    same = TensorDict({k: v[:, keep] for k, v in rollout.items() if k in ("observation", "action", "action_log_prob")}, [1])
+    same["next"] = TensorDict({k: v[:, keep] for k, v in rollout["next"].items()}, [1])
+    from lit_rl.rollout import next_observation
+
+    following = next_observation(rollout)[:, keep]
+    steps = same["next", "done"][0].nonzero()[:, 0]
+    same["final_step"], same["final_observation"] = steps[None], following[:, steps]
+    same["last_observation"] = rollout["last_observation"]
+    same["policy_version"] = rollout["policy_version"][:, keep]
+    other = Bare(**model | {"minibatch_size": int(keep.sum())}, spec=algorithm.spec.to_dict())
+    other.build(algorithm.spec)
+    other.load_state_dict(algorithm.state_dict())
+    other.update(same)
+    for a, b in zip(masked, other.gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("clip", 0.05),
+        ("entropy_coef", 0.5),
+        ("value_coef", 2.0),
+        ("gamma", 0.5),
+        ("gae_lambda", 0.1),
+        ("normalize_advantage", False),
+        ("normalize_returns", True),
+        ("lr", 1e-4),
+        ("lr_schedule", [[0, 1e-4]]),
+        ("num_epochs", 1),
+        ("minibatch_size", 32),
+        ("max_grad_norm", 0.01),
+        ("network", MLP),  # the default, said aloud: changes nothing
+    ],
+)
+def test_every_option_changes_what_is_learned(make_trainer, option: str, value: object) -> None:
+    def weights(**model) -> torch.Tensor:
+        data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL | {"rollout_length": 32})
+        algorithm = PPO(**{"minibatch_size": 64, "lr": 1e-2} | model)
+        make_trainer(limit_val_batches=0).fit(algorithm, data)
+        return torch.cat([p.flatten() for p in algorithm.parameters()])
+
+    same = torch.equal(weights(), weights(**{option: value}))
+    assert same == (option == "network")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0}, "lr=0: expected a number, above 0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"gamma": 1.5}, "gamma=1.5: expected a number, at least 0 and at most 1"),
+        ({"clip": -0.1}, "clip=-0.1"),
+        ({"num_epochs": 0}, "num_epochs=0: expected a whole number of at least 1"),
+        ({"minibatch_size": 2.5}, "minibatch_size=2.5"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"lr_schedule": "cosine"}, "lr_schedule='cosine': expected 'constant', 'linear'"),
+        ({"lr_schedule": [[0, 1.0], [0, 0.5]]}, "rising order"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        PPO(**options)
+    assert words in str(caught.value)
+
+
+def test_a_minibatch_larger_than_the_rollout_is_refused(make_trainer) -> None:
+    with pytest.raises(OptionError, match="minibatch_size=256: expected at most the 128 rows"):
+        train(make_trainer, CounterEnv, 256, {}, SMALL)
+
+
+def test_observation_normalisation_of_a_discrete_space_is_refused(make_trainer) -> None:
+    with pytest.raises(OptionError, match="normalize_observations"):
+        train(make_trainer, IdentityEnv, 256, {"normalize_observations": True, "minibatch_size": 64}, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ({"gradient_clip_val": 1.0}, "max_grad_norm"),
+        ({"accumulate_grad_batches": 2}, "minibatch_size"),
+    ],
+)
+def test_trainer_options_that_do_not_apply_name_the_algorithms_own(make_trainer, trainer: dict, words: str) -> None:
+    with pytest.raises(LitRLError, match=words):
+        train(make_trainer, CounterEnv, 256, {"minibatch_size": 64}, SMALL, **trainer)
+
+
+def test_advantages_and_targets_of_a_rollout_by_hand(make_trainer) -> None:
+    model = {"minibatch_size": 8, "gamma": 0.5, "gae_lambda": 1.0, "normalize_advantage": False, "num_epochs": 1}
+    algorithm, rollout = collect(make_trainer, CounterEnv, {"num_envs_per_env_runner": 1, "rollout_length": 8}, model)
+    for parameter in algorithm.critic.parameters():
+        parameter.data.zero_()
+    algorithm.critic.head.bias.data.fill_(8.0)  # V = 8 everywhere
+    algorithm.update(rollout)
+    # Episodes: rewards 1 2 (terminated) | 1 2 3 (truncated) | 1 2 3 (cut by the fragment's end; 4 steps long)
+    # 1 + 2/2 = 2, 2 | 1 + 2/2 + 3/4 + 8/8 = 3.75, 2 + 3/2 + 8/4 = 5.5, 3 + 8/2 = 7 | the same
+    expected = torch.tensor([[2.0, 2.0, 3.75, 5.5, 7.0, 3.75, 5.5, 7.0]])
+    torch.testing.assert_close(rollout["value_target"], expected)
+    torch.testing.assert_close(rollout["advantage"], expected - 8.0)
+
+
+def test_the_observation_statistics_change_only_after_the_update(make_trainer) -> None:
+    seen = []
+
+    class Watch(PPO):
+        def update(self, batch: TensorDict) -> dict:
+            log_prob, _ = self.policy.evaluate(batch)
+            seen.append((log_prob - batch["action_log_prob"]).abs().max().item())
+            before = self.policy.normalizer.mean.clone()
+            metrics = super().update(batch)
+            assert not torch.equal(before, self.policy.normalizer.mean)
+            return metrics
+
+    data = RolloutDataModule("Pendulum-v1", max_env_steps=1024, seed=0, **SMALL)
+    algorithm = Watch(minibatch_size=64, normalize_observations=True)
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    assert len(seen) == 8 and max(seen) < 1e-4
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_ignores_masked_rows() -> None:
+    target = torch.tensor([1.0, 2.0, 4.0])
+    assert explained_variance(target, target) == 1
+    assert explained_variance(torch.ones(3), target) == 0
+    mask = torch.tensor([True, True, False])
+    assert explained_variance(torch.tensor([1.0, 2.0, 99.0]), target, mask) == 1
+    assert np.isfinite(explained_variance(torch.ones(3), torch.ones(3)))

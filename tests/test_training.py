@@ -1,0 +1,270 @@
+"""The path env -> runner -> rollout -> LightningModule -> weights -> runner, under Trainer."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from envs import CounterEnv, counter_vector
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from tensordict import TensorDict
+
+from lit_rl import PPO, EnvStepsProgressBar, RolloutDataModule, load_policy
+from lit_rl.envs.make import EnvConfig
+from lit_rl.errors import OptionError
+from lit_rl.runners.env_runner import play
+
+SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
+QUICK = {"minibatch_size": 64, "num_epochs": 1}
+
+
+class Order(PPO):
+    """Notes which weights collected what was learned from, and whether they were the newest."""
+
+    def update(self, batch: TensorDict) -> dict:
+        if not hasattr(self, "versions"):
+            self.versions, self.fresh = [], []
+        log_prob, _ = self.policy.evaluate(batch)
+        self.fresh.append(bool(torch.allclose(log_prob, batch["action_log_prob"], atol=1e-5)))
+        self.versions.append((self.updates_done, int(batch["policy_version"][0, 0])))
+        return super().update(batch)
+
+
+class Keep(L.Callback):
+    """Every logged value of some metrics."""
+
+    def __init__(self, *names: str):
+        self.values: dict[str, list] = {name: [] for name in names}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        for name, values in self.values.items():
+            values.append(trainer.callback_metrics.get(name))
+
+
+def test_every_rollout_is_collected_with_the_newest_weights(make_trainer) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 6, rollouts_per_epoch=2, **SMALL)
+    algorithm, lag = Order(lr=0.05, **QUICK), Keep("rollout/policy_lag")
+    make_trainer(limit_val_batches=0, callbacks=[lag]).fit(algorithm, data)
+    assert algorithm.versions == [(k, k) for k in range(6)]
+    assert all(algorithm.fresh)
+    assert lag.values["rollout/policy_lag"] == [0.0] * 6
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_prefetch_collects_one_version_behind_and_says_so(make_trainer, prefetch: int) -> None:
+    data = RolloutDataModule(
+        "CartPole-v1", max_env_steps=128 * 6, rollouts_per_epoch=2, num_env_runners=1, prefetch=prefetch, **SMALL
+    )
+    algorithm, lag = Order(lr=0.05, **QUICK), Keep("rollout/policy_lag")
+    make_trainer(limit_val_batches=0, callbacks=[lag]).fit(algorithm, data)
+    assert algorithm.versions == [(k, max(0, k - prefetch)) for k in range(6)]
+    assert algorithm.fresh == [k == 0 or not prefetch for k in range(6)]
+    assert lag.values["rollout/policy_lag"] == [float(bool(k and prefetch)) for k in range(6)]
+
+
+def test_in_process_training_imports_no_ray(tmp_path: Path) -> None:
+    code = """
+import sys, lightning as L
+from lit_rl import PPO, RolloutDataModule
+data = RolloutDataModule("CartPole-v1", max_env_steps=512, rollout_length=16, seed=0, eval_episodes=2)
+trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
+trainer.fit(PPO(minibatch_size=64), data)
+trainer.validate(trainer.model, data)
+assert trainer.model.env_steps == 512
+assert not {"ray", "torchrl", "wandb"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("budget", "spent"), [(128 * 5, 128 * 5), (128 * 5 + 127, 128 * 5)])
+def test_the_budget_is_never_exceeded_and_the_last_epoch_is_validated(make_trainer, budget: int, spent: int) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=budget, rollouts_per_epoch=2, eval_episodes=1, **SMALL)
+    algorithm, trainer = PPO(**QUICK), make_trainer()
+    validations = []
+    algorithm.on_validation_end = lambda: validations.append(algorithm.env_steps_done)
+    trainer.fit(algorithm, data)
+    assert algorithm.env_steps_done == spent
+    assert validations == [256, 512, 640]
+    assert trainer.current_epoch == 3
+    assert algorithm.updates_done == 5
+    assert trainer.global_step == 5 * 2  # optimizer steps, as everywhere in Lightning
+
+
+def test_reset_rows_are_not_counted_as_env_steps(make_trainer) -> None:
+    data = RolloutDataModule(
+        counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=3, **SMALL
+    )
+    real = []
+
+    class Count(PPO):
+        def update(self, batch: TensorDict) -> dict:
+            real.append(int(batch["mask"].sum()))
+            return super().update(batch)
+
+    algorithm = Count(**QUICK)
+    make_trainer(max_epochs=1, limit_val_batches=0).fit(algorithm, data)
+    assert algorithm.env_steps_done == sum(real) < 3 * 128
+
+
+def test_the_training_return_is_absent_until_an_episode_ends_then_a_rolling_mean(make_trainer) -> None:
+    data = RolloutDataModule(CounterEnv, max_env_steps=400, num_envs_per_env_runner=1, rollout_length=1, seed=0)
+    keep = Keep("rollout/return_mean", "rollout/length_mean")
+    make_trainer(limit_val_batches=0, callbacks=[keep]).fit(PPO(minibatch_size=1, num_epochs=1), data)
+    returns = keep.values["rollout/return_mean"]
+    assert returns[0] is None
+    assert returns[1] == 3.0  # the first episode: 1 + 2
+    assert returns[4] == pytest.approx((3 + 6) / 2)
+    # Episodes of 2, 3, 4 steps in turn: returns 3, 6, 10. 133 ended; the last 100 count.
+    ended = [(3, 6, 10)[k % 3] for k in range(133)]
+    assert float(returns[-1]) == pytest.approx(np.mean(ended[-100:]), rel=1e-6)
+
+
+def test_named_info_metrics_are_logged(make_trainer) -> None:
+    data = RolloutDataModule(CounterEnv, max_env_steps=256, info_metrics=["score"], eval_episodes=3, **SMALL)
+    trainer = make_trainer()
+    trainer.fit(PPO(**QUICK), data)
+    assert trainer.callback_metrics["rollout/info/score_mean"] > 0
+    assert trainer.callback_metrics["eval/info/score_mean"] == 0.0  # first episodes have score 0
+
+
+def test_everything_is_logged_against_env_steps(make_trainer, tmp_path: Path) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 4, rollouts_per_epoch=2, eval_episodes=1, **SMALL)
+    logger = CSVLogger(tmp_path, name="log")
+    make_trainer(logger=logger, log_every_n_steps=1).fit(PPO(**QUICK), data)
+    logger.save()
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    train = [row for row in rows if row["loss/policy"]]
+    assert [int(row["step"]) for row in train] == [128, 256, 384, 512]
+    assert [float(row["env_steps"]) for row in train] == [128, 256, 384, 512]
+    evaluated = [row for row in rows if row["eval/return_mean"]]
+    assert [int(row["step"]) for row in evaluated] == [256, 512]
+    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for name in set(rows[0]) - {"step"}:
+        assert f"`{name}`" in documented, f"docs/metrics.md does not define {name}"
+
+
+def test_lightnings_callbacks_mean_what_they_mean_elsewhere(make_trainer, tmp_path: Path) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 20, rollouts_per_epoch=2, eval_episodes=2, **SMALL)
+    best = ModelCheckpoint(tmp_path / "best", monitor="eval/return_mean", mode="max", filename="{eval/return_mean:.0f}")
+    stop = EarlyStopping("eval/return_mean", mode="max", stopping_threshold=1.0)  # reached at once
+    monitor = LearningRateMonitor()
+    logger = CSVLogger(tmp_path, name="log")
+    trainer = make_trainer(enable_checkpointing=True, logger=logger, callbacks=[best, stop, monitor], log_every_n_steps=1)
+    algorithm = PPO(lr_schedule="linear", **QUICK)
+    trainer.fit(algorithm, data)
+    assert algorithm.env_steps_done == 256  # EarlyStopping ended it after the first epoch
+    assert best.best_model_score == trainer.callback_metrics["eval/return_mean"]
+    assert Path(best.best_model_path).exists()
+    assert monitor.lrs["lr-Adam"][-2:] == [pytest.approx(3e-4), pytest.approx(3e-4 * (1 - 128 / 2560))]
+
+
+def test_the_learning_rate_follows_env_steps(make_trainer) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 4, **SMALL)
+    keep = Keep("optim/lr")
+    make_trainer(limit_val_batches=0, callbacks=[keep]).fit(PPO(lr=1.0, lr_schedule="linear", **QUICK), data)
+    assert keep.values["optim/lr"] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    with pytest.raises(OptionError, match="lr_schedule='linear': expected a budget"):
+        make_trainer(max_epochs=1).fit(PPO(lr_schedule="linear", **QUICK), RolloutDataModule("CartPole-v1", **SMALL))
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_loaded_policy_plays_exactly_as_evaluation_did(make_trainer, env: str, deterministic: bool, tmp_path) -> None:
+    data = RolloutDataModule(env, max_env_steps=1024, eval_episodes=5, eval_deterministic=deterministic, **SMALL)
+    algorithm, trainer = PPO(normalize_observations=True, **QUICK), make_trainer(limit_val_batches=0)
+    trainer.fit(algorithm, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    played = []
+    algorithm.validation_step = lambda batch, batch_idx: played.append(batch["return_"])
+    algorithm.on_validation_epoch_end = lambda: None
+    make_trainer().validate(algorithm, data, verbose=False)
+
+    policy = load_policy(tmp_path / "x.ckpt")
+    if not deterministic:
+        # Random actions: the same generator, and the same number of episodes at a time.
+        seeds = [data.eval_seed(k) for k in range(5)]
+        policy.rng = np.random.default_rng(seeds)
+        again = [episode.return_ for episode in play(EnvConfig(env), policy, seeds, deterministic=False)]
+        assert again == played
+        return
+    returns = []
+    for k in range(5):  # by hand, one observation at a time
+        environment = EnvConfig(env).make()
+        obs, _ = environment.reset(seed=data.eval_seed(k))
+        state, ended, return_ = None, False, 0.0
+        while not ended:
+            action, state = policy.act(obs, state)
+            obs, reward, terminated, truncated, _ = environment.step(action)
+            return_, ended = return_ + float(reward), terminated or truncated
+        returns.append(return_)
+    np.testing.assert_allclose(sorted(returns), sorted(played), rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(make_trainer) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        algorithm = PPO(**QUICK)
+        data = RolloutDataModule("CartPole-v1", max_env_steps=512, **SMALL | {"seed": seed})
+        make_trainer(limit_val_batches=0).fit(algorithm, data)
+        return torch.cat([p.flatten() for p in algorithm.parameters()])
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_seed_everything_seeds_the_datamodule(make_trainer) -> None:
+    L.seed_everything(11, verbose=False)
+    data = RolloutDataModule("CartPole-v1", max_env_steps=256, num_envs_per_env_runner=4, rollout_length=32)
+    make_trainer(limit_val_batches=0).fit(PPO(**QUICK), data)
+    assert data.seed == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_env_runners": -1}, "num_env_runners=-1"),
+        ({"rollout_length": 0}, "rollout_length=0"),
+        ({"prefetch": 1}, "prefetch=1: collecting while the learner updates needs num_env_runners"),
+        ({"prefetch": 2, "num_env_runners": 1}, "prefetch=2: expected 0"),
+        ({"vectorization": "fast"}, "vectorization='fast'"),
+        ({"max_env_steps": 0}, "max_env_steps=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        RolloutDataModule("CartPole-v1", **options)
+    assert words in str(caught.value)
+
+
+def test_a_budget_smaller_than_one_rollout_is_refused(make_trainer) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=100, **SMALL)
+    with pytest.raises(OptionError, match="max_env_steps=100: expected at least one rollout, 128 env steps"):
+        make_trainer().fit(PPO(**QUICK), data)
+
+
+def test_a_budget_that_max_epochs_cannot_reach_is_said(make_trainer) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=10_000, rollouts_per_epoch=1, **SMALL)
+    with pytest.warns(UserWarning, match="Training ends at 128 of max_env_steps=10000"):
+        make_trainer(max_epochs=1, limit_val_batches=0).fit(PPO(**QUICK), data)
+
+
+def test_an_algorithm_without_a_datamodule_says_what_it_needs(make_trainer) -> None:
+    with pytest.raises(OptionError, match="PPO does not know its environment: expected a datamodule"):
+        make_trainer().validate(PPO(), dataloaders=[[]])
+
+
+def test_the_progress_bar_counts_env_steps(make_trainer, capsys) -> None:
+    data = RolloutDataModule(CounterEnv, max_env_steps=512, eval_episodes=1, rollouts_per_epoch=2, **SMALL)
+    bar = EnvStepsProgressBar()
+    make_trainer(enable_progress_bar=True, callbacks=[bar]).fit(PPO(**QUICK), data)
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (512, 512)
+    shown = str(bar.train_progress_bar)
+    assert "512/512" in shown and "return=" in shown and "eval=" in shown and "steps/s=" in shown
