@@ -15,9 +15,10 @@ help:  ## this list
 venv: $(INSTALLED)  ## make .venv with lit_rl, its dependencies and the development tools (PYTHON=python3.11)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) $(NEW_ENOUGH) || { \
-	  echo "make venv: $(PYTHON) is $$($(PYTHON) --version 2>&1): expected Python 3.11 or newer." \
-	    "Name one, as in: make venv PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { \
+	  found=$$($(PYTHON) --version 2>/dev/null) || found="not found"; \
+	  echo "make venv: $(PYTHON) is $$found: expected Python 3.11 or newer. Name one: make venv PYTHON=python3.11" >&2; \
+	  exit 1; }
 	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -39,13 +39,16 @@ class EpisodeWriter(BasePredictionWriter):
         folder = Path(self._folder or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"episodes-rank{trainer.global_rank}.parquet"
+        played = [episode for episode in predictions if episode]
         tables = [
             _table(pa, trainer.global_rank + i * trainer.world_size, episode["steps"], int(pl_module.updates))
-            for i, episode in enumerate(predictions)
+            for i, episode in enumerate(played)
         ]
+        if not tables:
+            return
         metadata = {"lit_rl": json.dumps({"format": 1, "spec": pl_module.spec.to_dict()})}
         pq.write_table(pa.concat_tables(tables).replace_schema_metadata(metadata), path)
-        returns = [episode["return_"] for episode in predictions]
+        returns = [episode["return_"] for episode in played]
         rank_zero_info(f"{len(returns)} episodes, mean return {np.mean(returns):.6g}: {path}")
 
 

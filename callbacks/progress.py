@@ -12,10 +12,14 @@ class EnvStepsProgressBar(TQDMProgressBar):
 
     SHOWN = {"rollout/return_mean": "return", "eval/return_mean": "eval", "time/env_steps_per_s": "steps/s"}
 
+    @property
+    def train_description(self) -> str:
+        return "env steps"
+
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
         bar.unit = " steps"
-        bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         bar.unit_scale = True
         return bar
 
@@ -23,7 +27,6 @@ class EnvStepsProgressBar(TQDMProgressBar):
         self.train_progress_bar = self.init_train_tqdm()
         budget = getattr(getattr(trainer, "datamodule", None), "max_env_steps", None)
         self.train_progress_bar.reset(budget)
-        self.train_progress_bar.set_description("env steps")
         self._show(pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:

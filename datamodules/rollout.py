@@ -27,6 +27,7 @@ from lit_rl.runners.transport import pack_weights
 from lit_rl.spec import EnvSpec
 
 WINDOW = 100  # episodes over which the training return is averaged
+SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
 RUNNERS, EVALUATION = 0, 1
 
@@ -49,9 +50,9 @@ class RolloutDataModule(L.LightningDataModule):
         eval_episodes: whole episodes that `validate` plays, each with the same seed every time.
         eval_deterministic: whether evaluation takes the most probable action.
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
-        seed: of everything random here. None: what `seed_everything` set, else a random one, which is logged.
+        seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
         ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
-        torch_threads: of the learner process; None leaves each runner a core of its own.
+        torch_threads: of the learner process; None takes 1 for a small network, else what the runners leave.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.eval_deterministic = eval_deterministic
         self.info_metrics = tuple(info_metrics)
         self.seed = None if seed is None else check_count("seed", seed, 0)
+        self._seed_given = seed is not None
         self.ray_address = ray_address
         self.torch_threads = None if torch_threads is None else check_count("torch_threads", torch_threads)
         self.spec: EnvSpec | None = None
@@ -110,9 +112,9 @@ class RolloutDataModule(L.LightningDataModule):
             self.spec = self.env.spec()
         if stage == "fit":
             self._check_budget()
-            self._set_threads()
 
     def train_dataloader(self) -> "RolloutLoader":
+        self._set_threads()
         loader = RolloutLoader(self)
         if self._budget_left(self._algorithm.env_steps_done) < self._max_rows:
             rank_zero_info(
@@ -172,6 +174,8 @@ class RolloutDataModule(L.LightningDataModule):
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Go on from what `rank_state` returned."""
         self._rollouts = state["rollouts"]
+        if not self._seed_given:
+            self.seed = state["seed"]
         self._episodes.clear()
         self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
         self._resume = state
@@ -273,12 +277,13 @@ class RolloutDataModule(L.LightningDataModule):
             )
 
     def _set_threads(self) -> None:
+        """Small networks learn faster on one thread, and far faster on a machine that others use too."""
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
             return
-        processes = self._trainer.num_devices
-        left = max(1, (os.cpu_count() or 1) // processes - self.num_env_runners)
-        torch.set_num_threads(min(torch.get_num_threads(), left))
+        left = (os.cpu_count() or 1) // self._trainer.num_devices - self.num_env_runners
+        small = sum(p.numel() for p in self._algorithm.parameters()) < SMALL_NETWORK
+        torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
 
 
 class RolloutLoader:
@@ -290,7 +295,6 @@ class RolloutLoader:
 
     def __init__(self, data: RolloutDataModule):
         self._data = data
-        self._position = 0
         self._in_flight = False
 
     def __len__(self) -> int:
@@ -299,9 +303,8 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[TensorDict]:
         data = self._data
         algorithm, trainer = data._algorithm, data._trainer
-        if self._position == len(self):  # Lightning never resumes the iterator after an epoch's last batch
-            self._position = 0
-        while self._position < len(self):
+        first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        for _ in range(first, len(self)):
             started = time.perf_counter()
             if not self._in_flight:
                 data.start_rollout()
@@ -315,19 +318,21 @@ class RolloutLoader:
             elif data.prefetch:
                 data.start_rollout()
                 self._in_flight = True
-            self._position += 1
             yield rollout
 
-    def state_dict(self) -> dict[str, int]:
-        """How many rollouts of the epoch were given out."""
-        return {"position": self._position}
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position = state["position"] % len(self)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
 
 
 class EpisodeLoader:
-    """A sized iterable over this rank's share of the evaluation episodes, one item per episode."""
+    """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
+
+    Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
+    """
 
     def __init__(self, data: RolloutDataModule, *, record: bool = False):
         self._data = data
@@ -337,7 +342,7 @@ class EpisodeLoader:
         self._seeds = [data.eval_seed(episode) for episode in episodes]
 
     def __len__(self) -> int:
-        return len(self._seeds)
+        return -(-self._data.eval_episodes // self._data._trainer.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         data = self._data
@@ -355,6 +360,8 @@ class EpisodeLoader:
         )
         for episode in episodes:
             yield episode._asdict()
+        for _ in range(len(self) - len(self._seeds)):
+            yield {}
 
 
 def _global_seed() -> int:

@@ -18,7 +18,7 @@ from lit_rl import distributed
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section
-from lit_rl.networks import NetworkFactory, describe_network
+from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy
 from lit_rl.rollout import count_rows, mask_of
 from lit_rl.schedules import Schedule, scheduled
@@ -173,7 +173,7 @@ class Algorithm(L.LightningModule):
             self.max_env_steps = getattr(self._datamodule, "max_env_steps", None)
             self.lr_at(0)  # a schedule that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
-                describe_network(self.network)  # and so is a network that no checkpoint could name
+                check_nameable(self.network)  # and so is a network that no checkpoint could name
 
     # --- Lightning's hooks: training ----------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Algorithm(L.LightningModule):
         self._evaluated = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluated.append(batch)
+        self._add_episode(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_episodes("eval")
@@ -238,7 +238,7 @@ class Algorithm(L.LightningModule):
         self._evaluated = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluated.append(batch)
+        self._add_episode(batch)
 
     def on_test_epoch_end(self) -> None:
         self._log_episodes("test")
@@ -251,6 +251,7 @@ class Algorithm(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.spec is not None
+        check_nameable(self.network)
         state = {"rng": rng_state(), "generator": self.generator.get_state(), "algorithm": self.rank_state()}
         datamodule = self._datamodule
         if hasattr(datamodule, "rank_state"):
@@ -321,6 +322,10 @@ class Algorithm(L.LightningModule):
         if self.updates_done % trainer.log_every_n_steps == 0 or trainer.should_stop:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=env_steps)
+
+    def _add_episode(self, episode: dict[str, Any]) -> None:
+        if episode:  # empty: a rank whose share is one episode smaller
+            self._evaluated.append(episode)
 
     def _log_episodes(self, prefix: str) -> None:
         episodes = [episode for part in _gather(self._evaluated) for episode in part]

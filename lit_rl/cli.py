@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonargparse
 import lightning as L
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -77,11 +78,16 @@ class CLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's config beside its log; a run that logs nothing leaves no file."""
+    """Saves the run's config beside its log, and in W&B's; a run that logs nothing leaves no file."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams({"config": yaml.safe_load(self.parser.dump(self.config, skip_none=False))})
 
 
 def newest_checkpoint(trainer: Any) -> Path:
@@ -95,7 +101,9 @@ def newest_checkpoint(trainer: Any) -> Path:
     for logger in loggers:
         arguments = getattr(logger, "init_args", None)
         if arguments is not None:
-            folders.append(Path(arguments.get("save_dir") or ".") / (arguments.get("name") or "lightning_logs"))
+            # W&B's logger names its folder after the project, not after the run.
+            name = arguments.get("project" if "project" in arguments else "name")
+            folders.append(Path(arguments.get("save_dir") or ".") / (name or "lightning_logs"))
     folders = folders or [Path(trainer.default_root_dir or ".") / "lightning_logs"]
     found = [path for folder in folders for path in folder.rglob("*.ckpt")]
     if not found:

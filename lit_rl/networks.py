@@ -173,11 +173,7 @@ def named_network(description: dict[str, Any]) -> NetworkFactory:
 
 
 def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[str, Any] | None:
-    """Plain data for a checkpoint: a built-in network's name and arguments, or the name of the user's own.
-
-    Raises:
-        CheckpointError: for a lambda, which no later program could name.
-    """
+    """Plain data: a built-in network's name and arguments, or the name of the user's own."""
     if network is None or isinstance(network, dict):
         return network
     function, arguments = _unwrap(network)
@@ -185,12 +181,20 @@ def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[st
         if function is built_in:
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
             return {"name": name, "arguments": plain}
-    if getattr(function, "__name__", "") == "<lambda>":
+    return {"name": f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"}
+
+
+def check_nameable(network: NetworkFactory | dict[str, Any] | None) -> None:
+    """Refuse a network that a checkpoint could not name for the program that loads it.
+
+    Raises:
+        CheckpointError: for a lambda.
+    """
+    if callable(network) and getattr(_unwrap(network)[0], "__name__", "") == "<lambda>":
         raise CheckpointError(
             "network=<lambda>: a checkpoint cannot name a lambda. Define the network's function or class with a name "
             "(load_policy and load_from_checkpoint then take it as network=), or train with enable_checkpointing=False."
         )
-    return {"name": f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"}
 
 
 def _unwrap(network: NetworkFactory) -> tuple[Any, dict[str, Any]]:

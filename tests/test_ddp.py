@@ -1,0 +1,61 @@
+"""Two learner processes: the gradients, weights and counts of one with all the data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from envs import counter_vector
+
+from lit_rl import load_policy
+from lit_rl.envs.make import EnvConfig
+from lit_rl.policy import Policy
+from lit_rl.rollout import to_rollout
+from lit_rl.runners.env_runner import EnvRunner
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+
+
+def run(case: str, out: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), case, str(out)], cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_path: Path) -> None:
+    config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
+    policy = Policy(config.spec())
+    runner = EnvRunner(config, policy, num_envs=4, rollout_length=16, seed=np.random.SeedSequence(0))
+    rollout = to_rollout([runner.sample()], copy=False)
+    real = rollout["mask"].sum(1)
+    assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
+    torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
+    run("one", tmp_path)
+    run("two", tmp_path)
+    one, first, second = (torch.load(tmp_path / f"gradients-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
+    for step in range(2):
+        for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
+            assert torch.isfinite(a).all() and torch.equal(b, c)
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for name, value in one["weights"].items():  # normalisers too
+        torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["process", pytest.param("ray", marks=pytest.mark.ray)])
+def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Path, case: str) -> None:
+    run(case, tmp_path)
+    first, second = (torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1))
+    for name, value in first["weights"].items():
+        assert torch.isfinite(value).all() and torch.equal(value, second["weights"][name]), name
+    assert not torch.equal(first["first"], second["first"])  # each rank has seeds of its own
+    assert int(first["weights"]["env_steps"]) == 2048  # over both ranks
+    assert first["global_step"] == 8 * 2 * 4  # rollouts x epochs x minibatches
+    for name in ("rollout/return_mean", "eval/return_mean", "eval/episodes"):
+        assert first["metrics"][name] == second["metrics"][name]
+    assert first["metrics"]["eval/episodes"] == 3
+    checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
+    assert len(checkpoint["lit_rl"]["ranks"]) == 2
+    assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
