@@ -235,7 +235,8 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
     rllib_best = max((v for name, v in speed.items() if name.startswith("RLlib")), default=float("nan"))
     for name, value in speed.items():
         growth = statistics.median(r["growth_mb"] for r in results[name])
-        print(f"{name:28s} {value:11.0f} {value / speed.get('SB3', float('nan')):7.2f} {value / rllib_best:16.2f} {growth:12.0f}")
+        ratios = f"{value / speed.get('SB3', float('nan')):7.2f} {value / rllib_best:16.2f}"
+        print(f"{name:28s} {value:11.0f} {ratios} {growth:12.0f}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class EnvStepsProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """The bar spans epochs."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self._should_update(int(pl_module.updates), 0):
             self._show(pl_module)
 
@@ -50,4 +50,6 @@ class EnvStepsProgressBar(TQDMProgressBar):
             return
         metrics = pl_module.trainer.progress_bar_metrics
         bar.n = int(pl_module.env_steps)
-        bar.set_postfix_str(", ".join(f"{label}={metrics[key]:.4g}" for key, label in self.SHOWN.items() if key in metrics))
+        bar.set_postfix_str(
+            ", ".join(f"{label}={metrics[key]:.4g}" for key, label in self.SHOWN.items() if key in metrics)
+        )

@@ -1,4 +1,5 @@
 """Where batches come from."""
+
 from lit_rl.datamodules.rollout import RolloutDataModule
 
 __all__ = ["RolloutDataModule"]

@@ -38,7 +38,9 @@ class LitCheckpointIO(CheckpointIO):
             os.replace(temporary, target)
             _fsync_folder(target.parent)
         except OSError as error:
-            raise CheckpointError(f"Cannot write the checkpoint {target}: {error}. The previous one is kept.") from error
+            raise CheckpointError(
+                f"Cannot write the checkpoint {target}: {error}. The previous one is kept."
+            ) from error
         finally:
             Path(temporary).unlink(missing_ok=True)
 

@@ -15,7 +15,6 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import lit_rl
 import lit_rl.callbacks
@@ -73,7 +72,7 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         self.model.init_from = self.config_init.fit.get("init_from")
         for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 logger.experiment.define_metric("*", step_metric="env_steps")
 
 

@@ -48,8 +48,8 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def rank_mean(x: Tensor) -> Tensor:
-    """The average of `x` over ranks."""
-    return all_reduce_sum(x.detach().clone()) / world_size() if world_size() > 1 else x.detach()
+    """The average of `x` over ranks, in place."""
+    return all_reduce_sum(x).div_(world_size())
 
 
 def standardize(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from lit_rl.networks import NetworkFactory, build_network, describe_network, ort
 from lit_rl.normalizer import CLIP, EPSILON, RunningMoments
 from lit_rl.spec import EnvSpec
 
-# The state of a policy with memory. Policies without memory carry None.
-State = None
+# What a policy with memory carries from step to step; None for one without.
+State: TypeAlias = Any
 
 
 class Policy(nn.Module):
@@ -62,9 +62,7 @@ class Policy(nn.Module):
 
     # --- for people ---------------------------------------------------------------------------------------------
 
-    def act(
-        self, obs: np.ndarray | Tensor | int, state: State = None, deterministic: bool = True
-    ) -> tuple[Any, State]:
+    def act(self, obs: np.ndarray | Tensor | int, state: State = None, deterministic: bool = True) -> tuple[Any, State]:
         """The action for one observation or a batch of them, as the environment takes it.
 
         Args:
@@ -159,7 +157,9 @@ class Policy(nn.Module):
         }
 
     @classmethod
-    def from_description(cls, description: dict[str, Any], network: NetworkFactory | None = None) -> "Policy":
+    def from_description(
+        cls, description: dict[str, Any], network: NetworkFactory | dict[str, Any] | None = None
+    ) -> "Policy":
         """The policy `describe` described.
 
         Args:
@@ -191,4 +191,4 @@ class Policy(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_forward_numpy": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_forward_numpy": None}

@@ -68,7 +68,8 @@ def next_observation(rollout: TensorDict) -> Tensor:
 
 def rows(rollout: TensorDict, *keys: str) -> TensorDict:
     """The [B * T] rows of some [B, T, ...] keys; those that are absent (such as `mask`) are left out."""
-    found = {key: rollout[key].flatten(0, 1) for key in keys if key in rollout.keys()}
+    present = set(rollout.keys())
+    found = {key: rollout[key].flatten(0, 1) for key in keys if key in present}
     return TensorDict(found, [len(next(iter(found.values())))])
 
 

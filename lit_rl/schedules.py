@@ -32,6 +32,7 @@ def scheduled(name: str, start: float, schedule: Schedule, env_steps: int, max_e
         if max_env_steps is None:
             raise OptionError(f"{name}='linear': expected a budget to end at: set max_env_steps on the datamodule.")
         return start * max(0.0, 1.0 - env_steps / max_env_steps)
+    assert not isinstance(schedule, str), "an unknown schedule: see check_schedule"
     points = list(schedule)
     if env_steps <= points[0][0]:
         return float(points[0][1])

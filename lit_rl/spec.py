@@ -34,9 +34,7 @@ class EnvSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EnvSpec":
-        return cls(
-            data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"])
-        )
+        return cls(data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"]))
 
 
 def space_to_dict(space: gym.Space) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def space_to_dict(space: gym.Space) -> dict[str, Any]:
             "low": _bound_to_plain(space.low),
             "high": _bound_to_plain(space.high),
             "shape": list(space.shape),
-            "dtype": space.dtype.name,
+            "dtype": np.dtype(space.dtype).name,
         }
     raise SpaceError(f"Space {space} is not supported: lit_rl handles Box and Discrete spaces.")
 

@@ -87,20 +87,20 @@ class PPO(Algorithm):
         self.save_hyperparameters(ignore=["network", "spec"])
 
     def build(self, spec: EnvSpec) -> None:
-        hp = self.hparams
+        hp = self.hp
         self.policy = Policy(spec, network=self.network, normalize_observations=hp.normalize_observations)
         self.critic = ValueNetwork(build_network(self.network, spec.observation_space))
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
-        return torch.optim.Adam(parameters, lr=self.hparams.lr, eps=1e-5, fused=True)
+        return torch.optim.Adam(parameters, lr=self.hp.lr, eps=1e-5, fused=True)
 
     def lr_at(self, env_steps: int) -> float:
-        return self.schedule("lr_schedule", self.hparams.lr, self.hparams.lr_schedule, env_steps)
+        return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        hp, mask = self.hparams, mask_of(rollout)
+        hp, mask = self.hp, mask_of(rollout)
         with torch.no_grad():
             value, next_value = next_values(rollout, self.value)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
@@ -127,7 +127,7 @@ class PPO(Algorithm):
 
     def loss(self, minibatch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch [M], and the means of its terms (policy, value, entropy, KL, clip fraction)."""
-        hp, mask, advantage = self.hparams, mask_of(minibatch), minibatch["advantage"]
+        hp, mask, advantage = self.hp, mask_of(minibatch), minibatch["advantage"]
         log_prob, entropy = self.policy.evaluate(minibatch)
         log_ratio = log_prob - minibatch["action_log_prob"]
         policy_loss = ppo_clip(log_ratio, advantage, hp.clip)
@@ -145,14 +145,14 @@ class PPO(Algorithm):
 
     def minibatches(self, rollout: TensorDict) -> Iterator[TensorDict]:
         """`num_epochs` passes over the rollout's rows, each in a new order, in slices of `minibatch_size`."""
-        size = self.hparams.minibatch_size
+        size = self.hp.minibatch_size
         batch = rows(rollout, "observation", "action", "action_log_prob", "advantage", "value_target", "mask")
         if size > len(batch):
             raise OptionError(
                 f"minibatch_size={size}: expected at most the {len(batch)} rows of a rollout "
                 "(environments x rollout_length). Lower it, or collect longer rollouts."
             )
-        for _ in range(self.hparams.num_epochs):
+        for _ in range(self.hp.num_epochs):
             order = torch.randperm(len(batch), generator=self.generator).to(rollout.device or "cpu")
             yield from batch[order].split(size)
 

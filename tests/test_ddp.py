@@ -53,7 +53,7 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     assert not torch.equal(first["first"], second["first"])  # each rank has seeds of its own
     assert int(first["weights"]["env_steps"]) == 2048  # over both ranks
     assert first["global_step"] == 8 * 2 * 4  # rollouts x epochs x minibatches
-    for name in ("rollout/return_mean", "eval/return_mean", "eval/episodes"):
+    for name in ("rollout/return_mean", "eval/return_mean", "eval/episodes", "loss/value", "policy/kl"):
         assert first["metrics"][name] == second["metrics"][name]
     assert first["metrics"]["eval/episodes"] == 3
     checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)

@@ -22,9 +22,7 @@ NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4
 CONFIGS = {
     "sync": EnvConfig(CounterEnv),
     "async": EnvConfig(CounterEnv, vectorization="async"),
-    **{
-        mode.value: EnvConfig(counter_vector, {"mode": mode.value}, vectorization="native") for mode in AutoresetMode
-    },
+    **{mode.value: EnvConfig(counter_vector, {"mode": mode.value}, vectorization="native") for mode in AutoresetMode},
 }
 
 
@@ -197,7 +195,11 @@ def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str])
     ("make", "error", "words"),
     [
         (lambda: EnvConfig("NoSuchEnv-v0").make(), EnvError, ["NoSuchEnv-v0", "not a registered"]),
-        (lambda: EnvConfig("CartPole-v1", {"wings": 2}).make(), EnvError, ["CartPole-v1", "could not be made", "wings"]),
+        (
+            lambda: EnvConfig("CartPole-v1", {"wings": 2}).make(),
+            EnvError,
+            ["CartPole-v1", "could not be made", "wings"],
+        ),
         (lambda: EnvConfig("no.such.module:Env").make(), EnvError, ["no.such.module", "cannot import"]),
         (lambda: EnvConfig(3), OptionError, ["env=3", "gymnasium id"]),
         (lambda: EnvConfig("CartPole-v1", vectorization="fast"), OptionError, ["vectorization='fast'", "'sync'"]),

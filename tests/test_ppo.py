@@ -127,7 +127,9 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
     masked = algorithm.gradients
     # The same transitions as an environment without reset rows would give them.
     keep = rollout["mask"][0]
-    same = TensorDict({k: v[:, keep] for k, v in rollout.items() if k in ("observation", "action", "action_log_prob")}, [1])
+    same = TensorDict(
+        {k: v[:, keep] for k, v in rollout.items() if k in ("observation", "action", "action_log_prob")}, [1]
+    )
     same["next"] = TensorDict({k: v[:, keep] for k, v in rollout["next"].items()}, [1])
     from lit_rl.rollout import next_observation
 

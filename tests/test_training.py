@@ -157,7 +157,9 @@ def test_lightnings_callbacks_mean_what_they_mean_elsewhere(make_trainer, tmp_pa
     stop = EarlyStopping("eval/return_mean", mode="max", stopping_threshold=1.0)  # reached at once
     monitor = LearningRateMonitor()
     logger = CSVLogger(tmp_path, name="log")
-    trainer = make_trainer(enable_checkpointing=True, logger=logger, callbacks=[best, stop, monitor], log_every_n_steps=1)
+    trainer = make_trainer(
+        enable_checkpointing=True, logger=logger, callbacks=[best, stop, monitor], log_every_n_steps=1
+    )
     algorithm = PPO(lr_schedule="linear", **QUICK)
     trainer.fit(algorithm, data)
     assert algorithm.env_steps_done == 256  # EarlyStopping ended it after the first epoch

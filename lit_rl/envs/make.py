@@ -98,7 +98,12 @@ class EnvConfig:
                     f"vectorization='native': {self.env} has no vector entry point of its own. Use 'sync' or 'async'."
                 )
             env = _call(
-                self.env_id, gym.make_vec, env_spec.id, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs
+                self.env_id,
+                gym.make_vec,
+                env_spec.id,
+                num_envs,
+                vectorization_mode="vector_entry_point",
+                **self.env_kwargs,
             )
         else:
             env = self._construct({**self.env_kwargs, "num_envs": num_envs})

@@ -10,8 +10,9 @@ from gymnasium.vector import AutoresetMode
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's SyncVectorEnv with a shorter `step` in autoreset mode SAME_STEP, for observations that are arrays.
 
-    Returns what gymnasium's returns, in fresh arrays. On eight CartPoles a step takes 130 us instead of 190: observations
-    are written once instead of three times, and discrete actions are Python ints, which environments check faster.
+    Returns what gymnasium's returns, in fresh arrays. On eight CartPoles a step takes 130 us instead of 190:
+    observations are written once instead of three times, and discrete actions are Python ints, which environments
+    check faster.
     """
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

@@ -302,7 +302,7 @@ def play(
             resetting = done if mode is AutoresetMode.NEXT_STEP else resetting
             if done.any():
                 last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
-                for b in np.flatnonzero(done):
+                for b in np.flatnonzero(done).tolist():
                     steps = recorder.take(b) if recorder is not None else None
                     if playing[b]:
                         left -= 1
@@ -310,7 +310,7 @@ def play(
                         yield Episode(float(returns[b]), int(lengths[b]), infos, steps)
                 returns[done], lengths[done] = 0.0, 0
                 next_seeds: list[int | None] = [None] * num_envs
-                for b in np.flatnonzero(done & playing):
+                for b in np.flatnonzero(done & playing).tolist():
                     if remaining[b]:
                         next_seeds[b] = remaining[b].pop(0)
                     else:
@@ -331,7 +331,7 @@ class _Recorder:
         self._rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_envs)]
 
     def add(self, real: np.ndarray, *columns: np.ndarray) -> None:
-        for b in np.flatnonzero(real):
+        for b in np.flatnonzero(real).tolist():
             self._rows[b].append(tuple(column[b] for column in columns))
 
     def take(self, b: int) -> dict[str, np.ndarray]:

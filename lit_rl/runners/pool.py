@@ -23,7 +23,7 @@ class Weights(NamedTuple):
 
 
 class Pool(Protocol):
-    """What a datamodule needs of its env runners. `start` and `finish` are apart so that the learner can work between."""
+    """What a datamodule needs of its env runners. The learner can work between `start` and `finish`."""
 
     num_restarts: int
 
@@ -139,9 +139,7 @@ class RunnerPool:
             ) from None
         self._incarnations[runner] += 1
         self.num_restarts += 1
-        log.warning(
-            "Env runner %d died and is replaced (restart %d): %s", runner, self._incarnations[runner], reason
-        )
+        log.warning("Env runner %d died and is replaced (restart %d): %s", runner, self._incarnations[runner], reason)
         self._ray.kill(self._actors[runner])
         self._actors[runner] = self._new_actor(runner)
         self._pending[runner] = self._actors[runner].sample.remote(self._reference)
