@@ -25,7 +25,7 @@ import yaml
 
 from lit_rl import load_policy
 from lit_rl.envs.make import EnvConfig
-from lit_rl.runners.env_runner import play
+from lit_rl.runners.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"

@@ -1,9 +1,8 @@
 """On-policy rollouts, and the episodes that evaluation plays."""
 
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -16,12 +15,12 @@ from tensordict import TensorDict
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count
-from lit_rl.distributed import Vote
+from lit_rl.datamodules.loaders import EpisodeLoader, RolloutLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.policy import Policy
 from lit_rl.rollout import to_rollout
-from lit_rl.runners.env_runner import EnvRunner, Episode, play
+from lit_rl.runners.env_runner import EnvRunner, Episode
 from lit_rl.runners.pool import LocalPool, Pool, RunnerPool, Weights
 from lit_rl.runners.transport import pack_weights
 from lit_rl.spec import EnvSpec
@@ -107,30 +106,30 @@ class RolloutDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.seed is None:
-            self.seed = self._trainer.strategy.broadcast(_global_seed())
+            self.seed = self.attached_trainer.strategy.broadcast(_global_seed())
         if self.spec is None:
             self.spec = self.env.spec()
         if stage == "fit":
             self._check_budget()
 
-    def train_dataloader(self) -> "RolloutLoader":
+    def train_dataloader(self) -> RolloutLoader:
         self._set_threads()
         loader = RolloutLoader(self)
-        if self._budget_left(self._algorithm.env_steps_done) < self._max_rows:
+        if self._budget_left(self.algorithm.env_steps_done) < self._max_rows:
             rank_zero_info(
-                f"Nothing to train: env_steps={self._algorithm.env_steps_done} of max_env_steps={self.max_env_steps} "
+                f"Nothing to train: env_steps={self.algorithm.env_steps_done} of max_env_steps={self.max_env_steps} "
                 "are done. Set a larger max_env_steps to go on."
             )
-            self._trainer.should_stop = True
+            self.attached_trainer.should_stop = True
         return loader
 
-    def val_dataloader(self) -> "EpisodeLoader":
+    def val_dataloader(self) -> EpisodeLoader:
         return EpisodeLoader(self)
 
-    def test_dataloader(self) -> "EpisodeLoader":
+    def test_dataloader(self) -> EpisodeLoader:
         return EpisodeLoader(self)
 
-    def predict_dataloader(self) -> "EpisodeLoader":
+    def predict_dataloader(self) -> EpisodeLoader:
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -184,7 +183,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Have the runners begin to collect, with the weights the policy has now."""
         if self._pool is None:
             self._pool = self._make_pool()
-        self._pool.start(Weights(pack_weights(self._algorithm.policy), self._algorithm.updates_done))
+        self._pool.start(Weights(pack_weights(self.algorithm.policy), self.algorithm.updates_done))
 
     def finish_rollout(self) -> TensorDict:
         """The rollout that was begun."""
@@ -201,13 +200,13 @@ class RolloutDataModule(L.LightningDataModule):
         return int(left // self._max_rows) if left != float("inf") else 2**31
 
     @property
-    def _trainer(self) -> L.Trainer:
+    def attached_trainer(self) -> L.Trainer:
         assert self.trainer is not None, "the datamodule is not attached to a Trainer"
         return self.trainer
 
     @property
-    def _algorithm(self) -> Algorithm:
-        algorithm = self._trainer.lightning_module
+    def algorithm(self) -> Algorithm:
+        algorithm = self.attached_trainer.lightning_module
         if not isinstance(algorithm, Algorithm):
             raise OptionError(f"model={type(algorithm).__name__}: {type(self).__name__} feeds a lit_rl Algorithm.")
         return algorithm
@@ -216,7 +215,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _max_rows(self) -> int:
         """The most env steps that one rollout of all ranks takes."""
         runners = max(1, self.num_env_runners)
-        return runners * self.num_envs_per_env_runner * self.rollout_length * self._trainer.world_size
+        return runners * self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
 
     def _budget_left(self, env_steps: int) -> float:
         return float("inf") if self.max_env_steps is None else self.max_env_steps - env_steps
@@ -225,8 +224,8 @@ class RolloutDataModule(L.LightningDataModule):
         return np.random.SeedSequence(self.seed, spawn_key=key)
 
     def _make_pool(self) -> Pool:
-        rank, start = self._trainer.global_rank, self._rollouts
-        description, network = self._algorithm.policy.describe(), self._algorithm.network
+        rank, start = self.attached_trainer.global_rank, self._rollouts
+        description, network = self.algorithm.policy.describe(), self.algorithm.network
         env, seed = self.env, self.seed
         num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
 
@@ -253,14 +252,14 @@ class RolloutDataModule(L.LightningDataModule):
         """Rank 0 starts or joins Ray, the others join the same one."""
         from lit_rl.runners import ray_session
 
-        strategy = self._trainer.strategy
-        address = ray_session.connect(self.ray_address) if self._trainer.global_rank == 0 else None
+        strategy = self.attached_trainer.strategy
+        address = ray_session.connect(self.ray_address) if self.attached_trainer.global_rank == 0 else None
         address = strategy.broadcast(address)
-        if self._trainer.global_rank:
+        if self.attached_trainer.global_rank:
             ray_session.connect(address)
 
     def _check_budget(self) -> None:
-        trainer = self._trainer
+        trainer = self.attached_trainer
         if self.max_env_steps is None:
             return
         if self.max_env_steps < self._max_rows:
@@ -281,87 +280,9 @@ class RolloutDataModule(L.LightningDataModule):
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
             return
-        left = (os.cpu_count() or 1) // self._trainer.num_devices - self.num_env_runners
-        small = sum(p.numel() for p in self._algorithm.parameters()) < SMALL_NETWORK
+        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - self.num_env_runners
+        small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
         torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
-
-
-class RolloutLoader:
-    """A sized, stateful iterable over one epoch's rollouts.
-
-    Sized, because Lightning fetches one batch ahead from an iterable without a length: training would silently be one
-    policy behind.
-    """
-
-    def __init__(self, data: RolloutDataModule):
-        self._data = data
-        self._in_flight = False
-
-    def __len__(self) -> int:
-        return self._data.rollouts_per_epoch
-
-    def __iter__(self) -> Iterator[TensorDict]:
-        data = self._data
-        algorithm, trainer = data._algorithm, data._trainer
-        first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
-        for _ in range(first, len(self)):
-            started = time.perf_counter()
-            if not self._in_flight:
-                data.start_rollout()
-            rollout = data.finish_rollout()
-            self._in_flight = False
-            data.sample_s = time.perf_counter() - started
-            left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
-            # Set before the last batch is yielded: Lightning then still validates and saves after it.
-            if distributed.vote(Vote.DATA if left else Vote.STOP, algorithm.device) is Vote.STOP:
-                trainer.should_stop = True
-            elif data.prefetch:
-                data.start_rollout()
-                self._in_flight = True
-            yield rollout
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-
-class EpisodeLoader:
-    """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
-
-    Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
-    """
-
-    def __init__(self, data: RolloutDataModule, *, record: bool = False):
-        self._data = data
-        self._record = record
-        trainer = data._trainer
-        episodes = range(trainer.global_rank, data.eval_episodes, trainer.world_size)
-        self._seeds = [data.eval_seed(episode) for episode in episodes]
-
-    def __len__(self) -> int:
-        return -(-self._data.eval_episodes // self._data._trainer.world_size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        data = self._data
-        policy = data._algorithm.policy
-        acting = Policy.from_description(policy.describe(), network=data._algorithm.network)
-        acting.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
-        acting.rng = np.random.default_rng(self._seeds)
-        episodes = play(
-            data.env,
-            acting,
-            self._seeds,
-            deterministic=data.eval_deterministic,
-            info_metrics=data.info_metrics,
-            record=self._record,
-        )
-        for episode in episodes:
-            yield episode._asdict()
-        for _ in range(len(self) - len(self._seeds)):
-            yield {}
 
 
 def _global_seed() -> int:

@@ -16,7 +16,8 @@ from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, SpaceError
 from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, next_values, to_rollout
-from lit_rl.runners.env_runner import EnvRunner, Fragment, play
+from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.episodes import play
 
 NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4
 CONFIGS = {

@@ -1,6 +1,6 @@
 """Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ class Fragment(NamedTuple):
 
 
 class EnvRunner:
-    """Collects fragments [B, T] from `num_envs` environments, and plays whole episodes.
+    """Collects fragments [B, T] from `num_envs` environments.
 
     Args:
         env: how to make the environments.
@@ -76,11 +76,11 @@ class EnvRunner:
         self._info_metrics = tuple(info_metrics)
         self._envs = env.make_vector(num_envs)
         self._mode = autoreset_mode(self._envs)
-        _check_spaces(self._envs, policy)
+        check_spaces(self._envs, policy)
         env_seed, action_seed = seed.spawn(2)
         policy.rng = np.random.default_rng(action_seed)
         seeds = [int(child.generate_state(1)[0]) for child in env_seed.spawn(num_envs)]
-        self._obs = _numeric(_reset(self._envs, env, seeds)[0], policy)
+        self._obs = numeric(reset(self._envs, env, seeds)[0], policy)
         self._is_init = np.ones(num_envs, np.bool_)
         self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
         self._state = policy.initial_state(num_envs)
@@ -116,8 +116,8 @@ class EnvRunner:
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
             except Exception as error:
-                raise _step_error(self._env.env_id, error) from error
-            next_obs = _numeric(next_obs, policy)
+                raise step_error(self._env.env_id, error) from error
+            next_obs = numeric(next_obs, policy)
             reward_rows[:, t] = reward
             terminated_rows[:, t] = terminated
             truncated_rows[:, t] = truncated
@@ -190,8 +190,8 @@ class EnvRunner:
         """SAME_STEP and DISABLED: keep the true final observations; `next_obs` becomes the next episodes' first."""
         if self._mode is AutoresetMode.DISABLED:
             finals += [(b, t, next_obs[b].copy()) for b in ended]
-            reset_obs, _ = _reset(self._envs, self._env, None, done)
-            return _numeric(reset_obs, self.policy)
+            reset_obs, _ = reset(self._envs, self._env, None, done)
+            return numeric(reset_obs, self.policy)
         final_obs = info.get("final_obs")
         if final_obs is None:
             raise EnvError(
@@ -238,107 +238,6 @@ class EnvRunner:
                     )
 
 
-def play(
-    env: EnvConfig,
-    policy: Policy,
-    seeds: Sequence[int],
-    *,
-    deterministic: bool = True,
-    info_metrics: Sequence[str] = (),
-    record: bool = False,
-    num_envs: int = 16,
-) -> Iterator[Episode]:
-    """Play one whole episode per seed, several at a time, and yield them in the order they end.
-
-    Environment b plays episodes b, b + num_envs, ...: which episodes are counted does not depend on how long they are.
-    Each is reset with its own seed, so that the same seeds give the same episodes however many are played at a time.
-    (A native vector environment resets itself: there the seeds only decide its first episodes.)
-
-    Args:
-        env: how to make the environments.
-        policy: what acts, as `policy.act` does.
-        seeds: one for each episode.
-        deterministic: the most probable action, or a random one.
-        info_metrics: keys of `info` to report for each episode.
-        record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
-            0 where there was no choice.
-        num_envs: the most environments at a time.
-
-    Raises:
-        EnvError: if the environment raises.
-    """
-    num_envs = min(num_envs, len(seeds))
-    if not num_envs:
-        return
-    envs = env.make_vector(num_envs, AutoresetMode.DISABLED)
-    try:
-        _check_spaces(envs, policy)
-        mode = autoreset_mode(envs)
-        remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
-        first_seeds = [queue.pop(0) for queue in remaining]
-        obs = _numeric(_reset(envs, env, first_seeds)[0], policy)
-        state = policy.initial_state(num_envs)
-        playing, left = np.ones(num_envs, np.bool_), len(seeds)
-        resetting = np.zeros(num_envs, np.bool_)
-        returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        recorder = _Recorder(num_envs) if record else None
-        while left:
-            if deterministic:
-                (action, state), log_prob = policy.act(obs, state), np.zeros(num_envs, np.float32)
-            else:
-                raw_action, log_prob, state = policy.sample(obs, state)
-                action = policy.to_env(raw_action)
-            try:
-                next_obs, reward, terminated, truncated, info = envs.step(action)
-            except Exception as error:
-                raise _step_error(env.env_id, error) from error
-            next_obs = _numeric(next_obs, policy)
-            real = ~resetting
-            returns += np.where(real, reward, 0.0)
-            lengths += real
-            if recorder is not None:
-                recorder.add(real, obs, action, log_prob, reward, terminated, truncated)
-            done = terminated | truncated
-            resetting = done if mode is AutoresetMode.NEXT_STEP else resetting
-            if done.any():
-                last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
-                for b in np.flatnonzero(done).tolist():
-                    steps = recorder.take(b) if recorder is not None else None
-                    if playing[b]:
-                        left -= 1
-                        infos = read_info(last_info, info_metrics, b)
-                        yield Episode(float(returns[b]), int(lengths[b]), infos, steps)
-                returns[done], lengths[done] = 0.0, 0
-                next_seeds: list[int | None] = [None] * num_envs
-                for b in np.flatnonzero(done & playing).tolist():
-                    if remaining[b]:
-                        next_seeds[b] = remaining[b].pop(0)
-                    else:
-                        playing[b] = False  # goes on stepping, uncounted, until the others end
-                if mode is AutoresetMode.DISABLED:
-                    next_obs = _numeric(_reset(envs, env, next_seeds, done)[0], policy)
-            obs = next_obs
-    finally:
-        envs.close()
-
-
-class _Recorder:
-    """Keeps the rows of the episodes under way."""
-
-    NAMES = ("observation", "action", "action_log_prob", "reward", "terminated", "truncated")
-
-    def __init__(self, num_envs: int):
-        self._rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_envs)]
-
-    def add(self, real: np.ndarray, *columns: np.ndarray) -> None:
-        for b in np.flatnonzero(real).tolist():
-            self._rows[b].append(tuple(column[b] for column in columns))
-
-    def take(self, b: int) -> dict[str, np.ndarray]:
-        rows, self._rows[b] = self._rows[b], []
-        return {name: np.asarray(column) for name, column in zip(self.NAMES, zip(*rows))}
-
-
 def row_dtype(space: Any) -> str:
     """The dtype in which a space's values are stored: whole numbers as int64, bytes as they are, else float32."""
     dtype = np.dtype(space.dtype)
@@ -366,7 +265,7 @@ def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, fl
     return found
 
 
-def _reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: np.ndarray | None = None) -> Any:
+def reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: np.ndarray | None = None) -> Any:
     """Reset the environments, those of `mask` if there is one; what they raise becomes an EnvError that names them.
 
     A native vector environment has one generator for all of its environments: it takes the first seed.
@@ -377,22 +276,22 @@ def _reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: 
     try:
         return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
     except Exception as error:
-        raise _step_error(env.env_id, error, "reset") from error
+        raise step_error(env.env_id, error, "reset") from error
 
 
-def _step_error(env_id: str, error: Exception, where: str = "step") -> Exception:
+def step_error(env_id: str, error: Exception, where: str = "step") -> Exception:
     if isinstance(error, LitRLError):
         return error
     message = " ".join(str(error).split()) or "no message"
     return EnvError(f"env={env_id} raised in {where}: {type(error).__name__}: {message}")
 
 
-def _numeric(obs: Any, policy: Policy) -> np.ndarray:
+def numeric(obs: Any, policy: Policy) -> np.ndarray:
     """Observations as recorded and acted upon: float64 becomes float32."""
     return np.asarray(obs, row_dtype(policy.spec.observation_space))
 
 
-def _check_spaces(envs: Any, policy: Policy) -> None:
+def check_spaces(envs: Any, policy: Policy) -> None:
     spec = policy.spec
     found = (envs.single_observation_space, envs.single_action_space)
     if found != (spec.observation_space, spec.action_space):

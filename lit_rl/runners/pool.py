@@ -71,7 +71,6 @@ class RunnerPool:
     Args:
         make_runner: makes a runner inside its actor.
         num_env_runners: how many.
-        address: of the Ray to use, as `ray_session.connect` returned it.
 
     Raises:
         EnvError: if an environment cannot be made or raises; the runner's own error, unchanged.

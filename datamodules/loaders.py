@@ -1,0 +1,94 @@
+"""What the datamodule hands to Lightning: one epoch of rollouts, and the episodes of one evaluation."""
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tensordict import TensorDict
+
+from lit_rl import distributed
+from lit_rl.distributed import Vote
+from lit_rl.policy import Policy
+from lit_rl.runners.episodes import play
+
+if TYPE_CHECKING:
+    from lit_rl.datamodules.rollout import RolloutDataModule
+
+
+class RolloutLoader:
+    """A sized, stateful iterable over one epoch's rollouts.
+
+    Sized, because Lightning fetches one batch ahead from an iterable without a length: training would silently be one
+    policy behind.
+    """
+
+    def __init__(self, data: "RolloutDataModule"):
+        self._data = data
+        self._in_flight = False
+
+    def __len__(self) -> int:
+        return self._data.rollouts_per_epoch
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        data = self._data
+        algorithm, trainer = data.algorithm, data.attached_trainer
+        first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        for _ in range(first, len(self)):
+            started = time.perf_counter()
+            if not self._in_flight:
+                data.start_rollout()
+            rollout = data.finish_rollout()
+            self._in_flight = False
+            data.sample_s = time.perf_counter() - started
+            left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
+            # Set before the last batch is yielded: Lightning then still validates and saves after it.
+            if distributed.vote(Vote.DATA if left else Vote.STOP, algorithm.device) is Vote.STOP:
+                trainer.should_stop = True
+            elif data.prefetch:
+                data.start_rollout()
+                self._in_flight = True
+            yield rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class EpisodeLoader:
+    """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
+
+    Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
+    """
+
+    def __init__(self, data: "RolloutDataModule", *, record: bool = False):
+        self._data = data
+        self._record = record
+        trainer = data.attached_trainer
+        episodes = range(trainer.global_rank, data.eval_episodes, trainer.world_size)
+        self._seeds = [data.eval_seed(episode) for episode in episodes]
+
+    def __len__(self) -> int:
+        return -(-self._data.eval_episodes // self._data.attached_trainer.world_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        data = self._data
+        policy = data.algorithm.policy
+        acting = Policy.from_description(policy.describe(), network=data.algorithm.network)
+        acting.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
+        acting.rng = np.random.default_rng(self._seeds)
+        episodes = play(
+            data.env,
+            acting,
+            self._seeds,
+            deterministic=data.eval_deterministic,
+            info_metrics=data.info_metrics,
+            record=self._record,
+        )
+        for episode in episodes:
+            yield episode._asdict()
+        for _ in range(len(self) - len(self._seeds)):
+            yield {}

@@ -1,0 +1,112 @@
+"""Plays whole episodes with a policy: what evaluation and `predict` do."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from lit_rl.envs.make import EnvConfig, autoreset_mode
+from lit_rl.policy import Policy
+from lit_rl.runners.env_runner import Episode, check_spaces, numeric, read_info, reset, step_error
+
+
+def play(
+    env: EnvConfig,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    deterministic: bool = True,
+    info_metrics: Sequence[str] = (),
+    record: bool = False,
+    num_envs: int = 16,
+) -> Iterator[Episode]:
+    """Play one whole episode per seed, several at a time, and yield them in the order they end.
+
+    Environment b plays episodes b, b + num_envs, ...: which episodes are counted does not depend on how long they are.
+    Each is reset with its own seed, so that the same seeds give the same episodes however many are played at a time.
+    (A native vector environment resets itself: there the seeds only decide its first episodes.)
+
+    Args:
+        env: how to make the environments.
+        policy: what acts, as `policy.act` does.
+        seeds: one for each episode.
+        deterministic: the most probable action, or a random one.
+        info_metrics: keys of `info` to report for each episode.
+        record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
+            0 where there was no choice.
+        num_envs: the most environments at a time.
+
+    Raises:
+        EnvError: if the environment raises.
+    """
+    num_envs = min(num_envs, len(seeds))
+    if not num_envs:
+        return
+    envs = env.make_vector(num_envs, AutoresetMode.DISABLED)
+    try:
+        check_spaces(envs, policy)
+        mode = autoreset_mode(envs)
+        remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
+        first_seeds = [queue.pop(0) for queue in remaining]
+        obs = numeric(reset(envs, env, first_seeds)[0], policy)
+        state = policy.initial_state(num_envs)
+        playing, left = np.ones(num_envs, np.bool_), len(seeds)
+        resetting = np.zeros(num_envs, np.bool_)
+        returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        recorder = _Recorder(num_envs) if record else None
+        while left:
+            if deterministic:
+                (action, state), log_prob = policy.act(obs, state), np.zeros(num_envs, np.float32)
+            else:
+                raw_action, log_prob, state = policy.sample(obs, state)
+                action = policy.to_env(raw_action)
+            try:
+                next_obs, reward, terminated, truncated, info = envs.step(action)
+            except Exception as error:
+                raise step_error(env.env_id, error) from error
+            next_obs = numeric(next_obs, policy)
+            real = ~resetting
+            returns += np.where(real, reward, 0.0)
+            lengths += real
+            if recorder is not None:
+                recorder.add(real, obs, action, log_prob, reward, terminated, truncated)
+            done = terminated | truncated
+            resetting = done if mode is AutoresetMode.NEXT_STEP else resetting
+            if done.any():
+                last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
+                for b in np.flatnonzero(done).tolist():
+                    steps = recorder.take(b) if recorder is not None else None
+                    if playing[b]:
+                        left -= 1
+                        infos = read_info(last_info, info_metrics, b)
+                        yield Episode(float(returns[b]), int(lengths[b]), infos, steps)
+                returns[done], lengths[done] = 0.0, 0
+                next_seeds: list[int | None] = [None] * num_envs
+                for b in np.flatnonzero(done & playing).tolist():
+                    if remaining[b]:
+                        next_seeds[b] = remaining[b].pop(0)
+                    else:
+                        playing[b] = False  # goes on stepping, uncounted, until the others end
+                if mode is AutoresetMode.DISABLED:
+                    next_obs = numeric(reset(envs, env, next_seeds, done)[0], policy)
+            obs = next_obs
+    finally:
+        envs.close()
+
+
+class _Recorder:
+    """Keeps the rows of the episodes under way."""
+
+    NAMES = ("observation", "action", "action_log_prob", "reward", "terminated", "truncated")
+
+    def __init__(self, num_envs: int):
+        self._rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_envs)]
+
+    def add(self, real: np.ndarray, *columns: np.ndarray) -> None:
+        for b in np.flatnonzero(real).tolist():
+            self._rows[b].append(tuple(column[b] for column in columns))
+
+    def take(self, b: int) -> dict[str, np.ndarray]:
+        rows, self._rows[b] = self._rows[b], []
+        return {name: np.asarray(column) for name, column in zip(self.NAMES, zip(*rows))}
