@@ -166,7 +166,7 @@ class Algorithm(L.LightningModule):
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): expected 1. Set a larger "
                 f"{type(self).__name__}(minibatch_size=...) instead."
             )
-        if trainer.precision in ("16-mixed", "16-true"):
+        if trainer.precision not in ("32-true", "bf16-mixed"):
             raise OptionError(f"Trainer(precision={trainer.precision!r}): expected '32-true' or 'bf16-mixed'.")
         return []
 

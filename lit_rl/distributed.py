@@ -11,8 +11,7 @@ class Vote(IntEnum):
     """What a rank can do with the next batch. All ranks do what the greatest vote says, so that none waits alone."""
 
     DATA = 0
-    SKIP = 1
-    STOP = 2
+    STOP = 1
 
 
 def world_size() -> int:

@@ -12,7 +12,7 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
     Args:
         log_ratio: log pi(a|s) - log mu(a|s), shape [*N].
-        advantage: normalised by the caller, shape [*N]; no gradient flows into it.
+        advantage: normalised and detached by the caller, shape [*N].
         clip: how far the ratio may leave 1 before its gradient stops.
 
     >>> ppo_clip(torch.tensor([2.0]).log(), torch.tensor([2.0]), clip=0.2)
@@ -24,7 +24,7 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 
 def value_loss(value: Tensor, target: Tensor) -> Tensor:
-    """Half the squared error of the critic, shape [*N]; no gradient flows into `target`.
+    """Half the squared error of the critic, shape [*N]; `target` is detached by the caller.
 
     >>> value_loss(torch.tensor([1.0]), torch.tensor([3.0]))
     tensor([2.])

@@ -38,6 +38,7 @@ class MLP(nn.Module):
 
     Weights are orthogonal with gain sqrt(2), biases zero (Andrychowicz et al. 2021, arXiv:2006.05990).
 
+    >>> import torch
     >>> MLP(spaces.Discrete(3), hidden_sizes=[8])(torch.tensor([0, 2])).shape
     torch.Size([2, 8])
     """
@@ -47,8 +48,8 @@ class MLP(nn.Module):
     ):
         super().__init__()
         check_choice("activation", activation, tuple(ACTIVATIONS))
-        if not hidden_sizes:
-            raise OptionError("hidden_sizes=[]: expected at least one layer width.")
+        if not isinstance(hidden_sizes, Sequence) or not hidden_sizes:
+            raise OptionError(f"hidden_sizes={hidden_sizes!r}: expected a list of at least one layer width.")
         self.num_classes = int(observation_space.n) if isinstance(observation_space, spaces.Discrete) else 0
         self._start = int(observation_space.start) if isinstance(observation_space, spaces.Discrete) else 0
         layers: list[nn.Module] = []
@@ -156,6 +157,8 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
         return MLP(observation_space)
     if isinstance(network, dict):
         return named_network(network)(observation_space)
+    if not callable(network):
+        raise OptionError(f"network={network!r}: expected a callable from an observation space to an nn.Module.")
     return network(observation_space)
 
 
@@ -200,6 +203,7 @@ def _unwrap(network: NetworkFactory) -> tuple[Any, dict[str, Any]]:
     """A callable's class or function, and the keyword arguments bound to it."""
     if isinstance(network, functools.partial):
         # jsonargparse makes partial(<its own function>, ..., cls, **init_args) of a `class_path` in a config.
+        made_by_config = network.func.__module__.startswith("jsonargparse")
         classes = [argument for argument in network.args if inspect.isclass(argument)]
-        return (classes[-1] if classes else network.func), dict(network.keywords)
+        return (classes[-1] if made_by_config and classes else network.func), dict(network.keywords)
     return network, {}

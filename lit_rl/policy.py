@@ -58,7 +58,8 @@ class Policy(nn.Module):
         self.head = orthogonal(nn.Linear(output_size(self.encoder), size), gain=0.01)
         self.rng = np.random.default_rng()
         self._dtype = np.int64 if isinstance(space, spaces.Discrete) else np.float32
-        self._forward_numpy: Callable[[np.ndarray], np.ndarray] | None = None
+        # The forward pass in numpy, and the weight whose memory it reads.
+        self._forward_numpy: tuple[Tensor, Callable[[np.ndarray], np.ndarray]] | None = None
 
     # --- for people ---------------------------------------------------------------------------------------------
 
@@ -79,10 +80,16 @@ class Policy(nn.Module):
         array = obs.detach().cpu().numpy() if isinstance(obs, Tensor) else np.asarray(obs)
         shape = self.spec.observation_space.shape or ()
         if array.shape[array.ndim - len(shape) :] != shape or array.ndim - len(shape) not in (0, 1):
+            batch = ", ".join(map(str, ("B", *shape)))
             raise OptionError(
-                f"obs has shape {array.shape}: expected {shape}, or (B, {', '.join(map(str, shape))}) for a batch, "
-                f"as {self.spec.env_id} gives it."
+                f"obs has shape {array.shape}: expected {shape}, or ({batch}) for a batch, as {self.spec.env_id} gives it."
             )
+        space = self.spec.observation_space
+        if isinstance(space, spaces.Discrete):
+            low = int(space.start)
+            high = low + int(space.n)
+            if not ((array >= low) & (array < high)).all():
+                raise OptionError(f"obs={obs!r}: expected whole numbers in {space}, as {self.spec.env_id} gives them.")
         single = array.ndim == len(shape)
         parameters = self.parameters_of(array[None] if single else array)
         if deterministic:
@@ -110,10 +117,12 @@ class Policy(nn.Module):
 
     def parameters_of(self, obs: np.ndarray) -> np.ndarray:
         """The action distribution's parameters [B, num_parameters] for observations [B, *obs], in numpy."""
-        if self._forward_numpy is None:
+        weight = self.head.weight
+        if self._forward_numpy is None or self._forward_numpy[0] is not weight:
             fast = getattr(self.encoder, "numpy_forward", lambda head: None)(self.head)
-            self._forward_numpy = self._forward_torch if fast is None else functools.partial(self._fast_forward, fast)
-        return self._forward_numpy(obs.astype(self._dtype, copy=False))
+            forward = self._forward_torch if fast is None else functools.partial(self._fast_forward, fast)
+            self._forward_numpy = (weight, forward)
+        return self._forward_numpy[1](obs.astype(self._dtype, copy=False))
 
     def _fast_forward(self, network: Callable[[np.ndarray], np.ndarray], obs: np.ndarray) -> np.ndarray:
         if self.normalizer is not None:

@@ -52,10 +52,12 @@ def check_schedule(name: str, schedule: Schedule) -> Schedule:
         if schedule in ("constant", "linear"):
             return schedule
         raise OptionError(f"{name}={schedule!r}: expected 'constant', 'linear' or [[env_step, value], ...].")
+    is_list = isinstance(schedule, list | tuple)
+    if not is_list or not schedule or any(not isinstance(p, list | tuple) or len(p) != 2 for p in schedule):
+        raise OptionError(f"{name}={schedule!r}: expected 'constant', 'linear' or [[env_step, value], ...].")
     points = [list(point) for point in schedule]
-    if not points or any(len(point) != 2 for point in points):
-        raise OptionError(f"{name}={schedule!r}: expected points [[env_step, value], ...].")
-    for _, value in points:
+    for step, value in points:
+        check_range(name, step, 0.0)
         check_range(name, value, 0.0)
     if any(later[0] <= earlier[0] for earlier, later in pairwise(points)):
         raise OptionError(f"{name}={schedule!r}: expected env steps in rising order.")

@@ -106,4 +106,6 @@ class FailingEnv(CounterEnv):
                 reward = float("nan")
             if self._how == "nan observation":
                 obs = np.full_like(obs, np.nan)
+        if self._how == "nan final observation" and truncated:
+            obs = np.full_like(obs, np.nan)
         return obs, reward, terminated, truncated, info

@@ -182,7 +182,8 @@ def test_info_metrics_are_read_at_the_last_step_in_every_mode() -> None:
     [
         ("raise", ["FailingEnv", "step", "ValueError", "the simulator fell over"]),
         ("nan reward", ["FailingEnv", "reward=nan", "row 6", "environment 0"]),
-        ("nan observation", ["FailingEnv", "observation=[nan]", "row 0", "environment 0"]),
+        ("nan observation", ["FailingEnv", "last_observation=[nan]", "environment 0"]),
+        ("nan final observation", ["FailingEnv", "final_observation=", "nan", "environment 0"]),
     ],
 )
 def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str]) -> None:

@@ -199,11 +199,7 @@ def test_networks_with_a_name_are_not_refused(network: Any) -> None:
         (functools.partial(OwnNetwork, width=3), "OwnNetwork"),
         (own_function, "own_function"),
         (functools.partial(own_function, width=3), "own_function"),
-        pytest.param(
-            functools.partial(own_factory, MLP, width=3),
-            "own_factory",
-            marks=pytest.mark.xfail(strict=True, reason="_unwrap takes any class among a partial's arguments"),
-        ),
+        (functools.partial(own_factory, MLP, width=3), "own_factory"),
     ],
 )
 def test_own_network_is_named_and_must_be_passed(network: Callable, name: str) -> None:

@@ -253,3 +253,22 @@ def test_a_user_s_image_network_acts_in_torch() -> None:
     assert isinstance(policy.distribution, DiagonalGaussian)
     obs = observations(policy.spec)
     np.testing.assert_allclose(policy.act(obs[3])[0], policy.act(obs)[0][3], rtol=1e-5, atol=1e-6)
+
+
+def test_replaced_weights_are_seen_after_acting() -> None:
+    policy, other = (Policy(EnvSpec("x", spaces.Box(-1, 1, (4,)), spaces.Discrete(3))) for _ in range(2))
+    obs = np.ones((2, 4), np.float32)
+    policy.act(obs)
+    other.head.weight.data.normal_()
+    policy.load_state_dict(other.state_dict(), assign=True)
+    np.testing.assert_allclose(policy.parameters_of(obs), other.parameters_of(obs))
+    policy.head = torch.nn.Linear(64, 3)
+    with torch.no_grad():
+        np.testing.assert_allclose(policy.parameters_of(obs), policy(torch.as_tensor(obs)).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("obs", [0, 5, [1, 9]])
+def test_a_discrete_observation_outside_its_space_is_refused(obs: object) -> None:
+    policy = Policy(EnvSpec("x", spaces.Discrete(4, start=1), spaces.Discrete(3)))
+    with pytest.raises(OptionError, match="expected whole numbers in Discrete"):
+        policy.act(np.asarray(obs))

@@ -11,6 +11,8 @@ from lit_rl.errors import EnvError, LitRLError, OptionError
 from lit_rl.policy import Policy
 from lit_rl.runners.transport import Packed, allocate, load_weights, pack
 
+ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
+
 
 class Episode(NamedTuple):
     """A finished episode.
@@ -135,8 +137,9 @@ class EnvRunner:
             obs = next_obs
         self._obs, self._state = obs, state
         view["last_observation"][...] = obs
-        self._check_finite(view)
-        return Fragment(rows, self._pack_finals(finals), episodes, self.policy_version)
+        packed_finals = self._pack_finals(finals)
+        self._check_finite(view | packed_finals.views())
+        return Fragment(rows, packed_finals, episodes, self.policy_version)
 
     def close(self) -> None:
         self._envs.close()
@@ -225,16 +228,16 @@ class EnvRunner:
 
     def _check_finite(self, view: dict[str, np.ndarray]) -> None:
         """Once per fragment, so that it costs nothing per step."""
-        for name in ("reward", "observation", "action"):
-            array = view[name]
+        for name, array in view.items():
             if array.dtype.kind == "f" and not np.isfinite(array.sum()):
                 bad = np.argwhere(~np.isfinite(array))
                 if len(bad):
-                    b, t = bad[0][:2]
+                    b, t = int(bad[0][0]), (int(bad[0][1]) if array.ndim > 1 else 0)
+                    where = f"at row {t} of environment {b}" if name in ROWS else f"of environment {b}"
+                    value = array[b, t] if name in ROWS else array[b]
                     raise EnvError(
-                        f"env={self._env.env_id}: {name}={array[b, t].tolist()} at row {t} of environment {b}: "
-                        "expected finite numbers. "
-                        + ("The policy has diverged: lower lr." if name == "action" else "Mend the environment.")
+                        f"env={self._env.env_id}: {name}={value.tolist()} {where}: expected finite numbers. "
+                        + ("The policy has diverged: lower lr." if "action" in name else "Mend the environment.")
                     )
 
 
