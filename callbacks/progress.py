@@ -48,8 +48,9 @@ class EnvStepsProgressBar(TQDMProgressBar):
         bar = self.train_progress_bar
         if bar.disable:
             return
-        metrics = pl_module.trainer.progress_bar_metrics
         bar.n = int(pl_module.env_steps)
-        bar.set_postfix_str(
-            ", ".join(f"{label}={metrics[key]:.4g}" for key, label in self.SHOWN.items() if key in metrics)
-        )
+        bar.set_postfix(self.get_metrics(pl_module.trainer, pl_module))
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
+        metrics = trainer.progress_bar_metrics
+        return {label: f"{float(metrics[key]):.4g}" for key, label in self.SHOWN.items() if key in metrics}

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count
+from lit_rl.checks import check_count, check_flag
 from lit_rl.datamodules.loaders import EpisodeLoader, RolloutLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import OptionError
@@ -75,7 +75,7 @@ class RolloutDataModule(L.LightningDataModule):
         torch_threads: int | None = None,
     ):
         super().__init__()
-        self.env = EnvConfig(env, dict(env_kwargs or {}), tuple(wrappers), vectorization)
+        self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
         self.num_env_runners = check_count("num_env_runners", num_env_runners, 0)
         self.num_envs_per_env_runner = check_count("num_envs_per_env_runner", num_envs_per_env_runner)
         self.rollout_length = check_count("rollout_length", rollout_length)
@@ -89,7 +89,9 @@ class RolloutDataModule(L.LightningDataModule):
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
             )
         self.eval_episodes = check_count("eval_episodes", eval_episodes)
-        self.eval_deterministic = eval_deterministic
+        self.eval_deterministic = check_flag("eval_deterministic", eval_deterministic)
+        if isinstance(info_metrics, str):
+            raise OptionError(f"info_metrics={info_metrics!r}: expected a list of keys.")
         self.info_metrics = tuple(info_metrics)
         self.seed = None if seed is None else check_count("seed", seed, 0)
         self._seed_given = seed is not None
@@ -105,8 +107,8 @@ class RolloutDataModule(L.LightningDataModule):
     # --- Lightning's hooks --------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if self.seed is None:
-            self.seed = self.attached_trainer.strategy.broadcast(_global_seed())
+        if not self._seed_given:
+            self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
         if self.spec is None:
             self.spec = self.env.spec()
         if stage == "fit":
@@ -135,6 +137,9 @@ class RolloutDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("exception")
+
     def teardown(self, stage: str) -> None:
         if self._pool is not None:
             self._pool.close()
@@ -160,6 +165,11 @@ class RolloutDataModule(L.LightningDataModule):
     def num_restarts(self) -> int:
         """Env runners of this rank that died and were replaced."""
         return 0 if self._pool is None else self._pool.num_restarts
+
+    def restart(self) -> None:
+        """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
+        self._rollouts, self._resume = 0, None
+        self._episodes.clear()
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's part of a checkpoint, in plain data."""
@@ -285,11 +295,13 @@ class RolloutDataModule(L.LightningDataModule):
         torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
 
 
-def _global_seed() -> int:
-    """What `seed_everything` set, or a random seed, which is logged."""
+def _global_seed(previous: int | None) -> int:
+    """What `seed_everything` set, or the previous seed, or a random one, which is logged."""
     from_lightning = os.environ.get("PL_GLOBAL_SEED")
     if from_lightning is not None:
         return int(from_lightning)
+    if previous is not None:
+        return previous
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     rank_zero_info(f"No seed was given: seed={seed}")
     return seed

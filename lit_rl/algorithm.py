@@ -1,5 +1,6 @@
 """What every algorithm shares: a LightningModule whose batches are rollouts and whose validation is episodes."""
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_rl import distributed
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
-from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.errors import CheckpointError, DivergedError, OptionError
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy
@@ -71,6 +72,7 @@ class Algorithm(L.LightningModule):
         self._evaluated: list[dict[str, Any]] = []
         self._batch_ended = 0.0
         self._grad_norms: list[Tensor] = []
+        self._unlogged: dict[str, float] | None = None
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
 
@@ -187,6 +189,8 @@ class Algorithm(L.LightningModule):
         if self.trainer.global_step == 0 and not self.trainer.ckpt_path:
             self.env_steps.zero_()
             self.updates.zero_()
+            if hasattr(self._datamodule, "restart"):
+                self._datamodule.restart()
         seed = getattr(self._datamodule, "seed", None)
         self.generator.manual_seed(_seed_for(0 if seed is None else seed, MINIBATCHES, self.global_rank))
 
@@ -200,6 +204,9 @@ class Algorithm(L.LightningModule):
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
         self._batch_ended = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        self._log_update()  # the last one is logged, whatever `log_every_n_steps`
 
     def on_train_epoch_start(self) -> None:
         self._batch_ended = time.perf_counter()  # evaluation and checkpoints are not training time
@@ -325,12 +332,29 @@ class Algorithm(L.LightningModule):
         trainer: Any = self.trainer
         env_steps = self.env_steps_done
         values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
+        for name, value in values.items():
+            if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
+                raise DivergedError(
+                    f"{name}={value} after {env_steps} env steps: training has diverged. Lower lr, or normalise "
+                    "rewards (normalize_returns=True). Checkpoints written before are kept."
+                )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         shown = ("rollout/return_mean", "time/env_steps_per_s")
         trainer.progress_bar_metrics.update({name: values[name] for name in shown if name in values})
-        if self.updates_done % trainer.log_every_n_steps == 0 or trainer.should_stop:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=env_steps)
+        self._unlogged = values
+        if trainer.loggers and (self.updates_done % trainer.log_every_n_steps == 0 or trainer.should_stop):
+            self._log_update()
+
+    def _log_update(self) -> None:
+        """Hand the last update's metrics to the loggers, and have them written."""
+        values, self._unlogged = self._unlogged, None
+        if values is not None:
+            self._log(values, int(values["env_steps"]))
+
+    def _log(self, values: dict[str, float], env_steps: int) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=env_steps)
+            logger.save()
 
     def _add_episode(self, episode: dict[str, Any]) -> None:
         if episode:  # empty: a rank whose share is one episode smaller
@@ -360,8 +384,7 @@ class Algorithm(L.LightningModule):
             self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
         if in_fit and not self.trainer.sanity_checking:
             self.trainer.progress_bar_metrics[f"{prefix}/return_mean"] = values[f"{prefix}/return_mean"]
-            for logger in self.trainer.loggers:
-                logger.log_metrics(values | {"env_steps": float(self.env_steps_done)}, step=self.env_steps_done)
+            self._log(values | {"env_steps": float(self.env_steps_done)}, self.env_steps_done)
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

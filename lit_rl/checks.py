@@ -1,6 +1,7 @@
 """Checks of option values: one sentence that names the option, the value and what was expected."""
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 from lit_rl.errors import OptionError
@@ -19,9 +20,9 @@ def check_range(
     Raises:
         OptionError: naming the option, its value and the interval.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and (low < value if exclusive_low else low <= value) and value <= high:
-        return value
+        return value if isinstance(value, int) else float(value)
     bound = f"{'above' if exclusive_low else 'at least'} {low:g}" if math.isfinite(low) else ""
     upper = f"at most {high:g}" if math.isfinite(high) else ""
     wanted = " and ".join(part for part in (bound, upper) if part) or "finite"
@@ -34,8 +35,8 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
     Raises:
         OptionError: naming the option and its value.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
-        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low:
+        return int(value)
     raise OptionError(f"{name}={value!r}: expected a whole number of at least {low}.")
 
 
@@ -48,3 +49,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value in choices:
         return value
     raise OptionError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        OptionError: naming the option and its value.
+    """
+    if isinstance(value, bool):
+        return value
+    raise OptionError(f"{name}={value!r}: expected True or False.")

@@ -158,7 +158,10 @@ def _sentence(error: BaseException) -> str:
     given = (re.findall(r"Given value: (\S.*)", text) or [""])[0]
     nested = re.fullmatch(r"NestedArg\(key='([\w.]+)', val='(.*)'\)", given)
     if nested:  # `--model.lr x` on the command line
-        key, given = f"{key or 'option'}.{nested[1]}", nested[2]
+        key, given = key if key.endswith(nested[1]) else f"{key or 'option'}.{nested[1]}", nested[2]
+    complaint = complaint.replace("Expected a dot import path string: ", "there is no class ")
+    if "arguments are required" in complaint:
+        complaint += ". Give a recipe: --config ppo_cartpole"
     value = f"={given}" if given and len(given) < 80 else ""
     return f"{key}{value}: {complaint}" if key else complaint
 
@@ -187,13 +190,20 @@ def main(args: Sequence[str] | None = None) -> None:
             seed_everything_default=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "version": lit_rl.__version__, "prog": "lit-rl"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "version": lit_rl.__version__,
+                "prog": "lit-rl",
+            },
             args=_resolve_recipes(arguments),
         )
     except Exception as error:
         own = _own_error(error)
-        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
+        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError | UnicodeDecodeError)):
             raise
+        if isinstance(error, UnicodeDecodeError):
+            sys.exit(_fail(f"A config file is not UTF-8: {error}", 2))
         if own is None or isinstance(own, OptionError | MisconfigurationException):
             sys.exit(_fail(_sentence(error) if own is None else str(own), 2))
         sys.exit(_fail(str(own), 1))

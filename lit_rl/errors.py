@@ -21,5 +21,9 @@ class RunnerError(LitRLError, RuntimeError):
     """An env runner could not be kept alive."""
 
 
+class DivergedError(LitRLError, RuntimeError):
+    """A loss or a gradient is not a finite number any more."""
+
+
 class CheckpointError(LitRLError, RuntimeError):
     """A checkpoint cannot be written or read."""

@@ -13,11 +13,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.checks import check_choice, check_count
-from lit_rl.errors import CheckpointError, OptionError, SpaceError
+from lit_rl.errors import CheckpointError, LitRLError, OptionError, SpaceError
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 
@@ -38,7 +39,6 @@ class MLP(nn.Module):
 
     Weights are orthogonal with gain sqrt(2), biases zero (Andrychowicz et al. 2021, arXiv:2006.05990).
 
-    >>> import torch
     >>> MLP(spaces.Discrete(3), hidden_sizes=[8])(torch.tensor([0, 2])).shape
     torch.Size([2, 8])
     """
@@ -159,7 +159,24 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
         return named_network(network)(observation_space)
     if not callable(network):
         raise OptionError(f"network={network!r}: expected a callable from an observation space to an nn.Module.")
-    return network(observation_space)
+    name = getattr(network, "__name__", repr(network))
+    try:
+        module = network(observation_space)
+        size = output_size(module)
+        obs = torch.as_tensor(np.stack([observation_space.sample()] * 2))
+        with torch.no_grad():
+            features = module(obs if isinstance(observation_space, spaces.Discrete) else obs.float())
+    except LitRLError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise OptionError(f"network={name} fails for {observation_space}: {type(error).__name__}: {message}") from error
+    if features.shape != (2, size):
+        raise OptionError(
+            f"network={name} gives features of shape {tuple(features.shape)} for two observations, but its "
+            f"output_size says (2, {size})."
+        )
+    return module
 
 
 def named_network(description: dict[str, Any]) -> NetworkFactory:

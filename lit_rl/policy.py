@@ -82,7 +82,8 @@ class Policy(nn.Module):
         if array.shape[array.ndim - len(shape) :] != shape or array.ndim - len(shape) not in (0, 1):
             batch = ", ".join(map(str, ("B", *shape)))
             raise OptionError(
-                f"obs has shape {array.shape}: expected {shape}, or ({batch}) for a batch, as {self.spec.env_id} gives it."
+                f"obs has shape {array.shape}: expected {shape}, or ({batch}) for a batch, "
+                f"as {self.spec.env_id} gives it."
             )
         space = self.spec.observation_space
         if isinstance(space, spaces.Discrete):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count, check_range
+from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.losses import approximate_kl, ppo_clip, value_loss
@@ -72,18 +72,21 @@ class PPO(Algorithm):
         network: NetworkFactory | dict[str, Any] | None = None,
         spec: dict[str, Any] | None = None,
     ):
-        super().__init__(network=network, spec=spec, max_grad_norm=max_grad_norm)
-        check_range("lr", lr, 0.0, exclusive_low=True)
-        check_schedule("lr_schedule", lr_schedule)
-        check_range("gamma", gamma, 0.0, 1.0)
-        check_range("gae_lambda", gae_lambda, 0.0, 1.0)
-        check_range("clip", clip, 0.0, exclusive_low=True)
-        check_range("value_coef", value_coef, 0.0)
-        check_range("entropy_coef", entropy_coef, 0.0)
-        check_count("num_epochs", num_epochs)
-        check_count("minibatch_size", minibatch_size)
         if max_grad_norm is not None:
-            check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
+            max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
+        super().__init__(network=network, spec=spec, max_grad_norm=max_grad_norm)
+        lr = check_range("lr", lr, 0.0, exclusive_low=True)
+        lr_schedule = check_schedule("lr_schedule", lr_schedule)
+        gamma = check_range("gamma", gamma, 0.0, 1.0)
+        gae_lambda = check_range("gae_lambda", gae_lambda, 0.0, 1.0)
+        clip = check_range("clip", clip, 0.0, exclusive_low=True)
+        value_coef = check_range("value_coef", value_coef, 0.0)
+        entropy_coef = check_range("entropy_coef", entropy_coef, 0.0)
+        num_epochs = check_count("num_epochs", num_epochs)
+        minibatch_size = check_count("minibatch_size", minibatch_size)
+        check_flag("normalize_advantage", normalize_advantage)
+        check_flag("normalize_observations", normalize_observations)
+        check_flag("normalize_returns", normalize_returns)
         self.save_hyperparameters(ignore=["network", "spec"])
 
     def build(self, spec: EnvSpec) -> None:

@@ -9,6 +9,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from lit_rl.checks import check_choice
+from lit_rl.envs.check import check_env
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, LitRLError, OptionError
 from lit_rl.spec import EnvSpec
@@ -38,6 +39,10 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         check_choice("vectorization", self.vectorization, VECTORIZATIONS)
+        if not isinstance(self.env_kwargs, dict):
+            raise OptionError(f"env_kwargs={self.env_kwargs!r}: expected a dict of arguments.")
+        if isinstance(self.wrappers, str):
+            raise OptionError(f"wrappers={self.wrappers!r}: expected a list.")
         if not (isinstance(self.env, str) or callable(self.env)):
             raise OptionError(
                 f"env={self.env!r}: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', "
@@ -80,10 +85,16 @@ class EnvConfig:
         return AsyncVectorEnv(makers, autoreset_mode=autoreset)
 
     def spec(self) -> EnvSpec:
-        """The spaces, read from an environment that is made and closed again."""
-        env: Any = self._make_native(1) if self.vectorization == "native" else self.make()
+        """The spaces, read from an environment that is made, tried out for one step and closed again.
+
+        Raises:
+            EnvError: if it cannot be made, or does not keep to gymnasium's interface.
+        """
+        native = self.vectorization == "native"
+        env: Any = self._make_native(1) if native else self.make()
         try:
-            native = isinstance(env, VectorEnv)
+            if not native:
+                check_env(env, self.env_id)
             observation_space = env.single_observation_space if native else env.observation_space
             action_space = env.single_action_space if native else env.action_space
             return EnvSpec(self.env_id, observation_space, action_space)
@@ -166,7 +177,10 @@ def _entry_point(name: str) -> Callable[..., Any] | None:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise EnvError(f"{name!r}: cannot import {module_name!r} ({error}).") from error
-    return getattr(module, attribute, None)
+    found = getattr(module, attribute, None)
+    if found is None and attribute not in gym.registry and "/" not in attribute and "-v" not in attribute:
+        raise EnvError(f"{name!r}: the module {module_name!r} has no {attribute!r}.")
+    return found
 
 
 def _registered(env_id: str) -> Any:

@@ -1,5 +1,6 @@
 """Plays whole episodes with a policy: what evaluation and `predict` do."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from gymnasium.vector import AutoresetMode
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import Episode, check_spaces, numeric, read_info, reset, step_error
+
+log = logging.getLogger(__name__)
+LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
 
 
 def play(
@@ -55,6 +59,7 @@ def play(
         resetting = np.zeros(num_envs, np.bool_)
         returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         recorder = _Recorder(num_envs) if record else None
+        warned = False
         while left:
             if deterministic:
                 (action, state), log_prob = policy.act(obs, state), np.zeros(num_envs, np.float32)
@@ -69,6 +74,14 @@ def play(
             real = ~resetting
             returns += np.where(real, reward, 0.0)
             lengths += real
+            if not warned and (lengths[playing] >= LONG_EPISODE).any():
+                warned = True
+                log.warning(
+                    "An evaluation episode of env=%s has lasted %d env steps and goes on. If it never ends by itself, "
+                    "give it a time limit: wrappers=[{'gymnasium.wrappers:TimeLimit': {'max_episode_steps': ...}}].",
+                    env.env_id,
+                    LONG_EPISODE,
+                )
             if recorder is not None:
                 recorder.add(real, obs, action, log_prob, reward, terminated, truncated)
             done = terminated | truncated

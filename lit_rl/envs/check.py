@@ -1,0 +1,62 @@
+"""One reset and one step of an environment before training: what it gets wrong is said in one sentence."""
+
+from numbers import Real
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from lit_rl.errors import EnvError, LitRLError
+
+
+def check_env(env: gym.Env, env_id: str) -> None:
+    """Reset and step an environment once, and hold what it returns against gymnasium's interface.
+
+    Raises:
+        EnvError: naming the environment, what it returned and what was expected.
+    """
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gym.Space):
+            raise EnvError(f"env={env_id}: {name}={getattr(env, name, None)!r}: expected a gymnasium.Space.")
+    result = _call(env_id, "reset", env.reset, seed=0)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise EnvError(f"env={env_id}: reset returned {_short(result)}: expected (observation, info).")
+    _check_obs(env, env_id, "reset", result[0])
+    result = _call(env_id, "step", env.step, env.action_space.sample())
+    if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
+        raise EnvError(
+            f"env={env_id}: step returned {_short(result)}: expected (observation, reward, terminated, truncated, "
+            "info)."
+        )
+    obs, reward, *flags, _ = result
+    _check_obs(env, env_id, "step", obs)
+    if not isinstance(reward, Real | np.number) and not (isinstance(reward, np.ndarray) and reward.ndim == 0):
+        raise EnvError(f"env={env_id}: step returned reward={_short(reward)}: expected one number.")
+    for name, flag in zip(("terminated", "truncated"), flags):
+        if not isinstance(flag, bool | np.bool_ | int):
+            raise EnvError(f"env={env_id}: step returned {name}={_short(flag)}: expected True or False.")
+
+
+def _check_obs(env: gym.Env, env_id: str, where: str, obs: Any) -> None:
+    """Shapes of array observations; nested ones are left to the vector environment."""
+    shape = env.observation_space.shape
+    if shape is not None and np.shape(obs) != shape:
+        raise EnvError(
+            f"env={env_id}: {where} returned an observation of shape {np.shape(obs)}: its observation_space "
+            f"{env.observation_space} has shape {shape}."
+        )
+
+
+def _call(env_id: str, where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except LitRLError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split()) or "no message"
+        raise EnvError(f"env={env_id} raised in {where}: {type(error).__name__}: {message}") from error
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) < 80 else f"{text[:77]}..."
