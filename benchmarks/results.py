@@ -103,7 +103,8 @@ def main() -> None:
             last = runs[-1]
             print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!docs/results"]
+    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
     result = {
         "recipe": args.recipe,
         "env": recipe["data"]["init_args"]["env"],

@@ -152,6 +152,8 @@ class Policy(nn.Module):
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations as the networks take them; the critic uses this too."""
+        if self._dtype is np.float32:
+            obs = obs.float()  # a Box of whole numbers is recorded as such
         if self.normalizer is None:
             return obs
         return ((obs - self.normalizer.mean) / (self.normalizer.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)

@@ -169,7 +169,9 @@ def test_a_lambda_is_refused_before_training_if_a_checkpoint_would_be_written(ma
     make_trainer(limit_val_batches=0).fit(PPO(**MODEL, network=lambda space: MLP(space)), data)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "folder", "pickle", "other", "newer"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "truncated", "text", "junk", "folder", "pickle", "other", "newer"]
+)
 def test_a_bad_file_is_named_in_one_sentence(make_trainer, damage: str) -> None:
     import pickle
 
@@ -182,6 +184,8 @@ def test_a_bad_file_is_named_in_one_sentence(make_trainer, damage: str) -> None:
         path.write_bytes(whole[: len(whole) // 2])
     elif damage == "text":
         path.write_text("not a checkpoint")
+    elif damage == "junk":
+        path.write_text("junk")
     elif damage == "folder":
         path.mkdir()
     elif damage == "pickle":

@@ -234,3 +234,28 @@ def test_mlp_refuses_other_spaces_and_names_them(space: gym.Space) -> None:
 def test_mlp_names_the_option_it_refuses(kwargs: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(kwargs))}="):
         MLP(BOX, **kwargs)
+
+
+class WrongSize(nn.Linear):
+    """Says another number of features than it gives."""
+
+    output_size = 7
+
+    def __init__(self, space: spaces.Box):
+        super().__init__(space.shape[0], 8)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (
+            WrongSize,
+            r"network=WrongSize gives features of shape \(2, 8\).* its output_size says \(2, 7\)",
+        ),
+        (lambda space: 1 / 0, "network=<lambda> fails for Box.*ZeroDivisionError"),
+        ("MLP", "network='MLP': expected a callable"),
+    ],
+)
+def test_an_own_network_is_tried_out(network: object, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        build_network(network, BOX)

@@ -272,3 +272,13 @@ def test_a_discrete_observation_outside_its_space_is_refused(obs: object) -> Non
     policy = Policy(EnvSpec("x", spaces.Discrete(4, start=1), spaces.Discrete(3)))
     with pytest.raises(OptionError, match="expected whole numbers in Discrete"):
         policy.act(np.asarray(obs))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
+def test_a_box_of_any_number_type_is_acted_on_and_evaluated_alike(dtype: type) -> None:
+    space = spaces.Box(0, 9, (4,), dtype)
+    policy = Policy(EnvSpec("x", space, spaces.Discrete(3)), normalize_observations=True)
+    obs = np.stack([space.sample() for _ in range(5)])
+    action, log_prob, _ = policy.sample(obs)
+    batch = {"observation": torch.as_tensor(obs), "action": torch.as_tensor(action)}
+    np.testing.assert_allclose(policy.evaluate(batch)[0].detach(), log_prob, atol=1e-6)

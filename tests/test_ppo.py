@@ -185,6 +185,7 @@ def test_every_option_changes_what_is_learned(make_trainer, option: str, value: 
         ({"num_epochs": 0}, "num_epochs=0: expected a whole number of at least 1"),
         ({"minibatch_size": 2.5}, "minibatch_size=2.5"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"normalize_advantage": "no"}, "normalize_advantage='no': expected True or False"),
         ({"lr_schedule": "cosine"}, "lr_schedule='cosine': expected 'constant', 'linear'"),
         ({"lr_schedule": [[0, 1.0], [0, 0.5]]}, "rising order"),
     ],

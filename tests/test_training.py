@@ -16,7 +16,7 @@ from tensordict import TensorDict
 
 from lit_rl import PPO, EnvStepsProgressBar, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import OptionError
+from lit_rl.errors import DivergedError, OptionError
 from lit_rl.runners.episodes import play
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
@@ -238,6 +238,10 @@ def test_seed_everything_seeds_the_datamodule(make_trainer) -> None:
         ({"vectorization": "fast"}, "vectorization='fast'"),
         ({"max_env_steps": 0}, "max_env_steps=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"info_metrics": "score"}, "info_metrics='score': expected a list"),
+        ({"wrappers": "a:B"}, "wrappers='a:B': expected a list"),
+        ({"env_kwargs": [1]}, "env_kwargs=[1]: expected a dict"),
+        ({"eval_deterministic": "no"}, "eval_deterministic='no': expected True or False"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None:
@@ -270,3 +274,65 @@ def test_the_progress_bar_counts_env_steps(make_trainer, capsys) -> None:
     assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (512, 512)
     shown = str(bar.train_progress_bar)
     assert "512/512" in shown and "return=" in shown and "eval=" in shown and "steps/s=" in shown
+
+
+def test_every_logged_row_is_on_disk_at_once(make_trainer, tmp_path: Path) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 3, eval_episodes=1, **SMALL)
+    logger, on_disk = CSVLogger(tmp_path, name="log"), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            on_disk.append(len((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()) - 1)
+
+    make_trainer(logger=logger, log_every_n_steps=1, limit_val_batches=0, callbacks=[Look()]).fit(PPO(**QUICK), data)
+    assert on_disk == [1, 2, 3]
+
+
+def test_the_last_update_is_logged_whatever_ends_the_run(make_trainer, tmp_path: Path) -> None:
+    data = RolloutDataModule("CartPole-v1", rollouts_per_epoch=5, **SMALL)
+    logger = CSVLogger(tmp_path, name="log")
+    make_trainer(logger=logger, log_every_n_steps=3, limit_val_batches=0, max_epochs=1).fit(PPO(**QUICK), data)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == [3 * 128, 5 * 128]
+
+
+def test_a_run_without_a_logger_interval_trains(make_trainer) -> None:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=256, **SMALL)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=-1, barebones=True)  # log_every_n_steps is 0
+    trainer.fit(PPO(**QUICK), data)
+    assert trainer.global_step == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_spoiled(make_trainer, tmp_path: Path) -> None:
+    class Huge(CounterEnv):
+        def step(self, action: int) -> tuple:
+            obs, _, *rest = super().step(action)
+            return obs, 1e30, *rest
+
+    data = RolloutDataModule(Huge, max_env_steps=512, rollouts_per_epoch=1, **SMALL)
+    with pytest.raises(DivergedError, match=r"loss/value=\w+ after 128 env steps: training has diverged"):
+        make_trainer(enable_checkpointing=True, limit_val_batches=0).fit(PPO(**QUICK), data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_datamodule_used_again_begins_anew(make_trainer) -> None:
+    data = RolloutDataModule(CounterEnv, max_env_steps=128, num_envs_per_env_runner=4, rollout_length=32)
+    seeds, windows, weights = [], [], []
+    for seed in (1, 2, 1):
+        L.seed_everything(seed, verbose=False)
+        algorithm = PPO(**QUICK)
+        make_trainer(limit_val_batches=0).fit(algorithm, data)
+        seeds.append(data.seed)
+        windows.append(len(data.rank_state()["episodes"]))
+        weights.append(algorithm.policy.head.weight.detach().clone())
+    assert seeds == [1, 2, 1] and len(set(windows)) == 1
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
+def test_numbers_of_numpy_are_numbers(make_trainer, tmp_path: Path) -> None:
+    algorithm = PPO(lr=np.float32(1e-3), minibatch_size=np.int64(64), num_epochs=1)
+    data = RolloutDataModule("CartPole-v1", max_env_steps=np.int64(128), **SMALL)
+    trainer = make_trainer(limit_val_batches=0)
+    trainer.fit(algorithm, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")  # plain data only
+    assert PPO.load_from_checkpoint(tmp_path / "x.ckpt").hparams.minibatch_size == 64
