@@ -11,6 +11,7 @@ process. The first `WARM_UP` rollouts are not timed. Read the ratios: these mach
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -202,7 +203,12 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--run", choices=list(SYSTEMS), help=argparse.SUPPRESS)
     parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--show", help="run nothing: print the table of such a file")
     args = parser.parse_args()
+    if args.show:
+        with open(args.show) as file:
+            report(json.load(file))
+        return
     if args.run:
         import torch
 
@@ -228,15 +234,19 @@ def main() -> None:
 
 
 def report(results: dict[str, list[dict[str, float]]]) -> None:
-    import statistics
+    """Medians over rounds. A ratio is taken within its round, whose systems ran in the same minutes."""
+    speed = {name: [row["env_steps_per_s"] for row in rows] for name, rows in results.items()}
+    sb3 = speed.get("SB3")
+    rllib = [max(figures) for figures in zip(*(v for name, v in speed.items() if name.startswith("RLlib")))] or None
+    print(f"\n{'medians of rounds':28s} env steps/s   / SB3   / RLlib's best   growth of resident memory, MB")
+    for name, figures in speed.items():
+        growth = statistics.median(row["growth_mb"] for row in results[name])
+        ratios = f"{_ratio(figures, sb3)} {_ratio(figures, rllib):>16s}"
+        print(f"{name:28s} {statistics.median(figures):11.0f} {ratios} {growth:12.0f}")
 
-    speed = {name: statistics.median(r["env_steps_per_s"] for r in rows) for name, rows in results.items()}
-    print(f"\n{'median of rounds':28s} env steps/s   / SB3   / RLlib's best   growth of resident memory, MB")
-    rllib_best = max((v for name, v in speed.items() if name.startswith("RLlib")), default=float("nan"))
-    for name, value in speed.items():
-        growth = statistics.median(r["growth_mb"] for r in results[name])
-        ratios = f"{value / speed.get('SB3', float('nan')):7.2f} {value / rllib_best:16.2f}"
-        print(f"{name:28s} {value:11.0f} {ratios} {growth:12.0f}")
+
+def _ratio(figures: list[float], others: list[float] | None) -> str:
+    return "      -" if others is None else f"{statistics.median(a / b for a, b in zip(figures, others)):7.2f}"
 
 
 if __name__ == "__main__":

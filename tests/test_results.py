@@ -1,0 +1,27 @@
+"""What the README and the recipes say of results is what `docs/results` holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "docs" / "results").glob("ppo_*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_recipes_first_comment_gives_its_measured_returns(path: Path) -> None:
+    result = json.loads(path.read_text())
+    returns = ", ".join(f"{run['return_mean']:g}" for run in result["runs"])
+    head = (ROOT / "recipes" / f"{path.stem}.yaml").read_text().split("seed_everything")[0]
+    assert f"seeds 1 to 5: {returns}; median {result['median']:g}." in head
+    assert f"{result['runs'][0]['env_steps']:,} env steps" in head
+    assert path.with_suffix(".png").exists()
+
+
+def test_the_readme_has_no_place_left_to_fill() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "@" not in readme
+    for path in RESULTS:
+        median = json.loads(path.read_text())["median"]
+        assert f"{median:.1f}".removesuffix(".0") in readme
