@@ -9,14 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from envs import CounterEnv, counter_vector
+from envs import CounterEnv, FailingEnv, counter_vector
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
 
 from lit_rl import PPO, EnvStepsProgressBar, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import DivergedError, OptionError
+from lit_rl.errors import DivergedError, EnvError, OptionError
 from lit_rl.runners.episodes import play
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
@@ -336,3 +336,16 @@ def test_numbers_of_numpy_are_numbers(make_trainer, tmp_path: Path) -> None:
     trainer.fit(algorithm, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")  # plain data only
     assert PPO.load_from_checkpoint(tmp_path / "x.ckpt").hparams.minibatch_size == 64
+
+
+def test_a_run_that_fails_closes_its_environments(make_trainer) -> None:
+    closed = []
+
+    class Closing(FailingEnv):
+        def close(self) -> None:
+            closed.append(True)
+
+    data = RolloutDataModule(Closing, max_env_steps=512, **SMALL)
+    with pytest.raises(EnvError, match="the simulator fell over"):
+        make_trainer(limit_val_batches=0).fit(PPO(**QUICK), data)
+    assert len(closed) == 1 + 4  # the one that was tried out, and the four that were stepped
