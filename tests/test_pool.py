@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from envs import FailingEnv
+from envs import CounterEnv, FailingEnv
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
@@ -86,8 +86,13 @@ def test_an_environments_error_arrives_as_it_was_raised() -> None:
     pool.close()
 
 
-class DyingEnv(FailingEnv):
-    """Takes its process with it."""
+class DyingEnv(CounterEnv):
+    """Takes its process with it at its second step (the first is when the environment is tried out)."""
+
+    steps = 0
 
     def step(self, action: int) -> tuple:
-        os._exit(1)
+        self.steps += 1
+        if self.steps == 2:
+            os._exit(1)
+        return super().step(action)
