@@ -17,6 +17,14 @@ class EnvError(LitRLError, RuntimeError):
     """An environment could not be made, or gave something it must not give."""
 
 
+def env_error(env_id: str, what: str, error: Exception) -> Exception:
+    """What an environment raised, as one sentence that names it; an error that already is one, unchanged."""
+    if isinstance(error, LitRLError):
+        return error
+    message = " ".join(str(error).split()) or "no message"
+    return EnvError(f"env={env_id} {what}: {type(error).__name__}: {message}")
+
+
 class RunnerError(LitRLError, RuntimeError):
     """An env runner could not be kept alive."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from lit_rl.errors import EnvError, LitRLError
+from lit_rl.errors import EnvError, env_error
 
 
 def check_env(env: gym.Env, env_id: str) -> None:
@@ -50,11 +50,8 @@ def _check_obs(env: gym.Env, env_id: str, where: str, obs: Any) -> None:
 def _call(env_id: str, where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
-    except LitRLError:
-        raise
     except Exception as error:
-        message = " ".join(str(error).split()) or "no message"
-        raise EnvError(f"env={env_id} raised in {where}: {type(error).__name__}: {message}") from error
+        raise env_error(env_id, f"raised in {where}", error) from error
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from lit_rl.checks import check_choice
 from lit_rl.envs.check import check_env
 from lit_rl.envs.vector import SyncVectorEnv
-from lit_rl.errors import EnvError, LitRLError, OptionError
+from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.spec import EnvSpec
 
 Env = str | Callable[..., Any]
@@ -194,8 +194,5 @@ def _registered(env_id: str) -> Any:
 def _call(env_id: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
-    except LitRLError:
-        raise
     except Exception as error:
-        message = " ".join(str(error).split()) or "no message"
-        raise EnvError(f"env={env_id} could not be made: {type(error).__name__}: {message}") from error
+        raise env_error(env_id, "could not be made", error) from error

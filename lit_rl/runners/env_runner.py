@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import EnvError, LitRLError, OptionError
+from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.transport import Packed, allocate, load_weights, pack
 
@@ -118,7 +118,7 @@ class EnvRunner:
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
             except Exception as error:
-                raise step_error(self._env.env_id, error) from error
+                raise env_error(self._env.env_id, "raised in step", error) from error
             next_obs = numeric(next_obs, policy)
             reward_rows[:, t] = reward
             terminated_rows[:, t] = terminated
@@ -279,14 +279,7 @@ def reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: n
     try:
         return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
     except Exception as error:
-        raise step_error(env.env_id, error, "reset") from error
-
-
-def step_error(env_id: str, error: Exception, where: str = "step") -> Exception:
-    if isinstance(error, LitRLError):
-        return error
-    message = " ".join(str(error).split()) or "no message"
-    return EnvError(f"env={env_id} raised in {where}: {type(error).__name__}: {message}")
+        raise env_error(env.env_id, "raised in reset", error) from error
 
 
 def numeric(obs: Any, policy: Policy) -> np.ndarray:

@@ -8,8 +8,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
+from lit_rl.errors import env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode, check_spaces, numeric, read_info, reset, step_error
+from lit_rl.runners.env_runner import Episode, check_spaces, numeric, read_info, reset
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -69,7 +70,7 @@ def play(
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(action)
             except Exception as error:
-                raise step_error(env.env_id, error) from error
+                raise env_error(env.env_id, "raised in step", error) from error
             next_obs = numeric(next_obs, policy)
             real = ~resetting
             returns += np.where(real, reward, 0.0)
