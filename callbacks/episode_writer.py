@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 class EpisodeWriter(BasePredictionWriter):
     """Writes each rank's episodes to `episodes-rank<r>.parquet`, one row per env step.
 
-    Columns: `episode, t, agent, observation, action, reward, terminated, truncated, log_prob, policy_version`. The
-    action is the one the environment was given; `log_prob` is 0 where the policy had no choice (deterministic). The
-    file's metadata holds the environment's spec as JSON under the key `lit_rl`.
+    Columns: `episode, t, agent, observation, action, reward, terminated, truncated, log_prob, policy_version`; parts of
+    Dict and Tuple spaces have columns of their own, named by path as in `observation/arm`. The action is the one the
+    environment was given; `log_prob` is 0 where the policy had no choice (deterministic). The file's metadata holds the
+    environment's spec as JSON under the key `lit_rl`.
 
     Args:
         folder: where to; None for the logger's folder.
@@ -54,17 +55,18 @@ class EpisodeWriter(BasePredictionWriter):
 
 def _table(pa: Any, episode: int, steps: dict[str, np.ndarray], version: int) -> Any:
     length = len(steps["reward"])
+    nested = {name: _column(pa, array) for name, array in steps.items() if name.startswith(("observation", "action"))}
+    log_prob = nested.pop("action_log_prob")
     return pa.table(
         {
             "episode": np.full(length, episode),
             "t": np.arange(length),
             "agent": pa.array(["agent_0"] * length),
-            "observation": _column(pa, steps["observation"]),
-            "action": _column(pa, steps["action"]),
+            **nested,
             "reward": steps["reward"].astype(np.float64),
             "terminated": steps["terminated"],
             "truncated": steps["truncated"],
-            "log_prob": steps["action_log_prob"],
+            "log_prob": log_prob,
             "policy_version": np.full(length, version),
         }
     )

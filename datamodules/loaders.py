@@ -9,7 +9,6 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.distributed import Vote
-from lit_rl.policy import Policy
 from lit_rl.runners.episodes import play
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class EpisodeLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         data = self._data
         policy = data.algorithm.policy
-        acting = Policy.from_description(policy.describe(), network=data.algorithm.network)
+        acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
         acting.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
         acting.rng = np.random.default_rng(self._seeds)
         episodes = play(

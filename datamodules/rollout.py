@@ -18,14 +18,12 @@ from lit_rl.checks import check_count, check_flag
 from lit_rl.datamodules.loaders import EpisodeLoader, RolloutLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import OptionError
-from lit_rl.policy import Policy
 from lit_rl.rollout import to_rollout
 from lit_rl.runners.env_runner import EnvRunner, Episode
 from lit_rl.runners.pool import LocalPool, Pool, RunnerPool, Weights
 from lit_rl.runners.transport import pack_weights
 from lit_rl.spec import EnvSpec
 
-WINDOW = 100  # episodes over which the training return is averaged
 SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
 RUNNERS, EVALUATION = 0, 1
@@ -48,6 +46,7 @@ class RolloutDataModule(L.LightningDataModule):
             with weights one version behind (needs num_env_runners >= 1).
         eval_episodes: whole episodes that `validate` plays, each with the same seed every time.
         eval_deterministic: whether evaluation takes the most probable action.
+        return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
         seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
         ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
@@ -69,6 +68,7 @@ class RolloutDataModule(L.LightningDataModule):
         prefetch: int = 0,
         eval_episodes: int = 10,
         eval_deterministic: bool = True,
+        return_window: int = 100,
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
         ray_address: str | None = None,
@@ -101,7 +101,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.sample_s = 0.0  # seconds the last rollout was waited for
         self._pool: Pool | None = None
         self._rollouts = 0  # collected since the run began, over resumes: part of the runners' seeds
-        self._episodes: deque[Episode] = deque(maxlen=WINDOW)
+        self._episodes: deque[Episode] = deque(maxlen=check_count("return_window", return_window))
         self._resume: dict[str, Any] | None = None
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class RolloutDataModule(L.LightningDataModule):
         return int(self._seed_sequence(EVALUATION, episode).generate_state(1)[0])
 
     def rollout_metrics(self) -> dict[str, float]:
-        """Means over the last 100 episodes of every rank; absent before the first one ends."""
+        """Means over the last `return_window` episodes of every rank; absent before the first one ends."""
         names = ["return", "length", *(f"info/{key}" for key in self.info_metrics)]
         rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
@@ -222,10 +222,15 @@ class RolloutDataModule(L.LightningDataModule):
         return algorithm
 
     @property
+    def rollout_shape(self) -> tuple[int, int]:
+        """B and T of this rank's rollouts."""
+        return max(1, self.num_env_runners) * self.num_envs_per_env_runner, self.rollout_length
+
+    @property
     def _max_rows(self) -> int:
         """The most env steps that one rollout of all ranks takes."""
-        runners = max(1, self.num_env_runners)
-        return runners * self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
+        batch, length = self.rollout_shape
+        return batch * length * self.attached_trainer.world_size
 
     def _budget_left(self, env_steps: int) -> float:
         return float("inf") if self.max_env_steps is None else self.max_env_steps - env_steps
@@ -236,6 +241,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _make_pool(self) -> Pool:
         rank, start = self.attached_trainer.global_rank, self._rollouts
         description, network = self.algorithm.policy.describe(), self.algorithm.network
+        policy_class = self.algorithm.policy_class
         env, seed = self.env, self.seed
         num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
 
@@ -243,7 +249,7 @@ class RolloutDataModule(L.LightningDataModule):
             key = (RUNNERS, rank, runner, incarnation, start)
             return EnvRunner(
                 env,
-                Policy.from_description(description, network=network),
+                policy_class.from_description(description, network=network),
                 num_envs=num_envs,
                 rollout_length=rollout_length,
                 seed=np.random.SeedSequence(seed, spawn_key=key),

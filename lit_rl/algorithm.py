@@ -20,7 +20,7 @@ from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
-from lit_rl.policy import Policy
+from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
 from lit_rl.schedules import Schedule, scheduled
 from lit_rl.spec import EnvSpec
@@ -37,6 +37,7 @@ class Algorithm(L.LightningModule):
 
     Args:
         network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default.
+        policy_class: a subclass of `Policy` that chooses actions in its own way; None for `Policy`.
         spec: an `EnvSpec` in plain data. None: the datamodule's. Checkpoints hold it.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
 
@@ -55,12 +56,16 @@ class Algorithm(L.LightningModule):
         self,
         *,
         network: NetworkFactory | dict[str, Any] | None = None,
+        policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
         max_grad_norm: float | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
+        if not (policy_class is None or (isinstance(policy_class, type) and issubclass(policy_class, Policy))):
+            raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.Policy.")
         self.network = network
+        self.policy_class = policy_class or Policy
         self.max_grad_norm = max_grad_norm
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
@@ -89,6 +94,10 @@ class Algorithm(L.LightningModule):
         return None
 
     # --- what a subclass calls ----------------------------------------------------------------------------------
+
+    def make_policy(self, spec: EnvSpec, **arguments: Any) -> Policy:
+        """A new policy of the class and with the network the user asked for."""
+        return self.policy_class(spec, network=self.network, **arguments)
 
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> None:
         """One gradient step on `loss`: backward (all-reduced over ranks), clip, step."""
@@ -152,7 +161,7 @@ class Algorithm(L.LightningModule):
             self.build(self.spec)
         if self.init_from is not None:
             checkpoint = read_checkpoint(self.init_from)
-            self._check_fits(section(checkpoint, self.init_from)["algorithm"], checkpoint["state_dict"])
+            self._check_fits(section(checkpoint, self.init_from), checkpoint["state_dict"])
             self.load_state_dict(checkpoint["state_dict"])
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
@@ -283,17 +292,23 @@ class Algorithm(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = section(checkpoint)
-        self._check_fits(found["algorithm"], checkpoint["state_dict"])
+        self._check_fits(found, checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:
             self._resume = found
             ranks = found["ranks"]
             if self.global_rank < len(ranks) and hasattr(self._datamodule, "load_rank_state"):
                 self._datamodule.load_rank_state(ranks[self.global_rank]["data"])
 
-    def _check_fits(self, algorithm: str, state_dict: Mapping[str, Tensor]) -> None:
+    def _check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+        algorithm, policy_class = found["algorithm"], found["policy"]["class"]
         if algorithm not in (ancestor.__name__ for ancestor in type(self).__mro__):
             raise CheckpointError(
                 f"The checkpoint was written by {algorithm}: it cannot be loaded into {type(self).__name__}."
+            )
+        if policy_class != class_name(self.policy_class):
+            raise CheckpointError(
+                f"The checkpoint was written with policy_class={policy_class}, not {class_name(self.policy_class)}: "
+                "pass that class."
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

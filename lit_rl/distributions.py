@@ -6,7 +6,7 @@ halves are tested against each other and against `torch.distributions`.
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -15,37 +15,49 @@ from gymnasium import spaces
 from torch import Tensor
 
 from lit_rl.errors import SpaceError
+from lit_rl.trees import Tree, children
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class ActionDistribution(Protocol):
-    """How parameters of shape [*B, num_parameters] become actions of shape [*B, *action_shape]."""
+    """How parameters [*B, num_outputs + num_scales] become actions [*B, *action_shape].
 
-    num_parameters: int
+    Attributes:
+        num_outputs: parameters that depend on the observation.
+        num_scales: log standard deviations, which follow them.
+        choices: for each choice among a finite number of actions, the slice of its logits among the outputs.
+    """
 
-    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    num_outputs: int
+    num_scales: int
+    choices: list[slice]
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[Tree, np.ndarray]:
         """Random actions [*B, *action_shape] and their log-probabilities [*B]."""
 
-    def mode(self, parameters: np.ndarray) -> np.ndarray:
+    def mode(self, parameters: np.ndarray) -> Tree:
         """The most probable actions [*B, *action_shape]."""
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability of `action` and the entropy, each [*B], differentiable in `parameters`."""
 
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The action as the environment takes it: inside the space's bounds."""
+    def to_env(self, action: Tree) -> Tree:
+        """The action as the environment takes it: inside the space's bounds, with tuples where it has them."""
 
 
 class Categorical:
     """For Discrete spaces; the parameters are unnormalised log-probabilities ("logits") of the n actions."""
 
-    def __init__(self, space: spaces.Discrete):
-        self.num_parameters = int(space.n)
-        self._start = int(space.start)
+    num_scales = 0
+
+    def __init__(self, n: int, start: int = 0):
+        self.num_outputs = n
+        self.choices = [slice(0, n)]
+        self._start = start
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        rows = parameters.reshape(-1, self.num_parameters)
+        rows = parameters.reshape(-1, self.num_outputs)
         shifted = rows - rows.max(-1, keepdims=True)
         cumulative = np.exp(shifted).cumsum(-1)
         total = cumulative[:, -1]
@@ -68,30 +80,97 @@ class Categorical:
         return action + self._start if self._start else action
 
 
+class MultiCategorical:
+    """For MultiDiscrete spaces: independent categorical choices, their logits one after the other."""
+
+    num_scales = 0
+
+    def __init__(self, space: spaces.MultiDiscrete):
+        self._parts = [Categorical(int(n)) for n in space.nvec.flat]
+        self._sizes = [part.num_outputs for part in self._parts]
+        self.num_outputs = sum(self._sizes)
+        ends = np.cumsum(self._sizes).tolist()
+        self.choices = [slice(end - size, end) for end, size in zip(ends, self._sizes)]
+        self._space = space
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        sampled = [part.sample(parameters[..., at], rng) for part, at in zip(self._parts, self.choices)]
+        actions, log_probs = zip(*sampled)
+        return self._shaped(np.stack(actions, -1)), np.sum(log_probs, 0)
+
+    def mode(self, parameters: np.ndarray) -> np.ndarray:
+        return self._shaped(np.stack([parameters[..., at].argmax(-1) for at in self.choices], -1))
+
+    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        columns = action.reshape(*parameters.shape[:-1], len(self._parts)).unbind(-1)
+        logits = parameters.split(self._sizes, -1)
+        terms = [part.evaluate(x, column) for part, x, column in zip(self._parts, logits, columns)]
+        log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
+        return log_prob, entropy
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        return (action + self._space.start).astype(self._space.dtype)
+
+    def _shaped(self, action: np.ndarray) -> np.ndarray:
+        return action.reshape(*action.shape[:-1], *self._space.shape)
+
+
+class Bernoulli:
+    """For MultiBinary spaces: independent coin flips; the parameters are the logits of their ones."""
+
+    num_scales = 0
+
+    def __init__(self, space: spaces.MultiBinary):
+        self.num_outputs = int(np.prod(space.shape))
+        self.choices: list[slice] = []
+        self._space = space
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        # logit(u) < x with probability sigmoid(x)
+        ones = rng.logistic(size=parameters.shape) < parameters
+        log_prob = -np.logaddexp(0, np.where(ones, -parameters, parameters)).sum(-1)
+        return self._shaped(ones), log_prob
+
+    def mode(self, parameters: np.ndarray) -> np.ndarray:
+        return self._shaped(parameters > 0)
+
+    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        ones = action.reshape(parameters.shape).to(parameters.dtype)
+        log_prob = -torch.nn.functional.softplus(torch.where(ones > 0, -parameters, parameters)).sum(-1)
+        entropy = torch.nn.functional.softplus(parameters) - parameters * torch.sigmoid(parameters)
+        return log_prob, entropy.sum(-1)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        return action.astype(self._space.dtype)
+
+    def _shaped(self, ones: np.ndarray) -> np.ndarray:
+        return ones.astype(np.uint8).reshape(*ones.shape[:-1], *self._space.shape)
+
+
 class DiagonalGaussian:
-    """For Box spaces of one dimension; the parameters are the d means followed by the d log standard deviations.
+    """For Box spaces of floats; the parameters are the d means followed by the d log standard deviations.
 
     The distribution is unbounded: the recorded action is the sample, the environment is given it clipped to the
     space's bounds (as in Stable-Baselines3 and CleanRL).
     """
 
     def __init__(self, space: spaces.Box):
-        self._size = int(np.prod(space.shape))
-        self.num_parameters = 2 * self._size
-        self._low, self._high = space.low, space.high
+        self.num_outputs = self.num_scales = int(np.prod(space.shape))
+        self.choices: list[slice] = []
+        self._low, self._high, self._shape = space.low, space.high, space.shape
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        mean, log_std = parameters[..., : self._size], parameters[..., self._size :]
+        mean, log_std = parameters[..., : self.num_outputs], parameters[..., self.num_outputs :]
         noise = rng.standard_normal(mean.shape, dtype=np.float32)
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI).sum(-1)
-        return mean + np.exp(log_std) * noise, log_prob
+        return self._shaped(mean + np.exp(log_std) * noise), log_prob
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
-        return parameters[..., : self._size]
+        return self._shaped(parameters[..., : self.num_outputs])
 
     def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = parameters.split(self._size, -1)
-        noise = (action - mean) * torch.exp(-log_std)
+        mean, log_std = parameters.split(self.num_outputs, -1)
+        noise = (action.reshape(mean.shape) - mean) * torch.exp(-log_std)
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI).sum(-1)
         entropy = (log_std + LOG_SQRT_2PI + 0.5).sum(-1)
         return log_prob, entropy
@@ -99,18 +178,73 @@ class DiagonalGaussian:
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return np.clip(action, self._low, self._high)
 
+    def _shaped(self, action: np.ndarray) -> np.ndarray:
+        return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
+
+
+class Joint:
+    """For Dict and Tuple spaces: independent parts. The log-probability and the entropy are the sums of theirs.
+
+    The parameters are the outputs of all parts, then the log standard deviations of all parts. Actions are dicts by
+    key, "0", "1", ... for a Tuple.
+    """
+
+    def __init__(self, space: gym.Space, parts: dict[str, ActionDistribution]):
+        self.parts = parts
+        self.choices = []
+        self._tuple = isinstance(space, spaces.Tuple)
+        self._slices: dict[str, tuple[slice, slice]] = {}
+        self.num_outputs = sum(part.num_outputs for part in parts.values())
+        self.num_scales = sum(part.num_scales for part in parts.values())
+        at, scale_at = 0, self.num_outputs
+        for key, part in parts.items():
+            self._slices[key] = slice(at, at + part.num_outputs), slice(scale_at, scale_at + part.num_scales)
+            self.choices += [slice(at + choice.start, at + choice.stop) for choice in part.choices]
+            at, scale_at = at + part.num_outputs, scale_at + part.num_scales
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[Tree, np.ndarray]:
+        sampled = {key: part.sample(self._of(parameters, key), rng) for key, part in self.parts.items()}
+        return {key: action for key, (action, _) in sampled.items()}, np.sum([lp for _, lp in sampled.values()], 0)
+
+    def mode(self, parameters: np.ndarray) -> Tree:
+        return {key: part.mode(self._of(parameters, key)) for key, part in self.parts.items()}
+
+    def evaluate(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
+        terms = [part.evaluate(self._of(parameters, key), action[key]) for key, part in self.parts.items()]
+        log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
+        return log_prob, entropy
+
+    def to_env(self, action: Tree) -> Tree:
+        values = {key: part.to_env(action[key]) for key, part in self.parts.items()}
+        return tuple(values.values()) if self._tuple else values
+
+    def _of(self, parameters: Any, key: str) -> Any:
+        """A part's own parameters, of arrays or tensors."""
+        outputs, scales = (parameters[..., at] for at in self._slices[key])
+        if not self.parts[key].num_scales:
+            return outputs
+        cat: Any = torch.cat if isinstance(parameters, Tensor) else np.concatenate
+        return cat([outputs, scales], -1)
+
 
 def distribution_for(space: gym.Space) -> ActionDistribution:
     """The action distribution for an action space.
 
     Raises:
-        SpaceError: for a space other than Discrete or Box of one dimension.
+        SpaceError: for a space that has none.
     """
+    parts = children(space)
+    if parts:
+        return Joint(space, {key: distribution_for(part) for key, part in parts.items()})
     if isinstance(space, spaces.Discrete):
-        return Categorical(space)
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
+        return Categorical(int(space.n), int(space.start))
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiCategorical(space)
+    if isinstance(space, spaces.MultiBinary):
+        return Bernoulli(space)
+    if isinstance(space, spaces.Box) and space.shape and np.issubdtype(space.dtype, np.floating):
         return DiagonalGaussian(space)
     raise SpaceError(
-        f"Action space {space} is not supported: expected Discrete or a one-dimensional Box of floats. "
-        "Wrap the environment (gymnasium.wrappers.TransformAction, RescaleAction) to give it such a space."
+        f"Action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, a Box of floats, or a "
+        "Dict or Tuple of these. Wrap the environment (gymnasium.wrappers:TransformAction) to give it such a space."
     )

@@ -15,7 +15,7 @@ SECTION, FORMAT = "lit_rl", 1
 POLICY_PREFIX = "policy."
 
 
-def load_policy(path: str | Path, network: NetworkFactory | None = None) -> Policy:
+def load_policy(path: str | Path, network: NetworkFactory | None = None, policy_class: type[Policy] = Policy) -> Policy:
     """The policy in a checkpoint, on the CPU, ready to act: `action, state = policy.act(obs)`.
 
     Needs no environment, no Trainer and no Ray. It acts as it did in evaluation.
@@ -24,12 +24,13 @@ def load_policy(path: str | Path, network: NetworkFactory | None = None) -> Poli
         path: a checkpoint that a lit_rl algorithm wrote.
         network: the callable it was trained with, if that is not one of lit_rl's own. A file never decides what is
             imported.
+        policy_class: the class it was trained with, if that is one of your own.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or not lit_rl's, or needs `network`.
+        CheckpointError: if the file is missing, damaged or not lit_rl's, or needs `network` or `policy_class`.
     """
     checkpoint = read_checkpoint(path)
-    policy = Policy.from_description(section(checkpoint, path)["policy"], network=network)
+    policy = policy_class.from_description(section(checkpoint, path)["policy"], network=network)
     policy.load_weights(
         {
             name.removeprefix(POLICY_PREFIX): tensor

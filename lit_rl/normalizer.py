@@ -1,12 +1,21 @@
 """Running statistics: of observations (inside the policy) and of discounted returns (inside the algorithm)."""
 
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl import distributed, returns
+from lit_rl.errors import OptionError
+from lit_rl.networks.inputs import is_image
+from lit_rl.trees import Tree, find, is_leaf, space_leaves
 
 CLIP = 10.0
 EPSILON = 1e-8
+WHOLE = "/"  # the name of an observation that is not nested
 
 
 class RunningMoments(nn.Module):
@@ -46,6 +55,49 @@ class RunningMoments(nn.Module):
         self.mean.add_((shift * weight).to(self.mean.dtype))
         self.var.copy_(var)
         self.count.add_(batch_count.to(torch.int64))
+
+
+class ObservationNormalizer(nn.Module):
+    """Standardises an observation's vectors, clipped to +-10: every Box in it that is no image. The rest is passed on.
+
+    Args:
+        space: of the observations.
+
+    Raises:
+        OptionError: if there is nothing to standardise.
+    """
+
+    def __init__(self, space: gym.Space):
+        super().__init__()
+        boxes = {p: box for p, box in space_leaves(space).items() if isinstance(box, spaces.Box) and not is_image(box)}
+        if not boxes:
+            raise OptionError(
+                f"normalize_observations=True: expected a Box observation that is no image, got {space}. Leave it out."
+            )
+        self.moments: Any = nn.ModuleDict({path or WHOLE: RunningMoments(box.shape) for path, box in boxes.items()})
+
+    def update(self, obs: Tree, mask: Tensor | None = None) -> None:
+        """Take in observations [*N, *obs] of which only those with `mask` [*N] True are real; summed over ranks."""
+        for name, moments in self.moments.items():
+            moments.update(obs if name == WHOLE else find(obs, name), mask)
+
+    def forward(self, obs: Tree, path: str = "") -> Tree:
+        if not is_leaf(obs):
+            return {key: self(obs[key], f"{path}/{key}" if path else key) for key in obs}
+        if (path or WHOLE) not in self.moments:
+            return obs
+        moments = self.moments[path or WHOLE]
+        return ((obs - moments.mean) / (moments.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)
+
+    def numpy(self, obs: Tree, path: str = "") -> Tree:
+        """`forward` for arrays."""
+        if not is_leaf(obs):
+            return {key: self.numpy(obs[key], f"{path}/{key}" if path else key) for key in obs}
+        if (path or WHOLE) not in self.moments:
+            return obs
+        moments = self.moments[path or WHOLE]
+        scaled = (obs - moments.mean.numpy()) / np.sqrt(moments.var.numpy() + np.float32(EPSILON))
+        return np.clip(scaled, -CLIP, CLIP)
 
 
 class ReturnNormalizer(RunningMoments):

@@ -1,35 +1,55 @@
 """What acts: shipped to env runners, loaded for inference."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.distributions import distribution_for
-from lit_rl.errors import CheckpointError, OptionError
-from lit_rl.networks import NetworkFactory, build_network, describe_network, orthogonal, output_size
-from lit_rl.normalizer import CLIP, EPSILON, RunningMoments
+from lit_rl.errors import CheckpointError, EnvError, OptionError
+from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
+from lit_rl.networks import (
+    NetworkFactory,
+    as_input,
+    build_network,
+    describe_network,
+    has_memory,
+    orthogonal,
+    output_size,
+    reset_rows,
+    unroll,
+    unroll_steps,
+)
+from lit_rl.normalizer import ObservationNormalizer
+from lit_rl.observations import as_tensors, holds_tensors, rows_of
 from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree, children, leaves, map_tree, row_converter, to_numpy, to_torch
 
-# What a policy with memory carries from step to step; None for one without.
-State: TypeAlias = Any
+# What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.
+State: TypeAlias = Tree
+NOT_BLOCKED = np.zeros(0, np.bool_)
 
 
 class Policy(nn.Module):
     """Observation to action and log-probability: an encoder, an action head and the observation normaliser.
 
-    No critic and no optimizer. On the CPU the default network is evaluated in numpy, which is five times faster on a
-    few observations than torch; the result is the same to float32 rounding.
+    No critic and no optimizer. On the CPU an MLP is evaluated in numpy, which is five times faster on a few
+    observations than torch; the result is the same to float32 rounding.
+
+    A Dict observation with the key "action_mask" (see `ActionMasks`) restricts what is sampled, what is most probable,
+    log-probability and entropy to legal actions; the encoder does not see it.
+
+    A subclass can choose actions in its own way: override `build_head`, `choose` and `evaluate_actions`.
 
     Args:
         spec: the environment's spaces.
-        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default MLP.
+        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the space's default.
         normalize_observations: standardise observations by running statistics (Box spaces only), clipped to +-10. The
-            statistics change only when `normalizer.update` is called, never while acting.
+            statistics change only when `update_normalizer` is called, never while acting.
+        state_dependent_std: whether the head gives the standard deviations of Box actions too; else they are
+            parameters of their own, the same for every observation.
     """
 
     def __init__(
@@ -38,37 +58,39 @@ class Policy(nn.Module):
         *,
         network: NetworkFactory | dict[str, Any] | None = None,
         normalize_observations: bool = False,
+        state_dependent_std: bool = False,
     ):
         super().__init__()
         self.spec = spec
         self._network = network
-        self._normalize_observations = normalize_observations
-        space = spec.observation_space
-        if normalize_observations and not isinstance(space, spaces.Box):
-            raise OptionError(f"normalize_observations=True: expected a Box observation space, got {space}.")
+        self._arguments = {"normalize_observations": normalize_observations, "state_dependent_std": state_dependent_std}
+        self.as_rows = row_converter(spec.observation_space)
         self.distribution = distribution_for(spec.action_space)
-        self.encoder = build_network(network, space)
-        self.normalizer = RunningMoments(space.shape or ()) if normalize_observations else None
-        size = self.distribution.num_parameters
+        self.input_space, mask_space = split_mask(spec.observation_space)
+        self._masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
+        # Beside the mask there is nothing but an "observation", of which the encoder is given the inside.
+        self._unwraps = mask_space is not None and set(children(spec.observation_space) or ()) == {
+            "observation",
+            ACTION_MASK,
+        }
+        self.encoder: Any = build_network(network, self.input_space)
+        self.normalizer = ObservationNormalizer(self.input_space) if normalize_observations else None
         self.log_std: nn.Parameter | None = None
-        if isinstance(spec.action_space, spaces.Box):
-            size //= 2
-            self.log_std = nn.Parameter(torch.zeros(size))
-        # A small gain makes the first policy close to uniform (Andrychowicz et al. 2021).
-        self.head = orthogonal(nn.Linear(output_size(self.encoder), size), gain=0.01)
+        self.build_head(output_size(self.encoder))
         self.rng = np.random.default_rng()
-        self._dtype = np.int64 if isinstance(space, spaces.Discrete) else np.float32
-        # The forward pass in numpy, and the weight whose memory it reads.
-        self._forward_numpy: tuple[Tensor, Callable[[np.ndarray], np.ndarray]] | None = None
+        # The head's outputs in numpy, and the weight whose memory they are made from.
+        self._forward_numpy: tuple[Tensor, Callable[[Tree], np.ndarray] | None] | None = None
 
     # --- for people ---------------------------------------------------------------------------------------------
 
-    def act(self, obs: np.ndarray | Tensor | int, state: State = None, deterministic: bool = True) -> tuple[Any, State]:
+    def act(self, obs: Any, state: State = None, deterministic: bool = True) -> tuple[Any, State]:
         """The action for one observation or a batch of them, as the environment takes it.
 
         Args:
-            obs: [*obs] or [B, *obs], numpy or torch, raw as the environment gives it.
-            state: what the previous call returned; None at an episode's start.
+            obs: [*obs] or [B, *obs], numpy or torch, raw as the environment gives it; dicts and tuples of these where
+                the space has them.
+            state: what the previous call returned; None at an episode's start. In a batch, `reset_state` starts some
+                rows afresh.
             deterministic: the most probable action (as evaluation does by default), or a random one.
 
         Returns:
@@ -76,87 +98,169 @@ class Policy(nn.Module):
 
         Raises:
             OptionError: if the observation's shape is not the space's.
+            EnvError: if the observation's action mask allows no action.
         """
-        array = obs.detach().cpu().numpy() if isinstance(obs, Tensor) else np.asarray(obs)
-        shape = self.spec.observation_space.shape or ()
-        if array.shape[array.ndim - len(shape) :] != shape or array.ndim - len(shape) not in (0, 1):
-            batch = ", ".join(map(str, ("B", *shape)))
-            raise OptionError(
-                f"obs has shape {array.shape}: expected {shape}, or ({batch}) for a batch, "
-                f"as {self.spec.env_id} gives it."
-            )
-        space = self.spec.observation_space
-        if isinstance(space, spaces.Discrete):
-            low = int(space.start)
-            high = low + int(space.n)
-            if not ((array >= low) & (array < high)).all():
-                raise OptionError(f"obs={obs!r}: expected whole numbers in {space}, as {self.spec.env_id} gives them.")
-        single = array.ndim == len(shape)
-        parameters = self.parameters_of(array[None] if single else array)
-        if deterministic:
-            action = self.distribution.mode(parameters)
-        else:
-            action, _ = self.distribution.sample(parameters, self.rng)
-        action = self.distribution.to_env(action)
-        action = action[0] if single else action
-        return (torch.as_tensor(action) if isinstance(obs, Tensor) else action), state
+        rows, single = rows_of(self.spec, obs)
+        batch = len(leaves(rows)[0])
+        if self.has_memory:
+            state = self.initial_state(batch) if state is None else to_numpy(state)
+            if any(len(leaf) != batch for leaf in leaves(state)):
+                raise OptionError(f"state has {len(leaves(state)[0])} rows for {batch} observations.")
+        if self.blocked(rows).any():
+            raise EnvError(f"env={self.spec.env_id}: the observation's action_mask allows no action: {obs!r}.")
+        action, _, state = self.step(rows, state, deterministic)
+        action = self.to_env(map_tree(lambda x: x[0], action) if single else action)
+        return (as_tensors(action) if holds_tensors(obs) else action), state
+
+    def reset_state(self, state: State, is_init: Any) -> State:
+        """`state` with the rows where `is_init` [B] is True as at an episode's start."""
+        if state is None:
+            return None
+        is_init = torch.as_tensor(is_init)
+        with torch.inference_mode():
+            initial = self.encoder.initial_state(len(is_init))
+            return to_numpy(reset_rows(to_torch(state), map_tree(lambda x: x.cpu(), initial), is_init))
 
     # --- for env runners ----------------------------------------------------------------------------------------
 
-    def sample(self, obs: np.ndarray, state: State = None) -> tuple[np.ndarray, np.ndarray, State]:
+    def sample(self, obs: Tree, state: State = None) -> tuple[Tree, np.ndarray, State]:
         """Random actions [B, *action] as recorded (not clipped), their log-probabilities [B], and the next state."""
-        action, log_prob = self.distribution.sample(self.parameters_of(obs), self.rng)
-        return action, log_prob, state
+        return self.step(obs, state)
 
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        """Recorded actions as the environment takes them: Box actions clipped to the space's bounds."""
-        return self.distribution.to_env(action)
+    def step(self, obs: Tree, state: State = None, deterministic: bool = False) -> tuple[Tree, np.ndarray, State]:
+        """Actions [B, *action] as recorded, their log-probabilities [B] (0 where there was no choice), and next state.
 
-    def initial_state(self, num_envs: int) -> State:
-        """The state at an episode's start: None, since this policy has no memory."""
-        return None
+        Args:
+            obs: [B, *obs], what `as_rows` made of an environment's.
+            state: [B, ...], None without memory.
+            deterministic: the most probable actions instead of random ones.
+        """
+        if self._numpy_forward() is not None:
+            return *self._pick(self.parameters_of(obs), deterministic), state
+        with torch.inference_mode():
+            device = self._device
+            tensors = to_torch(obs, device)
+            inputs = self.inputs(tensors)
+            if self.has_memory:
+                features, next_state = self.encoder(inputs, to_torch(state, device))
+                state = to_numpy(next_state)
+            else:
+                features = self.encoder(inputs)
+            action, log_prob = self.choose(features, tensors, deterministic)
+        return to_numpy(action), to_numpy(log_prob), state
 
-    def parameters_of(self, obs: np.ndarray) -> np.ndarray:
-        """The action distribution's parameters [B, num_parameters] for observations [B, *obs], in numpy."""
-        weight = self.head.weight
-        if self._forward_numpy is None or self._forward_numpy[0] is not weight:
-            fast = getattr(self.encoder, "numpy_forward", lambda head: None)(self.head)
-            forward = self._forward_torch if fast is None else functools.partial(self._fast_forward, fast)
-            self._forward_numpy = (weight, forward)
-        return self._forward_numpy[1](obs.astype(self._dtype, copy=False))
-
-    def _fast_forward(self, network: Callable[[np.ndarray], np.ndarray], obs: np.ndarray) -> np.ndarray:
-        if self.normalizer is not None:
-            mean, var = self.normalizer.mean.numpy(), self.normalizer.var.numpy()
-            obs = np.clip((obs - mean) / np.sqrt(var + np.float32(EPSILON)), -CLIP, CLIP)
-        out = network(obs)
+    def parameters_of(self, obs: Tree) -> np.ndarray:
+        """`action_parameters` for observations [B, *obs] in numpy, where there is no memory."""
+        forward = self._numpy_forward()
+        if forward is None:
+            with torch.inference_mode():
+                return to_numpy(self(to_torch(obs, self._device)))
+        inputs = self._unmasked(obs)
+        out = forward(inputs if self.normalizer is None else self.normalizer.numpy(inputs))
         if self.log_std is not None:
             log_std = self.log_std.detach().numpy()
-            out = np.concatenate([out, np.broadcast_to(log_std, out.shape)], -1)
+            out = np.concatenate([out, np.broadcast_to(log_std, (len(out), len(log_std)))], -1)
+        if self._masks is not None:
+            self._masks.apply_numpy(out, obs[ACTION_MASK])
         return out
 
-    @torch.inference_mode()
-    def _forward_torch(self, obs: np.ndarray) -> np.ndarray:
-        return self(torch.as_tensor(obs, device=self.head.weight.device)).cpu().numpy()
+    def to_env(self, action: Tree) -> Any:
+        """Recorded actions as the environment takes them: Box actions clipped to their bounds, tuples restored."""
+        return self.distribution.to_env(action)
+
+    @property
+    def has_memory(self) -> bool:
+        return has_memory(self.encoder)
+
+    def initial_state(self, num_envs: int) -> State:
+        """The state at an episode's start, [num_envs, ...]; None without memory."""
+        if not self.has_memory:
+            return None
+        with torch.inference_mode():
+            return to_numpy(self.encoder.initial_state(num_envs))
+
+    def blocked(self, obs: Tree) -> np.ndarray:
+        """Which of the observations [B, *obs] have an action mask that allows no action, [B]; without masks [0]."""
+        return NOT_BLOCKED if self._masks is None else self._masks.blocked(obs[ACTION_MASK])
+
+    # --- what a subclass may override ---------------------------------------------------------------------------
+
+    def build_head(self, num_features: int) -> None:
+        """Make what turns features into an action distribution: here `head` and, for Box actions, `log_std`."""
+        size, num_scales = self.distribution.num_outputs, self.distribution.num_scales
+        if self._arguments["state_dependent_std"]:
+            if not num_scales:
+                raise OptionError(
+                    f"state_dependent_std=True: expected a Box action, got {self.spec.action_space}. Leave it out."
+                )
+            size += num_scales
+        elif num_scales:
+            self.log_std = nn.Parameter(torch.zeros(num_scales))
+        # A small gain makes the first policy close to uniform (Andrychowicz et al. 2021).
+        self.head = orthogonal(nn.Linear(num_features, size), gain=0.01)
+
+    def choose(self, features: Tensor, obs: Tree, deterministic: bool) -> tuple[Tree, Any]:
+        """Actions [B, *action] and their log-probabilities [B] for features [B, F]; `obs` holds the action mask."""
+        return self._pick(to_numpy(self.action_parameters(features, obs)), deterministic)
+
+    def evaluate_actions(self, features: Tensor, obs: Tree, action: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability of recorded actions [*B, *action] and the entropy, each [*B], differentiable."""
+        return self.distribution.evaluate(self.action_parameters(features, obs), action)
 
     # --- for losses ---------------------------------------------------------------------------------------------
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """The action distribution's parameters, [*B, *obs] -> [*B, num_parameters]."""
-        out = self.head(self.encoder(self.normalize(obs)))
-        return out if self.log_std is None else torch.cat([out, self.log_std.expand_as(out)], -1)
+    def forward(self, obs: Tree) -> Tensor:
+        """`action_parameters` of observations [*B, *obs], where there is no memory."""
+        return self.action_parameters(self.encoder(self.inputs(obs)), obs)
 
-    def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Log-probability of `batch["action"]` given `batch["observation"]`, and the entropy; each [*B]."""
-        return self.distribution.evaluate(self(batch["observation"]), batch["action"])
+    def features(self, batch: Any) -> Tensor:
+        """The encoder's features of `batch["observation"]`, [*B, F].
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Observations as the networks take them; the critic uses this too."""
-        if self._dtype is np.float32:
-            obs = obs.float()  # a Box of whole numbers is recorded as such
-        if self.normalizer is None:
-            return obs
-        return ((obs - self.normalizer.mean) / (self.normalizer.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)
+        With memory the batch is sequences [S, L, ...] with `is_init` [S, L], and `state` [S, ...] before the first
+        step. A `burn_in` part (`observation, is_init` [S, K, ...] and the `state` before it) is stepped through first,
+        without gradients, and the state it ends in replaces `state` where `burn_in["real"]` [S] is True.
+        """
+        inputs = self.inputs(batch["observation"])
+        if not self.has_memory:
+            return self.encoder(inputs)
+        state = batch["state"]
+        if "burn_in" in batch.keys():  # noqa: SIM118
+            before = batch["burn_in"]
+            with torch.no_grad():
+                burnt = self.unroll_steps(before["observation"], before["state"], before["is_init"])[1]
+            state = reset_rows(state, map_tree(lambda x: x[:, -1], burnt), before["real"])
+        return unroll(self.encoder, inputs, state, batch["is_init"])
+
+    def unroll_steps(self, obs: Tree, state: State, is_init: Tensor) -> tuple[Tensor, State]:
+        """Features [B, T, F] and the state after every step [B, T, ...]; see `networks.recurrent.unroll_steps`."""
+        return unroll_steps(self.encoder, self.inputs(obs), state, is_init)
+
+    def evaluate(self, batch: Any, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probability of `batch["action"]` given `batch["observation"]`, and the entropy; each [*B].
+
+        Args:
+            batch: see `features`.
+            features: of the batch, if the caller has them already.
+        """
+        features = self.features(batch) if features is None else features
+        return self.evaluate_actions(features, batch["observation"], batch["action"])
+
+    def action_parameters(self, features: Tensor, obs: Tree) -> Tensor:
+        """The action distribution's parameters, [*B, F] to [*B, P]: the head's, with illegal actions ruled out."""
+        out = self.head(features)
+        if self.log_std is not None:
+            out = torch.cat([out, self.log_std.expand(*out.shape[:-1], -1)], -1)
+        return out if self._masks is None else self._masks.apply(out, obs[ACTION_MASK])
+
+    def inputs(self, obs: Tree) -> Tree:
+        """Observations in tensors as the encoder takes them, and the critic too: without mask, normalised."""
+        obs = as_input(self.input_space, self._unmasked(obs))
+        return obs if self.normalizer is None else self.normalizer(obs)
+
+    def update_normalizer(self, obs: Tree, mask: Tensor | None = None) -> None:
+        """Take observations [*N, *obs] into the statistics, if there are any; `mask` [*N] says which are real."""
+        if self.normalizer is not None:
+            self.normalizer.update(self._unmasked(obs), mask)
 
     # --- plain data ---------------------------------------------------------------------------------------------
 
@@ -164,8 +268,9 @@ class Policy(nn.Module):
         """Plain data from which `Policy.from_description` builds the same policy, without its weights."""
         return {
             "spec": self.spec.to_dict(),
+            "class": class_name(type(self)),
             "network": describe_network(self._network),
-            "arguments": {"normalize_observations": self._normalize_observations},
+            "arguments": dict(self._arguments),
         }
 
     @classmethod
@@ -179,8 +284,13 @@ class Policy(nn.Module):
             network: the callable it was trained with, if that is not one of lit_rl's own.
 
         Raises:
-            CheckpointError: if the network is the user's own and was not passed.
+            CheckpointError: if the network or the policy's class is the user's own and was not passed.
         """
+        name = description["class"]
+        if (name == class_name(Policy)) != (cls is Policy):
+            raise CheckpointError(
+                f"The policy was trained with policy_class={name}, not {class_name(cls)}: pass that class."
+            )
         spec = EnvSpec.from_dict(description["spec"])
         return cls(spec, network=network or description["network"], **description["arguments"])
 
@@ -198,9 +308,38 @@ class Policy(nn.Module):
                 f"{' '.join(str(error).split())}. Pass the network it was trained with as network=."
             ) from error
 
+    # ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _unmasked(self, obs: Tree) -> Tree:
+        return obs["observation"] if self._unwraps else obs
+
+    def _numpy_forward(self) -> Callable[[Tree], np.ndarray] | None:
+        """Head and encoder in numpy, if the encoder has such a form and actions are chosen as here."""
+        head: nn.Linear | None = getattr(self, "head", None)
+        if head is None or type(self).choose is not Policy.choose or self.has_memory:
+            return None
+        if self._forward_numpy is None or self._forward_numpy[0] is not head.weight:
+            make = getattr(self.encoder, "numpy_forward", None)
+            self._forward_numpy = (head.weight, None if make is None else make(head))
+        return self._forward_numpy[1]
+
+    def _pick(self, parameters: np.ndarray, deterministic: bool) -> tuple[Tree, np.ndarray]:
+        if deterministic:
+            return self.distribution.mode(parameters), np.zeros(len(parameters), np.float32)
+        return self.distribution.sample(parameters, self.rng)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         self._forward_numpy = None  # its arrays are views of the old device's memory
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_forward_numpy": None}
+
+
+def class_name(cls: type) -> str:
+    """How a checkpoint names a policy's class."""
+    return cls.__name__ if cls is Policy else f"{cls.__module__}:{cls.__qualname__}"

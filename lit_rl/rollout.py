@@ -1,15 +1,18 @@
 """Rollouts: TensorDicts in torchrl's TED layout, with the next observations stored once.
 
 Keys, each [B, T, ...]: `observation, action, action_log_prob, is_init, policy_version` and, under `"next"`, `reward,
-terminated, truncated, done`; `mask` (True = a real transition) where not every row is one.
+terminated, truncated, done`; `mask` (True = a real transition) where not every row is one. Dict and Tuple spaces make
+nested TensorDicts. With a policy that has memory, `state` [B, ...] is the state before the first step; where `is_init`
+is True it is the initial one, whatever was before.
 
 Row t's next observation is row t+1's observation, except for the last row (`last_observation` [B, *obs]) and for rows
 that ended an episode: row `final_step[b, f]` of environment b has `final_observation[b, f]` ([B, F, *obs]; a
 `final_step` of -1 is padding). The TensorDict's batch size is therefore [B]: it can be cut into environments, not into
-times, without leaving a next observation behind. `rows` gives the [B * T] form.
+times, without leaving a next observation behind. `rows` gives the [B * T] form, `sequences` pieces of L steps.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +20,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.runners.env_runner import Fragment
+from lit_rl.trees import Tree, leaves, map_tree, nest
 
 NEXT = ("reward", "terminated", "truncated")
+CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
 
 
 def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
@@ -32,9 +37,8 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     width = max(part["final_step"].shape[1] for part in parts)
     for part in parts:
         missing = width - part["final_step"].shape[1]
-        if missing:
-            part["final_step"] = _pad(part["final_step"], missing, -1)
-            part["final_observation"] = _pad(part["final_observation"], missing, 0)
+        for name in [name for name in part if missing and name.startswith("final_")]:
+            part[name] = _pad(part[name], missing, -1 if name == "final_step" else 0)
     if len(parts) == 1 and not copy:
         columns = {name: torch.from_numpy(array) for name, array in parts[0].items()}
     else:
@@ -44,33 +48,100 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
     next_ = {name: columns.pop(name) for name in NEXT}
     next_["done"] = next_["terminated"] | next_["truncated"]
-    return TensorDict({**columns, "next": TensorDict(next_, [batch])}, [batch])
+    return TensorDict({**nest(columns), "next": next_}, [batch])
 
 
-def next_values(rollout: TensorDict, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T].
 
     One pass over the stored observations: those of the rows, the B last ones and the final ones.
     """
-    obs, last, final = (rollout[f"{name}observation"] for name in ("", "last_", "final_"))
-    sizes = [obs.shape[0] * obs.shape[1], last.shape[0], final.shape[0] * final.shape[1]]
-    values = critic(torch.cat([obs.flatten(0, 1), last, final.flatten(0, 1)]))
-    value, last_value, final_value = values.split(sizes)
-    value = value.view(obs.shape[:2])
-    return value, _shift(value, last_value, final_value.view(final.shape[:2]), rollout["final_step"])
+
+    def values(obs: Tree, num_dims: int) -> Tensor:
+        shape = leaves(obs)[0].shape[:num_dims]
+        rows = map_tree(lambda x: x.flatten(0, num_dims - 1), obs)
+        chunks = range(0, shape.numel(), CHUNK)
+        parts = [critic(map_tree(lambda x, at=at: x[at : at + CHUNK], rows)) for at in chunks]
+        return torch.cat(parts).view(shape) if parts else rollout["next", "reward"].new_zeros(shape)
+
+    value = values(rollout["observation"], 2)
+    last, final = values(rollout["last_observation"], 1), values(rollout["final_observation"], 2)
+    return value, _shift(value, last, final, rollout["final_step"])
 
 
-def next_observation(rollout: TensorDict) -> Tensor:
+def next_values_with_memory(
+    rollout: TensorDict,
+    unroll_steps: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]],
+    head: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tree]:
+    """`next_values` where the critic is a head on features with memory; and the states before every row.
+
+    Args:
+        rollout: with `state` and `is_init`.
+        unroll_steps: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, F]
+            and the states after each step [B, T, ...].
+        head: features [*B, F] to values [*B].
+
+    Returns:
+        Values, values of the true next observations, each [B, T], and states [B, T, ...]; where an episode begins the
+        state is not yet the initial one.
+    """
+    is_init, state = rollout["is_init"], rollout["state"]
+    features, after = unroll_steps(rollout["observation"], state, is_init)
+    before = map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), state, after)
+    value = head(features)
+
+    def values(obs: Tree, states: Tree) -> Tensor:
+        """Of one observation [N, *obs] each, seen after the steps that led to `states`."""
+        one = map_tree(lambda x: x[:, None], obs)
+        never = torch.zeros(len(leaves(obs)[0]), 1, dtype=torch.bool, device=is_init.device)
+        return head(unroll_steps(one, states, never)[0].squeeze(1))
+
+    last = values(rollout["last_observation"], map_tree(lambda x: x[:, -1], after))
+    final_step = rollout["final_step"]
+    final = value.new_zeros(final_step.shape)
+    if final_step.numel():
+        b, f = (final_step >= 0).nonzero(as_tuple=True)
+        states = map_tree(lambda x: x[b, final_step[b, f]], after)
+        final[b, f] = values(map_tree(lambda x: x[b, f], rollout["final_observation"]), states)
+    return value, _shift(value, last, final, final_step), before
+
+
+def next_observation(rollout: TensorDict) -> Tree:
     """The true next observation of every row, [B, T, *obs]: a second copy, for who needs one."""
-    obs, last, final = (rollout[f"{name}observation"] for name in ("", "last_", "final_"))
-    return _shift(obs, last, final, rollout["final_step"])
+    parts = (rollout[f"{name}observation"] for name in ("", "last_", "final_"))
+    return map_tree(lambda obs, last, final: _shift(obs, last, final, rollout["final_step"]), *parts)
 
 
 def rows(rollout: TensorDict, *keys: str) -> TensorDict:
     """The [B * T] rows of some [B, T, ...] keys; those that are absent (such as `mask`) are left out."""
-    present = set(rollout.keys())
-    found = {key: rollout[key].flatten(0, 1) for key in keys if key in present}
-    return TensorDict(found, [len(next(iter(found.values())))])
+    found = _select(rollout, keys, lambda x: x.flatten(0, 1))
+    return TensorDict(found, [len(leaves(found)[0])])
+
+
+def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *keys: str) -> TensorDict:
+    """Pieces [S, L, ...] of a rollout for policies with memory, S = B * T / L, of some [B, T, ...] keys and `is_init`.
+
+    Each begins with the `state` [S, ...] it had. With burn-in there is a `burn_in` part as `Policy.features` takes it:
+    the K steps before each piece and the state before those. A rollout's first pieces have none.
+
+    Args:
+        rollout: whose T is a multiple of L.
+        states: before every row, [B, T, ...].
+        length: L.
+        burn_in: K, at most L.
+    """
+    is_init = rollout["is_init"]
+    begin = torch.arange(0, is_init.shape[1], length, device=is_init.device)
+    found = _select(rollout, (*keys, "is_init"), lambda x: x.unflatten(1, (len(begin), length)).flatten(0, 1))
+    found["state"] = map_tree(lambda x: x[:, begin].flatten(0, 1), states)
+    if burn_in:
+        steps = (begin[:, None] - burn_in + torch.arange(burn_in, device=begin.device)).clamp(min=0)
+        before = _select(rollout, ("observation", "is_init"), lambda x: x[:, steps].flatten(0, 1))
+        before["state"] = map_tree(lambda x: x[:, steps[:, 0]].flatten(0, 1), states)
+        before["real"] = (begin >= burn_in).repeat(len(is_init))
+        found["burn_in"] = before
+    return TensorDict(found, [len(is_init) * len(begin)])
 
 
 def mask_of(batch: TensorDict) -> Tensor | None:
@@ -82,6 +153,11 @@ def count_rows(rollout: TensorDict) -> int:
     """Real transitions in this rank's rollout."""
     mask = mask_of(rollout)
     return rollout["action_log_prob"].numel() if mask is None else int(mask.sum())
+
+
+def _select(rollout: TensorDict, keys: Sequence[str], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    present = set(rollout.keys())
+    return {key: map_tree(function, rollout[key]) for key in keys if key in present}
 
 
 def _shift(x: Tensor, last: Tensor, final: Tensor, final_step: Tensor) -> Tensor:

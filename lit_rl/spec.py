@@ -1,5 +1,6 @@
 """What an algorithm must know of an environment, in plain data."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from lit_rl.errors import SpaceError
+from lit_rl.trees import children
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,17 @@ def space_to_dict(space: gym.Space) -> dict[str, Any]:
     """Plain data from which `space_from_dict` makes an equal space.
 
     Raises:
-        SpaceError: for a space other than Box or Discrete.
+        SpaceError: for a space that lit_rl does not handle.
     """
+    parts = children(space)
+    if parts is not None:
+        return {"type": type(space).__name__, "spaces": {key: space_to_dict(part) for key, part in parts.items()}}
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "shape": list(space.shape)}
     if isinstance(space, spaces.Box):
         return {
             "type": "Box",
@@ -53,13 +62,24 @@ def space_to_dict(space: gym.Space) -> dict[str, Any]:
             "shape": list(space.shape),
             "dtype": np.dtype(space.dtype).name,
         }
-    raise SpaceError(f"Space {space} is not supported: lit_rl handles Box and Discrete spaces.")
+    raise SpaceError(
+        f"Space {space} is not supported: lit_rl handles Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple "
+        "of these. Wrap the environment to give it such a space."
+    )
 
 
 def space_from_dict(data: dict[str, Any]) -> gym.Space:
     """The space that `space_to_dict` described."""
+    if data["type"] in ("Dict", "Tuple"):
+        parts = {key: space_from_dict(part) for key, part in data["spaces"].items()}
+        # An OrderedDict keeps its order, which is that of the networks' inputs; gymnasium sorts the keys of a dict.
+        return spaces.Dict(OrderedDict(parts)) if data["type"] == "Dict" else spaces.Tuple(parts.values())
     if data["type"] == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"])
+    if data["type"] == "MultiDiscrete":
+        return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+    if data["type"] == "MultiBinary":
+        return spaces.MultiBinary(data["shape"][0] if len(data["shape"]) == 1 else data["shape"])
     if data["type"] == "Box":
         shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
         low, high = (np.broadcast_to(np.asarray(data[k], dtype), shape) for k in ("low", "high"))

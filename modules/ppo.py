@@ -13,12 +13,13 @@ from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.losses import approximate_kl, ppo_clip, value_loss
-from lit_rl.networks import NetworkFactory, ValueNetwork, build_network
+from lit_rl.networks import NetworkFactory, ValueHead, ValueNetwork, build_network, output_size
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.policy import Policy
-from lit_rl.rollout import mask_of, next_values, rows
+from lit_rl.rollout import mask_of, next_values, next_values_with_memory, rows, sequences
 from lit_rl.schedules import Schedule, check_schedule
 from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree
 
 
 class PPO(Algorithm):
@@ -27,6 +28,9 @@ class PPO(Algorithm):
     Advantages are generalised advantage estimates (arXiv:1506.02438); after a time limit the value of the final
     observation is bootstrapped. Deviations from the paper, as in most implementations: advantages are standardised
     (over the rollout), gradients are clipped, policy and critic are separate networks with orthogonal weights.
+
+    With memory (`network=LSTM`), policy and critic share the encoder. The loss is taken over sequences of
+    `sequence_length` steps: gradients flow through time inside of each, back to the start of its episode.
 
     Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each
     [B, T, ...], its last and final observations, and `mask` if there is one; writes `advantage, value_target` [B, T].
@@ -46,12 +50,17 @@ class PPO(Algorithm):
         normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
         normalize_observations: standardise observations by running statistics.
         normalize_returns: divide rewards by the running standard deviation of the discounted return.
-        network: callable `(observation_space) -> nn.Module` with an `output_size`, called once for the policy and once
-            for the critic; None for two hidden layers of 64 tanh units.
+        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default of the space
+            (two hidden layers of 64 tanh units for a vector).
+        share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
+        state_dependent_std: whether the standard deviations of Box actions depend on the observation.
+        sequence_length: steps of each sequence that a network with memory is trained on; divides `rollout_length`.
+        burn_in: steps before each sequence that refresh the memory first, without gradients; at most `sequence_length`.
+        policy_class: a subclass of `Policy` that chooses actions in its own way.
         spec: the environment's spaces in plain data; None takes the datamodule's.
     """
 
-    critic: ValueNetwork
+    critic: ValueNetwork | ValueHead
 
     def __init__(
         self,
@@ -70,11 +79,16 @@ class PPO(Algorithm):
         normalize_observations: bool = False,
         normalize_returns: bool = False,
         network: NetworkFactory | dict[str, Any] | None = None,
+        share_encoder: bool | None = None,
+        state_dependent_std: bool = False,
+        sequence_length: int = 16,
+        burn_in: int = 0,
+        policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
     ):
         if max_grad_norm is not None:
             max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(network=network, spec=spec, max_grad_norm=max_grad_norm)
+        super().__init__(network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm)
         lr = check_range("lr", lr, 0.0, exclusive_low=True)
         lr_schedule = check_schedule("lr_schedule", lr_schedule)
         gamma = check_range("gamma", gamma, 0.0, 1.0)
@@ -87,12 +101,29 @@ class PPO(Algorithm):
         check_flag("normalize_advantage", normalize_advantage)
         check_flag("normalize_observations", normalize_observations)
         check_flag("normalize_returns", normalize_returns)
-        self.save_hyperparameters(ignore=["network", "spec"])
+        if share_encoder is not None:
+            check_flag("share_encoder", share_encoder)
+        check_flag("state_dependent_std", state_dependent_std)
+        sequence_length = check_count("sequence_length", sequence_length)
+        burn_in = check_count("burn_in", burn_in, 0)
+        if burn_in > sequence_length:
+            raise OptionError(f"burn_in={burn_in}: expected at most sequence_length={sequence_length}.")
+        self.save_hyperparameters(ignore=["network", "policy_class", "spec"])
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
-        self.policy = Policy(spec, network=self.network, normalize_observations=hp.normalize_observations)
-        self.critic = ValueNetwork(build_network(self.network, spec.observation_space))
+        self.policy = self.make_policy(
+            spec, normalize_observations=hp.normalize_observations, state_dependent_std=hp.state_dependent_std
+        )
+        if self.policy.has_memory and hp.share_encoder is False:
+            raise OptionError(
+                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
+                "one. Leave it out: policy and critic then share the network."
+            )
+        if self.shares_encoder:
+            self.critic = ValueHead(output_size(self.policy.encoder))
+        else:
+            self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -105,7 +136,7 @@ class PPO(Algorithm):
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         hp, mask = self.hp, mask_of(rollout)
         with torch.no_grad():
-            value, next_value = next_values(rollout, self.value)
+            value, next_value, states = self.values(rollout)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
             if self.return_normalizer is not None:
                 reward = self.return_normalizer.scale(reward, done, mask)
@@ -116,48 +147,96 @@ class PPO(Algorithm):
             rollout["value_target"] = value_target
 
         terms = []
-        for minibatch in self.minibatches(rollout):
+        for minibatch in self.minibatches(rollout, states):
             loss, minibatch_terms = self.loss(minibatch)
             self.optimize(loss)
             terms.append(minibatch_terms)
 
-        if self.policy.normalizer is not None:
-            self.policy.normalizer.update(rollout["observation"], mask)
+        self.policy.update_normalizer(rollout["observation"], mask)
         names = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
         metrics: dict[str, Tensor | float] = dict(zip(names, torch.stack(terms).mean(0).unbind()))
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
 
     def loss(self, minibatch: TensorDict) -> tuple[Tensor, Tensor]:
-        """The loss of a minibatch [M], and the means of its terms (policy, value, entropy, KL, clip fraction)."""
+        """The loss of a minibatch [M] (with memory [M, L]), and the means of its terms.
+
+        The terms are policy loss, value loss, entropy, KL and clip fraction.
+        """
         hp, mask, advantage = self.hp, mask_of(minibatch), minibatch["advantage"]
-        log_prob, entropy = self.policy.evaluate(minibatch)
+        features = self.policy.features(minibatch)
+        log_prob, entropy = self.policy.evaluate(minibatch, features)
+        value = self.critic(features) if self.shares_encoder else self.value(minibatch["observation"])
         log_ratio = log_prob - minibatch["action_log_prob"]
         policy_loss = ppo_clip(log_ratio, advantage, hp.clip)
-        critic_loss = value_loss(self.value(minibatch["observation"]), minibatch["value_target"])
+        critic_loss = value_loss(value, minibatch["value_target"])
         loss = masked_mean(policy_loss + hp.value_coef * critic_loss - hp.entropy_coef * entropy, mask)
         with torch.no_grad():
             clipped = ((log_ratio.exp() - 1).abs() > hp.clip).float()
-            terms = torch.stack([policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped])
-            terms = terms.mean(1) if mask is None else (terms * mask).sum(1) / mask.sum().clamp(min=1)
+            terms = torch.stack([policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped]).flatten(1)
+            terms = terms.mean(1) if mask is None else (terms * mask.flatten()).sum(1) / mask.sum().clamp(min=1)
         return loss, terms
 
-    def value(self, obs: Tensor) -> Tensor:
-        """The critic's value of raw observations, [*B, *obs] -> [*B]."""
-        return self.critic(self.policy.normalize(obs))
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether the critic is a head on the policy's features."""
+        shared = self.hp.share_encoder
+        return self.policy.has_memory if shared is None else shared
 
-    def minibatches(self, rollout: TensorDict) -> Iterator[TensorDict]:
-        """`num_epochs` passes over the rollout's rows, each in a new order, in slices of `minibatch_size`."""
-        size = self.hp.minibatch_size
-        batch = rows(rollout, "observation", "action", "action_log_prob", "advantage", "value_target", "mask")
-        if size > len(batch):
-            raise OptionError(
-                f"minibatch_size={size}: expected at most the {len(batch)} rows of a rollout "
-                "(environments x rollout_length). Lower it, or collect longer rollouts."
-            )
-        for _ in range(self.hp.num_epochs):
+    def value(self, obs: Tree) -> Tensor:
+        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory."""
+        inputs = self.policy.inputs(obs)
+        return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
+
+    def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, Tree]:
+        """Values of a rollout's observations and of its next observations, [B, T], and the memory before each."""
+        if self.policy.has_memory:
+            return next_values_with_memory(rollout, self.policy.unroll_steps, self.critic)
+        return *next_values(rollout, self.value), None
+
+    def minibatches(self, rollout: TensorDict, states: Tree) -> Iterator[TensorDict]:
+        """`num_epochs` passes over the rollout's rows, each in a new order, in slices of `minibatch_size`.
+
+        With memory the order is that of sequences, each of which counts `sequence_length` rows.
+        """
+        hp, size = self.hp, self.hp.minibatch_size
+        self.check_sizes(*rollout["next", "reward"].shape)
+        keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "mask")
+        if self.policy.has_memory:
+            batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
+        else:
+            batch = rows(rollout, *keys)
+        for _ in range(hp.num_epochs):
             order = torch.randperm(len(batch), generator=self.generator).to(rollout.device or "cpu")
             yield from batch[order].split(size)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        shape = getattr(self._datamodule, "rollout_shape", None)
+        if shape is not None:
+            self.check_sizes(*shape)
+
+    def check_sizes(self, num_envs: int, rollout_length: int) -> None:
+        """Refuse rollouts [B, T] that cannot be cut into minibatches.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        hp = self.hp
+        if hp.minibatch_size > num_envs * rollout_length:
+            raise OptionError(
+                f"minibatch_size={hp.minibatch_size}: expected at most the {num_envs * rollout_length} rows of a "
+                "rollout (environments x rollout_length). Lower it, or collect longer rollouts."
+            )
+        if self.policy.has_memory and rollout_length % hp.sequence_length:
+            raise OptionError(
+                f"sequence_length={hp.sequence_length}: expected a divisor of rollout_length={rollout_length}."
+            )
+        if self.policy.has_memory and hp.minibatch_size < hp.sequence_length:
+            raise OptionError(
+                f"minibatch_size={hp.minibatch_size}: expected at least one sequence, "
+                f"sequence_length={hp.sequence_length} rows."
+            )
 
     def rank_state(self) -> dict[str, Any]:
         return {"running_return": None if self.return_normalizer is None else self.return_normalizer.running_return}

@@ -25,21 +25,21 @@ def reference_gaussian(parameters: torch.Tensor) -> torch.distributions.Distribu
 
 BOTH = pytest.mark.parametrize(
     ("distribution", "reference"),
-    [(Categorical(spaces.Discrete(5)), reference_categorical), (DiagonalGaussian(BOX), reference_gaussian)],
+    [(Categorical(5), reference_categorical), (DiagonalGaussian(BOX), reference_gaussian)],
     ids=["Categorical", "DiagonalGaussian"],
 )
 
 
 def random_parameters(distribution: ActionDistribution, batch: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((batch, distribution.num_parameters)).astype(np.float32)
+    return rng.standard_normal((batch, distribution.num_outputs + distribution.num_scales)).astype(np.float32)
 
 
 def test_categorical_samples_as_often_as_softmax_says() -> None:
     logits = np.array([0.0, 1.0, -2.0, 3.0, 0.5], np.float32)
     probability = np.exp(logits) / np.exp(logits).sum()
     n = 50_000
-    action, _ = Categorical(spaces.Discrete(5)).sample(np.tile(logits, (n, 1)), np.random.default_rng(0))
+    action, _ = Categorical(5).sample(np.tile(logits, (n, 1)), np.random.default_rng(0))
     frequency = np.bincount(action, minlength=5) / n
     assert (np.abs(frequency - probability) < 4 * np.sqrt(probability * (1 - probability) / n)).all()
 
@@ -94,23 +94,21 @@ class Edges:
 def test_categorical_never_samples_an_action_of_probability_zero(
     rng: np.random.Generator, impossible: list[int]
 ) -> None:
-    logits = random_parameters(Categorical(spaces.Discrete(5)), 2000) * 3
+    logits = random_parameters(Categorical(5), 2000) * 3
     logits[::2, impossible] = -np.inf
     logits[1::2, impossible] = -1e9
-    action, log_prob = Categorical(spaces.Discrete(5)).sample(logits, rng)
+    action, log_prob = Categorical(5).sample(logits, rng)
     assert not np.isin(action, impossible).any()
     assert np.isfinite(log_prob).all()
 
 
 def test_categorical_survives_large_logits() -> None:
-    action, log_prob = Categorical(spaces.Discrete(3)).sample(
-        np.array([[1e4, 0.0, -1e4]], np.float32), np.random.default_rng(0)
-    )
+    action, log_prob = Categorical(3).sample(np.array([[1e4, 0.0, -1e4]], np.float32), np.random.default_rng(0))
     assert (action.tolist(), log_prob.tolist()) == ([0], [0.0])
 
 
 def test_mode_is_the_most_probable_action() -> None:
-    assert Categorical(spaces.Discrete(3)).mode(np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+    assert Categorical(3).mode(np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
     parameters = np.array([[1.0, 2.0, 3.0, -1.0, -1.0, -1.0]])
     assert DiagonalGaussian(BOX).mode(parameters).tolist() == [[1.0, 2.0, 3.0]]
 
@@ -139,12 +137,10 @@ def test_box_actions_are_clipped_for_the_environment_only() -> None:
 @pytest.mark.parametrize(
     "space",
     [
-        spaces.MultiDiscrete([2, 3]),
-        spaces.MultiBinary(4),
-        spaces.Box(-1, 1, (2, 2)),
+        spaces.Text(4),
         spaces.Box(-1, 1, ()),
         spaces.Box(0, 255, (3,), np.uint8),
-        spaces.Dict(a=spaces.Discrete(2)),
+        spaces.Dict(),
     ],
     ids=str,
 )

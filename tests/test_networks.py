@@ -19,7 +19,6 @@ from lit_rl.networks import (
     build_network,
     check_nameable,
     describe_network,
-    flat_size,
     named_network,
     orthogonal,
     output_size,
@@ -36,7 +35,7 @@ class OwnNetwork(nn.Module):
 
     def __init__(self, observation_space: gym.Space, width: int = 7):
         super().__init__()
-        self.layer = nn.Linear(flat_size(observation_space), width)
+        self.layer = nn.Linear(observation_space.shape[0], width)
         self.output_size = width
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -119,10 +118,10 @@ def test_policy_parameters_in_numpy_follow_the_normaliser() -> None:
     policy = Policy(EnvSpec("e", BOX, spaces.Box(-1, 1, (2,))), normalize_observations=True)
     nn.init.normal_(policy.head.weight)
     for scale in (1.0, 30.0, 0.01):  # the last makes observations that are clipped to +-10
-        policy.normalizer.update(torch.randn(50, 5) * scale + scale)
+        policy.update_normalizer(torch.randn(50, 5) * scale + scale)
         assert_numpy_equals_torch(policy)
-    policy.normalizer.var.fill_(1e-6)
-    assert (policy.normalize(torch.as_tensor(observations(BOX))).abs() == 10).any()
+    policy.normalizer.moments["/"].var.fill_(1e-6)
+    assert (policy.inputs(torch.as_tensor(observations(BOX))).abs() == 10).any()
     assert_numpy_equals_torch(policy)
 
 
@@ -169,7 +168,8 @@ def test_described_network_is_rebuilt_the_same(network: Any, hidden_sizes: list[
 def test_network_of_a_config_is_rebuilt_the_same() -> None:
     network = from_config("--network=lit_rl.networks.MLP", "--network.hidden_sizes=[8]", "--network.activation=relu")
     description = describe_network(network)
-    assert description == {"name": "MLP", "arguments": {"hidden_sizes": [8], "activation": "relu"}}
+    assert description["name"] == "MLP"
+    assert description["arguments"].items() >= {"hidden_sizes": [8], "activation": "relu"}.items()
     assert str(build_network(description, BOX)) == str(network(BOX))
 
 
@@ -223,7 +223,9 @@ def test_network_without_output_size_is_told_what_is_missing(size: Any) -> None:
         output_size(network)
 
 
-@pytest.mark.parametrize("space", [spaces.Box(0, 1, (8, 8, 3)), spaces.Box(0, 1, ()), spaces.MultiBinary(3)], ids=str)
+@pytest.mark.parametrize(
+    "space", [spaces.Text(4), spaces.Dict(a=spaces.Discrete(2), image=spaces.Box(0, 1, (8, 8, 3)))], ids=str
+)
 def test_mlp_refuses_other_spaces_and_names_them(space: gym.Space) -> None:
     with pytest.raises(SpaceError) as error:
         MLP(space)

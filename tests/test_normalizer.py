@@ -107,7 +107,7 @@ def test_a_policys_statistics_are_frozen_while_it_acts(method: str) -> None:
     from lit_rl.policy import Policy
 
     policy = Policy(EnvSpec("e", spaces.Box(-9, 9, (3,)), spaces.Discrete(2)), normalize_observations=True)
-    policy.normalizer.update(torch.randn(50, 3) * 2 + 1)
+    policy.update_normalizer(torch.randn(50, 3) * 2 + 1)
     before = {name: tensor.clone() for name, tensor in policy.normalizer.state_dict().items()}
     obs = np.full((8, 3), 7.0, np.float32)
     if method == "evaluate":

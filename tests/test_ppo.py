@@ -114,8 +114,8 @@ def test_masked_rows_change_no_gradient_no_statistic_and_no_metric(make_trainer)
     for name in first:
         torch.testing.assert_close(torch.as_tensor(first[name]), torch.as_tensor(second[name]))
     real = rollout["observation"][rollout["mask"]]
-    torch.testing.assert_close(algorithm.policy.normalizer.mean, real.mean(0))
-    assert int(algorithm.policy.normalizer.count) == int(rollout["mask"].sum())
+    torch.testing.assert_close(algorithm.policy.normalizer.moments["/"].mean, real.mean(0))
+    assert int(algorithm.policy.normalizer.moments["/"].count) == int(rollout["mask"].sum())
     assert int(algorithm.return_normalizer.count) == int(rollout["mask"].sum())
 
 
@@ -223,7 +223,7 @@ def test_advantages_and_targets_of_a_rollout_by_hand(make_trainer) -> None:
     algorithm, rollout = collect(make_trainer, CounterEnv, {"num_envs_per_env_runner": 1, "rollout_length": 8}, model)
     for parameter in algorithm.critic.parameters():
         parameter.data.zero_()
-    algorithm.critic.head.bias.data.fill_(8.0)  # V = 8 everywhere
+    algorithm.critic.head.linear.bias.data.fill_(8.0)  # V = 8 everywhere
     algorithm.update(rollout)
     # Episodes: rewards 1 2 (terminated) | 1 2 3 (truncated) | 1 2 3 (cut by the fragment's end; 4 steps long)
     # 1 + 2/2 = 2, 2 | 1 + 2/2 + 3/4 + 8/8 = 3.75, 2 + 3/2 + 8/4 = 5.5, 3 + 8/2 = 7 | the same
@@ -239,9 +239,9 @@ def test_the_observation_statistics_change_only_after_the_update(make_trainer) -
         def update(self, batch: TensorDict) -> dict:
             log_prob, _ = self.policy.evaluate(batch)
             seen.append((log_prob - batch["action_log_prob"]).abs().max().item())
-            before = self.policy.normalizer.mean.clone()
+            before = self.policy.normalizer.moments["/"].mean.clone()
             metrics = super().update(batch)
-            assert not torch.equal(before, self.policy.normalizer.mean)
+            assert not torch.equal(before, self.policy.normalizer.moments["/"].mean)
             return metrics
 
     data = RolloutDataModule("Pendulum-v1", max_env_steps=1024, seed=0, **SMALL)

@@ -6,7 +6,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from lit_rl.distributions import distribution_for
 from lit_rl.errors import EnvError, env_error
+from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
+from lit_rl.trees import map_tree, row_converter
 
 
 def check_env(env: gym.Env, env_id: str) -> None:
@@ -22,7 +25,7 @@ def check_env(env: gym.Env, env_id: str) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise EnvError(f"env={env_id}: reset returned {_short(result)}: expected (observation, info).")
     _check_obs(env, env_id, "reset", result[0])
-    result = _call(env_id, "step", env.step, env.action_space.sample())
+    result = _call(env_id, "step", env.step, _legal_action(env, result[0]))
     if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
         raise EnvError(
             f"env={env_id}: step returned {_short(result)}: expected (observation, reward, terminated, truncated, "
@@ -35,6 +38,20 @@ def check_env(env: gym.Env, env_id: str) -> None:
     for name, flag in zip(("terminated", "truncated"), flags):
         if not isinstance(flag, bool | np.bool_ | int):
             raise EnvError(f"env={env_id}: step returned {name}={_short(flag)}: expected True or False.")
+
+
+def _legal_action(env: gym.Env, obs: Any) -> Any:
+    """A random action that the observation's action mask, if it has one, allows."""
+    mask_space = split_mask(env.observation_space)[1]
+    if mask_space is None:
+        return env.action_space.sample()
+    distribution = distribution_for(env.action_space)
+    parameters = np.zeros((1, distribution.num_outputs + distribution.num_scales), np.float32)
+    mask = row_converter(mask_space)(obs[ACTION_MASK])
+    masks = ActionMasks(mask_space, env.action_space, distribution)
+    masks.apply_numpy(parameters, map_tree(lambda x: x[None], mask))
+    action, _ = distribution.sample(parameters, np.random.default_rng(0))
+    return distribution.to_env(map_tree(lambda x: x[0], action))
 
 
 def _check_obs(env: gym.Env, env_id: str, where: str, obs: Any) -> None:

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.transport import Packed, allocate, load_weights, pack
+from lit_rl.trees import Tree, iterate, leaves, map_tree, nest, row_dtype, space_leaves
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
 
@@ -35,7 +38,8 @@ class Fragment(NamedTuple):
 
     Attributes:
         rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
-            is a transition, `mask`; each [B, T, ...]; and `last_observation` [B, *obs].
+            is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
+            `state` [B, ...] before the first step. The parts of nested ones are named by path: "observation/arm".
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
             [B, F, *obs], their true next observations.
         episodes: those that ended.
@@ -82,7 +86,7 @@ class EnvRunner:
         env_seed, action_seed = seed.spawn(2)
         policy.rng = np.random.default_rng(action_seed)
         seeds = [int(child.generate_state(1)[0]) for child in env_seed.spawn(num_envs)]
-        self._obs = numeric(reset(self._envs, env, seeds)[0], policy)
+        self._obs = policy.as_rows(reset(self._envs, env, seeds)[0])
         self._is_init = np.ones(num_envs, np.bool_)
         self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
         self._state = policy.initial_state(num_envs)
@@ -103,23 +107,32 @@ class EnvRunner:
         length, policy, envs = self._rollout_length, self.policy, self._envs
         rows = self._allocate()
         view = rows.views()
-        obs_rows, action_rows, log_prob_rows = view["observation"], view["action"], view["action_log_prob"]
-        reward_rows, terminated_rows, truncated_rows = view["reward"], view["terminated"], view["truncated"]
+        columns = nest(view)
+        obs_rows, action_rows = leaves(columns["observation"]), leaves(columns["action"])
+        log_prob_rows, reward_rows = view["action_log_prob"], view["reward"]
+        terminated_rows, truncated_rows = view["terminated"], view["truncated"]
         is_init_rows, mask_rows = view["is_init"], view.get("mask")
-        finals: list[tuple[int, int, np.ndarray]] = []
+        finals: list[tuple[int, int, Tree]] = []
         episodes: list[Episode] = []
         obs, state = self._obs, self._state
+        if state is not None:
+            map_tree(np.copyto, columns["state"], state)
         for t in range(length):
+            if state is not None and self._is_init.any():
+                state = policy.reset_state(state, self._is_init)
+            check_masks(policy, obs, self._lengths, self._resetting)
             action, log_prob, state = policy.sample(obs, state)
-            obs_rows[:, t] = obs
-            action_rows[:, t] = action
+            for row, value in zip(obs_rows, leaves(obs)):
+                row[:, t] = value
+            for row, value in zip(action_rows, leaves(action)):
+                row[:, t] = value
             log_prob_rows[:, t] = log_prob
             is_init_rows[:, t] = self._is_init
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
             except Exception as error:
                 raise env_error(self._env.env_id, "raised in step", error) from error
-            next_obs = numeric(next_obs, policy)
+            next_obs = policy.as_rows(next_obs)
             reward_rows[:, t] = reward
             terminated_rows[:, t] = terminated
             truncated_rows[:, t] = truncated
@@ -136,7 +149,7 @@ class EnvRunner:
                     next_obs = self._after_episode_end(t, ended, done, next_obs, info, finals)
             obs = next_obs
         self._obs, self._state = obs, state
-        view["last_observation"][...] = obs
+        map_tree(np.copyto, columns["last_observation"], obs)
         packed_finals = self._pack_finals(finals)
         self._check_finite(view | packed_finals.views())
         return Fragment(rows, packed_finals, episodes, self.policy_version)
@@ -153,18 +166,22 @@ class EnvRunner:
         self.policy.rng.bit_generator.state = state["action_rng"]
 
     def _allocate(self) -> Packed:
-        batch = (self._num_envs, self._rollout_length)
+        num_envs, batch = self._num_envs, (self._num_envs, self._rollout_length)
         spec = self.policy.spec
-        obs_dtype, obs_shape = row_dtype(spec.observation_space), spec.observation_space.shape or ()
-        fields: dict[str, tuple[str, tuple[int, ...]]] = {
-            "observation": (obs_dtype, batch + obs_shape),
-            "action": (row_dtype(spec.action_space), batch + (spec.action_space.shape or ())),
+        fields: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for path, space in space_leaves(spec.observation_space, "observation").items():
+            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
+            fields[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
+        for path, space in space_leaves(spec.action_space, "action").items():
+            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
+        for path, array in iterate(self._state, "state") if self._state is not None else ():
+            fields[path] = (array.dtype.str, array.shape)
+        fields |= {
             "action_log_prob": ("<f4", batch),
             "reward": ("<f4", batch),
             "terminated": ("|b1", batch),
             "truncated": ("|b1", batch),
             "is_init": ("|b1", batch),
-            "last_observation": (obs_dtype, (self._num_envs, *obs_shape)),
         }
         if self._mode is AutoresetMode.NEXT_STEP:
             fields["mask"] = ("|b1", batch)
@@ -186,22 +203,23 @@ class EnvRunner:
         t: int,
         ended: np.ndarray,
         done: np.ndarray,
-        next_obs: np.ndarray,
+        next_obs: Tree,
         info: dict[str, Any],
-        finals: list[tuple[int, int, np.ndarray]],
-    ) -> np.ndarray:
+        finals: list[tuple[int, int, Tree]],
+    ) -> Tree:
         """SAME_STEP and DISABLED: keep the true final observations; `next_obs` becomes the next episodes' first."""
         if self._mode is AutoresetMode.DISABLED:
-            finals += [(b, t, next_obs[b].copy()) for b in ended]
+            finals += [(b, t, map_tree(lambda x, b=b: x[b].copy(), next_obs)) for b in ended]
             reset_obs, _ = reset(self._envs, self._env, None, done)
-            return numeric(reset_obs, self.policy)
+            return self.policy.as_rows(reset_obs)
         final_obs = info.get("final_obs")
         if final_obs is None:
             raise EnvError(
                 f"env={self._env.env_id}: an episode ended in autoreset mode SAME_STEP without info['final_obs'], "
                 "so its last transition is unknown. Return it, or use another autoreset mode."
             )
-        finals += [(b, t, np.asarray(final_obs[b])) for b in ended]
+        space = self.policy.spec.observation_space
+        finals += [(b, t, self.policy.as_rows(one_of(space, final_obs, b))) for b in ended]
         return next_obs
 
     def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> list[Episode]:
@@ -214,17 +232,22 @@ class EnvRunner:
         self._lengths[ended] = 0
         return episodes
 
-    def _pack_finals(self, finals: list[tuple[int, int, np.ndarray]]) -> Packed:
+    def _pack_finals(self, finals: list[tuple[int, int, Tree]]) -> Packed:
         counts = np.bincount([b for b, _, _ in finals], minlength=self._num_envs)
         shape = (self._num_envs, int(counts.max()))
-        space = self.policy.spec.observation_space
         steps = np.full(shape, -1, np.int64)
-        observations = np.zeros(shape + (space.shape or ()), row_dtype(space))
+        space = self.policy.spec.observation_space
+        columns = {
+            path: np.zeros(shape + (part.shape or ()), row_dtype(part))
+            for path, part in space_leaves(space, "final_observation").items()
+        }
         filled = [0] * self._num_envs
         for b, t, obs in finals:
-            steps[b, filled[b]], observations[b, filled[b]] = t, obs
+            steps[b, filled[b]] = t
+            for column, value in zip(columns.values(), leaves(obs)):
+                column[b, filled[b]] = value
             filled[b] += 1
-        return pack({"final_step": steps, "final_observation": observations})
+        return pack({"final_step": steps, **columns})
 
     def _check_finite(self, view: dict[str, np.ndarray]) -> None:
         """Once per fragment, so that it costs nothing per step."""
@@ -233,20 +256,35 @@ class EnvRunner:
                 bad = np.argwhere(~np.isfinite(array))
                 if len(bad):
                     b, t = int(bad[0][0]), (int(bad[0][1]) if array.ndim > 1 else 0)
-                    where = f"at row {t} of environment {b}" if name in ROWS else f"of environment {b}"
-                    value = array[b, t] if name in ROWS else array[b]
+                    in_rows = name.split("/")[0] in ROWS
+                    where = f"at row {t} of environment {b}" if in_rows else f"of environment {b}"
+                    value = array[b, t] if in_rows else array[b]
                     raise EnvError(
                         f"env={self._env.env_id}: {name}={value.tolist()} {where}: expected finite numbers. "
                         + ("The policy has diverged: lower lr." if "action" in name else "Mend the environment.")
                     )
 
 
-def row_dtype(space: Any) -> str:
-    """The dtype in which a space's values are stored: whole numbers as int64, bytes as they are, else float32."""
-    dtype = np.dtype(space.dtype)
-    if dtype == np.uint8:
-        return "|u1"
-    return "<i8" if dtype.kind in "iu" else "<f4"
+def one_of(space: gym.Space, batched: Any, b: int) -> Any:
+    """Environment b's part of observations gathered in an `info`: arrays of them, dicts of such, or objects."""
+    if isinstance(space, spaces.Dict) and isinstance(batched, dict):
+        return {key: one_of(part, batched[key], b) for key, part in space.spaces.items()}
+    return batched[b]
+
+
+def check_masks(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndarray) -> None:
+    """Refuse observations in which every action is illegal, where one has to be chosen.
+
+    Raises:
+        EnvError: naming the environment and the step.
+    """
+    blocked = policy.blocked(obs)
+    if blocked.any():
+        for b in np.flatnonzero(blocked & ~resetting):
+            raise EnvError(
+                f"env={policy.spec.env_id}: the action_mask of environment {b} allows no action at step {lengths[b]} "
+                "of its episode: expected at least one. End the episode there, or mend the mask."
+            )
 
 
 def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, float]:
@@ -271,20 +309,15 @@ def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, fl
 def reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: np.ndarray | None = None) -> Any:
     """Reset the environments, those of `mask` if there is one; what they raise becomes an EnvError that names them.
 
-    A native vector environment has one generator for all of its environments: it takes the first seed.
+    A native vector environment is seeded by one number: the first seed, made to fit 31 bits as ale-py's has to.
     """
     seed: Any = seeds
     if seeds is not None and env.vectorization == "native":
-        seed = seeds[0]
+        seed = None if seeds[0] is None else seeds[0] % 2**30
     try:
         return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
     except Exception as error:
         raise env_error(env.env_id, "raised in reset", error) from error
-
-
-def numeric(obs: Any, policy: Policy) -> np.ndarray:
-    """Observations as recorded and acted upon: float64 becomes float32."""
-    return np.asarray(obs, row_dtype(policy.spec.observation_space))
 
 
 def check_spaces(envs: Any, policy: Policy) -> None:

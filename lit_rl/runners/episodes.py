@@ -10,7 +10,8 @@ from gymnasium.vector import AutoresetMode
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode, check_spaces, numeric, read_info, reset
+from lit_rl.runners.env_runner import Episode, check_masks, check_spaces, read_info, reset
+from lit_rl.trees import from_env, iterate
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -54,24 +55,24 @@ def play(
         mode = autoreset_mode(envs)
         remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
         first_seeds = [queue.pop(0) for queue in remaining]
-        obs = numeric(reset(envs, env, first_seeds)[0], policy)
+        obs = policy.as_rows(reset(envs, env, first_seeds)[0])
         state = policy.initial_state(num_envs)
         playing, left = np.ones(num_envs, np.bool_), len(seeds)
-        resetting = np.zeros(num_envs, np.bool_)
+        resetting, is_init = np.zeros(num_envs, np.bool_), np.ones(num_envs, np.bool_)
         returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         recorder = _Recorder(num_envs) if record else None
         warned = False
         while left:
-            if deterministic:
-                (action, state), log_prob = policy.act(obs, state), np.zeros(num_envs, np.float32)
-            else:
-                raw_action, log_prob, state = policy.sample(obs, state)
-                action = policy.to_env(raw_action)
+            if state is not None and is_init.any():
+                state = policy.reset_state(state, is_init)
+            check_masks(policy, obs, lengths, resetting)
+            recorded, log_prob, state = policy.step(obs, state, deterministic)
+            action = policy.to_env(recorded)
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(action)
             except Exception as error:
                 raise env_error(env.env_id, "raised in step", error) from error
-            next_obs = numeric(next_obs, policy)
+            next_obs = policy.as_rows(next_obs)
             real = ~resetting
             returns += np.where(real, reward, 0.0)
             lengths += real
@@ -83,10 +84,15 @@ def play(
                     env.env_id,
                     LONG_EPISODE,
                 )
-            if recorder is not None:
-                recorder.add(real, obs, action, log_prob, reward, terminated, truncated)
             done = terminated | truncated
-            resetting = done if mode is AutoresetMode.NEXT_STEP else resetting
+            if recorder is not None:
+                columns = dict(iterate(obs, "observation"))
+                columns |= iterate(from_env(policy.spec.action_space, action), "action")
+                columns |= {"reward": reward, "terminated": terminated, "truncated": truncated}
+                recorder.add(real, columns | {"action_log_prob": log_prob})
+            is_init = done
+            if mode is AutoresetMode.NEXT_STEP:
+                is_init, resetting = resetting, done
             if done.any():
                 last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
                 for b in np.flatnonzero(done).tolist():
@@ -103,7 +109,7 @@ def play(
                     else:
                         playing[b] = False  # goes on stepping, uncounted, until the others end
                 if mode is AutoresetMode.DISABLED:
-                    next_obs = numeric(reset(envs, env, next_seeds, done)[0], policy)
+                    next_obs = policy.as_rows(reset(envs, env, next_seeds, done)[0])
             obs = next_obs
     finally:
         envs.close()
@@ -112,15 +118,13 @@ def play(
 class _Recorder:
     """Keeps the rows of the episodes under way."""
 
-    NAMES = ("observation", "action", "action_log_prob", "reward", "terminated", "truncated")
-
     def __init__(self, num_envs: int):
-        self._rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_envs)]
+        self._rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
 
-    def add(self, real: np.ndarray, *columns: np.ndarray) -> None:
+    def add(self, real: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         for b in np.flatnonzero(real).tolist():
-            self._rows[b].append(tuple(column[b] for column in columns))
+            self._rows[b].append({name: column[b] for name, column in columns.items()})
 
     def take(self, b: int) -> dict[str, np.ndarray]:
         rows, self._rows[b] = self._rows[b], []
-        return {name: np.asarray(column) for name, column in zip(self.NAMES, zip(*rows))}
+        return {name: np.asarray([row[name] for row in rows]) for name in rows[0]}

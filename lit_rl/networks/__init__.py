@@ -1,0 +1,42 @@
+"""Networks chosen from an observation space: vectors, images, parts of several kinds, memory."""
+
+from lit_rl.networks.build import (
+    NETWORKS,
+    NetworkFactory,
+    as_input,
+    build_network,
+    check_nameable,
+    default_network,
+    describe_network,
+    has_memory,
+    named_network,
+    output_size,
+)
+from lit_rl.networks.cnn import ImpalaResNet, NatureCNN
+from lit_rl.networks.mlp import MLP, MultiInput, ValueHead, ValueNetwork, orthogonal
+from lit_rl.networks.recurrent import GRU, LSTM, reset_rows, unroll, unroll_steps
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "MLP",
+    "NETWORKS",
+    "ImpalaResNet",
+    "MultiInput",
+    "NatureCNN",
+    "NetworkFactory",
+    "ValueHead",
+    "ValueNetwork",
+    "as_input",
+    "build_network",
+    "check_nameable",
+    "default_network",
+    "describe_network",
+    "has_memory",
+    "named_network",
+    "orthogonal",
+    "output_size",
+    "reset_rows",
+    "unroll",
+    "unroll_steps",
+]

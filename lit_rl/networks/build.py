@@ -1,0 +1,191 @@
+"""From what a user passes as `network=` to a network, and to plain data that names it.
+
+A network is any `nn.Module` made by a callable `(observation_space) -> nn.Module` that maps observations [*B, *obs] to
+features [*B, output_size] and says its `output_size`. `PPO(network=...)` takes such a callable: a class, a
+`functools.partial` of one, or a function. The built-in ones are listed in `NETWORKS`, from which checkpoints are
+rebuilt by name.
+
+What a network is given: bytes (uint8) as they are, any other Box and MultiBinary as float32, Discrete and
+MultiDiscrete as int64; for a Dict or Tuple space a dict of these, "0", "1", ... for a Tuple's elements. A network with
+memory takes and returns a state as well: see `lit_rl.networks.recurrent`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from lit_rl.errors import CheckpointError, LitRLError, OptionError
+from lit_rl.networks.inputs import is_image
+from lit_rl.trees import Tree, children, from_env, leaves, map_tree, space_leaves
+
+NetworkFactory = Callable[[gym.Space], nn.Module]
+
+# Which names a checkpoint may ask for. A file never makes lit_rl import anything.
+NETWORKS: dict[str, type[nn.Module]] = {}
+
+
+def built_in(network: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: a checkpoint may name this network."""
+    NETWORKS[network.__name__] = network
+    return network
+
+
+def has_memory(network: nn.Module) -> bool:
+    """Whether a network takes and returns a state."""
+    return hasattr(network, "initial_state")
+
+
+def default_network(observation_space: gym.Space) -> nn.Module:
+    """The network for a space where none is asked for.
+
+    Two hidden layers of 64 tanh units for whatever can be made a vector; for images NatureCNN, or ImpalaResNet where
+    they are too small for it; for a Dict or Tuple with images in it MultiInput.
+    """
+    if children(observation_space) is not None:
+        images = any(is_image(leaf) for leaf in space_leaves(observation_space).values())
+        return NETWORKS["MultiInput" if images else "MLP"](observation_space)
+    if is_image(observation_space):
+        nature: Any = NETWORKS["NatureCNN"]
+        small = sorted(observation_space.shape or ())[-2] < nature.SMALLEST
+        return NETWORKS["ImpalaResNet" if small else "NatureCNN"](observation_space)
+    return NETWORKS["MLP"](observation_space)
+
+
+def as_input(space: gym.Space, obs: Tree) -> Tree:
+    """Observations in tensors, as networks are given them: everything but bytes and class numbers as float32."""
+    parts = children(space)
+    if parts is not None:
+        return {key: as_input(part, obs[key]) for key, part in parts.items()}
+    keep = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+    keep = keep or (isinstance(space, spaces.Box) and space.dtype == np.uint8)
+    return obs if keep else obs.float()
+
+
+def output_size(network: nn.Module) -> int:
+    """How many features a network gives.
+
+    Raises:
+        OptionError: if it does not say.
+    """
+    size = getattr(network, "output_size", None)
+    if isinstance(size, int):
+        return size
+    raise OptionError(
+        f"network={type(network).__name__}: expected a module with an integer attribute `output_size` "
+        f"(how many features it gives), got {size!r}. Set it in the network's __init__."
+    )
+
+
+def build_network(network: NetworkFactory | dict[str, Any] | None, observation_space: gym.Space) -> nn.Module:
+    """A new network for `observation_space`: from a callable, from `describe_network`'s plain data, or the default.
+
+    Raises:
+        CheckpointError: if plain data names a network that is the user's own, and must be passed.
+    """
+    if network is None:
+        return default_network(observation_space)
+    if isinstance(network, dict):
+        return named_network(network)(observation_space)
+    if not callable(network):
+        raise OptionError(f"network={network!r}: expected a callable from an observation space to an nn.Module.")
+    name = getattr(network, "__name__", repr(network))
+    try:
+        module = network(observation_space)
+        size = output_size(module)
+        features, lengths = _try_out(module, observation_space)
+    except LitRLError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise OptionError(f"network={name} fails for {observation_space}: {type(error).__name__}: {message}") from error
+    if features.shape != (2, size):
+        raise OptionError(
+            f"network={name} gives features of shape {tuple(features.shape)} for two observations, but its "
+            f"output_size says (2, {size})."
+        )
+    if lengths != {2}:
+        raise OptionError(
+            f"network={name}: initial_state(2) and forward(obs, state) must give a state of tensors [2, ...], got "
+            f"first dimensions {sorted(lengths)}."
+        )
+    return module
+
+
+def _try_out(network: Any, space: gym.Space) -> tuple[Tensor, set[int]]:
+    """Features of two observations, and the first dimensions of a state's tensors, which should all be 2."""
+    samples = [from_env(space, space.sample()) for _ in range(2)]
+    obs = as_input(space, map_tree(lambda *rows: torch.as_tensor(np.stack(rows)), *samples))
+    with torch.no_grad():
+        if not has_memory(network):
+            return network(obs), {2}
+        before = network.initial_state(2)
+        features, after = network(obs, before)
+    return features, {len(tensor) for tensor in [*leaves(before), *leaves(after)]}
+
+
+def named_network(description: dict[str, Any]) -> NetworkFactory:
+    """The callable that `describe_network` described.
+
+    Raises:
+        CheckpointError: if it is not a built-in one.
+    """
+    name = description["name"]
+    if name not in NETWORKS:
+        raise CheckpointError(f"The policy was trained with a network of your own, {name!r}: pass it as network=.")
+    return functools.partial(NETWORKS[name], **description.get("arguments", {}))
+
+
+def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[str, Any] | None:
+    """Plain data: a built-in network's name and arguments, or the name of the user's own."""
+    if network is None or isinstance(network, dict):
+        return network
+    function, arguments = _unwrap(network)
+    for name, built_in in NETWORKS.items():
+        if function is built_in:
+            return {"name": name, "arguments": {key: _plain(value) for key, value in arguments.items()}}
+    return {"name": f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"}
+
+
+def check_nameable(network: NetworkFactory | dict[str, Any] | None) -> None:
+    """Refuse a network that a checkpoint could not name for the program that loads it.
+
+    Raises:
+        CheckpointError: for a lambda.
+    """
+    if not callable(network):
+        return
+    function, arguments = _unwrap(network)
+    for argument in arguments.values():
+        for inner in argument.values() if isinstance(argument, Mapping) else [argument]:
+            check_nameable(inner)
+    if getattr(function, "__name__", "") == "<lambda>":
+        raise CheckpointError(
+            "network=<lambda>: a checkpoint cannot name a lambda. Define the network's function or class with a name "
+            "(load_policy and load_from_checkpoint then take it as network=), or train with enable_checkpointing=False."
+        )
+
+
+def _plain(argument: Any) -> Any:
+    """A network's argument as plain data: networks inside of it are described too."""
+    if callable(argument):
+        return describe_network(argument)
+    if isinstance(argument, Mapping):
+        return {key: _plain(value) for key, value in argument.items()}
+    return list(argument) if isinstance(argument, tuple) else argument
+
+
+def _unwrap(network: NetworkFactory) -> tuple[Any, dict[str, Any]]:
+    """A callable's class or function, and the keyword arguments bound to it."""
+    if isinstance(network, functools.partial):
+        # jsonargparse makes partial(<its own function>, ..., cls, **init_args) of a `class_path` in a config.
+        made_by_config = network.func.__module__.startswith("jsonargparse")
+        classes = [argument for argument in network.args if inspect.isclass(argument)]
+        return (classes[-1] if made_by_config and classes else network.func), dict(network.keywords)
+    return network, {}

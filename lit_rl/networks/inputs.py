@@ -1,0 +1,163 @@
+"""What networks do to an observation before their first layer: one vector, or a stack of images."""
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from lit_rl.checks import check_choice, check_count
+from lit_rl.errors import SpaceError
+from lit_rl.trees import Tree, find, space_leaves
+
+CHANNEL_ORDERS = ("auto", "first", "last")
+
+
+class FlatInput(nn.Module):
+    """An observation of any space as one vector, [*B, *obs] -> [*B, output_size].
+
+    A Box is flattened (bytes are divided by their upper bound), a MultiBinary gives zeros and ones; a Discrete, and
+    each part of a MultiDiscrete, is one-hot or, with `embedding_size`, a learned vector. The leaves of Dict and Tuple
+    spaces follow one another in the space's order.
+
+    Args:
+        observation_space: what the input looks like.
+        embedding_size: numbers per discrete value; None for one-hot.
+
+    Raises:
+        SpaceError: for a space with no such form.
+    """
+
+    def __init__(self, observation_space: gym.Space, embedding_size: int | None = None):
+        super().__init__()
+        self.embeddings = nn.ModuleDict()
+        self.output_size = 0
+        self._leaves = space_leaves(observation_space)
+        for path, space in self._leaves.items():
+            counts = class_counts(space)
+            if counts:
+                self.register_buffer(_buffer(path), torch.from_numpy(_offsets(space)), persistent=False)
+            if counts and embedding_size is not None:
+                check_count("embedding_size", embedding_size)
+                self.embeddings[path or "observation"] = nn.Embedding(sum(counts), embedding_size)
+                self.output_size += embedding_size * len(counts)
+            elif counts:
+                self.output_size += sum(counts)
+            elif isinstance(space, spaces.Box | spaces.MultiBinary):
+                self.output_size += int(np.prod(space.shape))
+            else:
+                raise SpaceError(f"Observation space {space} is not supported: wrap the environment to give another.")
+
+    def forward(self, obs: Tree) -> Tensor:
+        vectors = [self._vector(path, space, find(obs, path)) for path, space in self._leaves.items()]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors, -1)
+
+    def numpy(self, obs: Tree) -> np.ndarray:
+        """`forward` for numpy inputs [B, *obs], where nothing is embedded."""
+        vectors = []
+        for path, space in self._leaves.items():
+            x = find(obs, path)
+            counts = class_counts(space)
+            if counts:
+                one_hot = np.zeros((len(x), sum(counts)), np.float32)
+                one_hot[np.arange(len(x))[:, None], x.reshape(len(x), -1) + _offsets(space)] = 1
+                x = one_hot
+            else:
+                factor = 1 / scale(space) if x.dtype == np.uint8 else None
+                x = x.reshape(len(x), -1)
+                x = x if factor is None else x * np.float32(factor)
+            vectors.append(x)
+        return vectors[0] if len(vectors) == 1 else np.concatenate(vectors, -1)
+
+    def _vector(self, path: str, space: gym.Space, x: Tensor) -> Tensor:
+        num_dims = len(space.shape or ())
+        x = x.flatten(x.ndim - num_dims) if num_dims else x.unsqueeze(-1)
+        counts = class_counts(space)
+        if not counts:
+            return x.float() / scale(space) if x.dtype == torch.uint8 else x
+        # The offsets give every part its own classes, so that the sum of the parts' one-hot vectors is one of all.
+        index = x.long() + getattr(self, _buffer(path))
+        if self.embeddings:
+            return self.embeddings[path or "observation"](index).flatten(-2)
+        return nn.functional.one_hot(index, sum(counts)).sum(-2).float()
+
+
+class ImageInput(nn.Module):
+    """Images [*B, *obs] as floats [N, channels, height, width]; bytes are divided by their upper bound.
+
+    A Box of two dimensions is one channel. Of three, the channels are the first or the last dimension: the smaller.
+
+    Args:
+        observation_space: a Box of two or three dimensions.
+        channels: "first", "last", or "auto" to recognise them.
+
+    Attributes:
+        shape: (channels, height, width).
+
+    Raises:
+        SpaceError: for another space, or one whose channels cannot be recognised.
+    """
+
+    def __init__(self, observation_space: gym.Space, channels: str = "auto"):
+        super().__init__()
+        check_choice("channels", channels, CHANNEL_ORDERS)
+        if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) not in (2, 3):
+            raise SpaceError(
+                f"A convolutional network takes images, a Box of two or three dimensions, got {observation_space}. Use "
+                "MLP for vectors, MultiInput for a Dict or Tuple, or wrap the environment."
+            )
+        self._dims = observation_space.shape
+        self._scale = scale(observation_space)
+        self._last = channels == "last"
+        if len(self._dims) == 3 and channels == "auto":
+            first, last = self._dims[0], self._dims[2]
+            if first == last:
+                raise SpaceError(
+                    f"Which dimension of {observation_space} holds the channels is not clear: set the network's "
+                    "channels to 'first' or 'last'."
+                )
+            self._last = last < first
+        dims = (1, *self._dims) if len(self._dims) == 2 else self._dims
+        self.shape = (dims[2], dims[0], dims[1]) if self._last and len(self._dims) == 3 else dims
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = obs.reshape(-1, *self._dims)
+        if len(self._dims) == 2:
+            x = x.unsqueeze(1)
+        elif self._last:
+            x = x.permute(0, 3, 1, 2)
+        # The memory layout in which torch convolves a third faster on the CPU; bytes are cheaper to bring into it.
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x * (1 / self._scale) if x.dtype == torch.uint8 else x.float()
+
+
+def is_image(space: gym.Space) -> bool:
+    """Whether a space looks like images: a Box of three dimensions, or of two dimensions and bytes."""
+    if not isinstance(space, spaces.Box):
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
+
+
+def class_counts(space: gym.Space) -> list[int]:
+    """How many values each discrete part of a space has; empty for Box and MultiBinary."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec.flatten().tolist()
+    return []
+
+
+def scale(space: gym.Space) -> float:
+    """What bytes of a space are divided by."""
+    return max(float(space.high.max()), 1.0) if isinstance(space, spaces.Box) else 1.0
+
+
+def _offsets(space: gym.Space) -> np.ndarray:
+    """Where each discrete part's classes begin, when all are laid side by side, less its first value."""
+    counts = class_counts(space)
+    start = np.asarray(space.start, np.int64).flatten()  # type: ignore[attr-defined]
+    return np.cumsum([0, *counts[:-1]]) - start
+
+
+def _buffer(path: str) -> str:
+    return f"offsets_{path or 'observation'}"
