@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
-from lit_rl import load_policy
+from lit_rl import Policy, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.runners.episodes import play
 
@@ -46,7 +47,7 @@ def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
     wall_s = time.perf_counter() - started
     run = folder / f"seed_{seed}" / "version_0"
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
-    env = EnvConfig(data["env"], data.get("env_kwargs") or {}, tuple(data.get("wrappers") or ()))
+    env = env_config(data)
     seeds = np.random.SeedSequence([seed, 20_000]).generate_state(EPISODES).tolist()
     policy = load_policy(run / "checkpoints" / "last.ckpt")
     returns = [episode.return_ for episode in play(env, policy, seeds)]
@@ -67,12 +68,31 @@ def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def env_config(data: dict[str, Any]) -> EnvConfig:
+    """The environment of a recipe's datamodule."""
+    wrappers, vectorization = tuple(data.get("wrappers") or ()), data.get("vectorization", "sync")
+    return EnvConfig(data["env"], data.get("env_kwargs") or {}, wrappers, vectorization)
+
+
+def play_randomly(env: EnvConfig) -> dict[str, Any]:
+    """The return of a policy that chooses among all (legal) actions alike."""
+    policy = Policy(env.spec())
+    torch.nn.init.zeros_(policy.head.weight)
+    seeds = np.random.SeedSequence([0, 30_000]).generate_state(EPISODES).tolist()
+    returns = [episode.return_ for episode in play(env, policy, seeds, deterministic=False)]
+    return {
+        "return_mean": round(statistics.mean(returns), 3),
+        "return_std": round(statistics.pstdev(returns), 3),
+        "episodes": EPISODES,
+    }
+
+
 def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
     step = max(1, len(points) // most)
     return [[steps, round(value, 3)] for steps, value in points[::step]]
 
 
-def plot(recipe: str, runs: list[dict[str, Any]], env: str) -> None:
+def plot(recipe: str, runs: list[dict[str, Any]], env: str, random: dict[str, Any] | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +103,9 @@ def plot(recipe: str, runs: list[dict[str, Any]], env: str) -> None:
         points = np.array(run["curve"]["rollout/return_mean"])
         axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
         axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
-    axes.set(xlabel="env steps", ylabel="return", title=f"{recipe} on {env}: training return (mean of 100 episodes)")
+    axes.set(xlabel="env steps", ylabel="return", title=f"{recipe} on {env}: training return")
+    if random is not None:
+        axes.axhline(random["return_mean"], color="grey", linestyle=":", label="random actions")
     axes.plot([], [], "ok", label="greedy, 100 episodes, last checkpoint")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -94,8 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--random", action="store_true", help="measure random actions first")
     args = parser.parse_args()
     recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
+    random = None
+    if args.random:
+        random = play_randomly(env_config(recipe["data"]["init_args"]))
+        print(f"random actions: {random['return_mean']} +- {random['return_std']}", flush=True)
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
@@ -108,7 +135,8 @@ def main() -> None:
     result = {
         "recipe": args.recipe,
         "env": recipe["data"]["init_args"]["env"],
-        "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}",
+        "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
+        + (" --random" if args.random else ""),
         "commit": commit + (" with uncommitted changes" if dirty else ""),
         "judged": f"greedy, {EPISODES} episodes, last checkpoint",
         "median": statistics.median(run["return_mean"] for run in runs),
@@ -117,8 +145,10 @@ def main() -> None:
         "runs": runs,
     }
     OUT.mkdir(parents=True, exist_ok=True)
+    if random is not None:
+        result["random"] = random
     (OUT / f"{args.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(args.recipe, runs, result["env"])
+    plot(args.recipe, runs, result["env"], random)
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}: {OUT / args.recipe}.json, .png")
 
 

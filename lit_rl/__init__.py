@@ -15,11 +15,16 @@ _PUBLIC = {
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "EpisodeWriter": "lit_rl.callbacks",
-    "MLP": "lit_rl.networks",
-    "PPO": "lit_rl.modules",
-    "Policy": "lit_rl.policy",
-    "RolloutDataModule": "lit_rl.datamodules",
+    "GRUNetwork": "lit_rl.networks",
+    "ImpalaResNet": "lit_rl.networks",
     "load_policy": "lit_rl.loading",
+    "LSTMNetwork": "lit_rl.networks",
+    "MLP": "lit_rl.networks",
+    "MultiInput": "lit_rl.networks",
+    "NatureCNN": "lit_rl.networks",
+    "Policy": "lit_rl.policy",
+    "PPO": "lit_rl.modules",
+    "RolloutDataModule": "lit_rl.datamodules",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -31,6 +36,11 @@ if TYPE_CHECKING:
     from lit_rl.loading import load_policy as load_policy
     from lit_rl.modules import PPO as PPO
     from lit_rl.networks import MLP as MLP
+    from lit_rl.networks import GRUNetwork as GRUNetwork
+    from lit_rl.networks import ImpalaResNet as ImpalaResNet
+    from lit_rl.networks import LSTMNetwork as LSTMNetwork
+    from lit_rl.networks import MultiInput as MultiInput
+    from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import Policy as Policy
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.spec import EnvSpec as EnvSpec

@@ -29,7 +29,7 @@ class PPO(Algorithm):
     observation is bootstrapped. Deviations from the paper, as in most implementations: advantages are standardised
     (over the rollout), gradients are clipped, policy and critic are separate networks with orthogonal weights.
 
-    With memory (`network=LSTM`), policy and critic share the encoder. The loss is taken over sequences of
+    With memory (`network=LSTMNetwork`), policy and critic share the encoder. The loss is taken over sequences of
     `sequence_length` steps: gradients flow through time inside of each, back to the start of its episode.
 
     Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each

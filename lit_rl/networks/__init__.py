@@ -14,14 +14,14 @@ from lit_rl.networks.build import (
 )
 from lit_rl.networks.cnn import ImpalaResNet, NatureCNN
 from lit_rl.networks.mlp import MLP, MultiInput, ValueHead, ValueNetwork, orthogonal
-from lit_rl.networks.recurrent import GRU, LSTM, reset_rows, unroll, unroll_steps
+from lit_rl.networks.recurrent import GRUNetwork, LSTMNetwork, reset_rows, unroll, unroll_steps
 
 __all__ = [
-    "GRU",
-    "LSTM",
     "MLP",
     "NETWORKS",
+    "GRUNetwork",
     "ImpalaResNet",
+    "LSTMNetwork",
     "MultiInput",
     "NatureCNN",
     "NetworkFactory",

@@ -107,7 +107,7 @@ class _Recurrent(nn.Module):
 
 
 @built_in
-class LSTM(_Recurrent):
+class LSTMNetwork(_Recurrent):
     """An encoder followed by a long short-term memory: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735.
 
     Args:
@@ -123,7 +123,7 @@ class LSTM(_Recurrent):
 
 
 @built_in
-class GRU(_Recurrent):
+class GRUNetwork(_Recurrent):
     """An encoder followed by gated recurrent units: Cho et al. 2014, arXiv:1406.1078.
 
     Args:
