@@ -131,3 +131,145 @@ class FailingEnv(CounterEnv):
         if self._how == "nan final observation" and truncated:
             obs = np.full_like(obs, np.nan)
         return obs, reward, terminated, truncated, info
+
+
+class SampleEnv(gym.Env):
+    """Random observations of any space, reward 1 for an action of the action space, an error for any other.
+
+    Episodes last 3, 4, 5, 3, ... steps and end by truncation and termination in turn.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+        self.observation_space, self.action_space = observation_space, action_space
+        self._episode, self._t = -1, 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self._episode, self._t = self._episode + 1, 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        self._t += 1
+        ended = self._t == 3 + self._episode % 3
+        truncated = ended and self._episode % 2 == 1
+        return self.observation_space.sample(), 1.0, ended and not truncated, truncated, {}
+
+
+class MaskedEnv(gym.Env):
+    """Random masks for any action space with discrete parts; an illegal action is an error. Reward 1 for one of the two
+    lowest values.
+
+    Args:
+        action_space: Discrete, MultiDiscrete, or a Dict or Tuple with such parts.
+        nothing_at: a step of each episode at which the mask allows nothing.
+    """
+
+    def __init__(self, action_space: gym.Space, nothing_at: int | None = None):
+        self.action_space = action_space
+        mask_space = self._mask_space(action_space)
+        self.observation_space = spaces.Dict(observation=spaces.Box(-1, 1, (2,)), action_mask=mask_space)
+        self._nothing_at = nothing_at
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        self._t = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        self._check(self.action_space, action, self._mask)
+        self._t += 1
+        first, space = action, self.action_space
+        while isinstance(space, spaces.Dict | spaces.Tuple):
+            key = next(iter(space.spaces)) if isinstance(space, spaces.Dict) else 0
+            first, space = first[key], space[key]
+        low = np.ravel(first)[0] < np.ravel(space.start)[0] + 2
+        return self._observe(), float(low), self._t == 9, False, {}
+
+    def _mask_space(self, space: gym.Space) -> gym.Space | None:
+        if isinstance(space, spaces.Discrete):
+            return spaces.MultiBinary(int(space.n))
+        if isinstance(space, spaces.MultiDiscrete):
+            return spaces.Box(0, 1, (int(space.nvec.sum()),), np.int8)
+        if isinstance(space, spaces.Dict):
+            parts = {key: self._mask_space(part) for key, part in space.spaces.items()}
+            return spaces.Dict({key: part for key, part in parts.items() if part is not None})
+        if isinstance(space, spaces.Tuple):
+            return spaces.Tuple([self._mask_space(part) for part in space.spaces])
+        return None
+
+    def _observe(self) -> dict[str, Any]:
+        self._mask = self._draw(self.action_space)
+        obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return {"observation": obs, "action_mask": self._mask}
+
+    def _draw(self, space: gym.Space) -> Any:
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            counts = [int(space.n)] if isinstance(space, spaces.Discrete) else space.nvec.tolist()
+            parts = [(self.np_random.random(n) < 0.4).astype(np.int8) for n in counts]
+            for part in parts:
+                part[self.np_random.integers(len(part))] = 1
+            return np.concatenate(parts) * np.int8(self._t != self._nothing_at)
+        if isinstance(space, spaces.Dict):
+            return {k: self._draw(part) for k, part in space.spaces.items() if self._mask_space(part) is not None}
+        return tuple(self._draw(part) for part in space.spaces)
+
+    def _check(self, space: gym.Space, action: Any, mask: Any) -> None:
+        if isinstance(space, spaces.Discrete):
+            legal = mask[action - space.start]
+        elif isinstance(space, spaces.MultiDiscrete):
+            at = np.cumsum([0, *space.nvec[:-1]]) + action - space.start
+            legal = mask[at].all()
+        elif isinstance(space, spaces.Dict):
+            for key, part_mask in mask.items():
+                self._check(space[key], action[key], part_mask)
+            return
+        else:
+            for part, part_action, part_mask in zip(space.spaces, action, mask):
+                self._check(part, part_action, part_mask)
+            return
+        if not legal:
+            raise ValueError(f"{action} is illegal: {mask}")
+
+
+class RepeatPreviousEnv(gym.Env):
+    """Reward 1 for naming the previous observation (not at the first step): the best return is 8, a guess's 4."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Discrete(2), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self._t, self._previous, self._value = 0, -1, int(self.np_random.integers(2))
+        return self._value, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict]:
+        reward = float(action == self._previous)
+        self._t += 1
+        self._previous, self._value = self._value, int(self.np_random.integers(2))
+        return self._value, reward, self._t == 9, False, {}
+
+
+class PictureEnv(gym.Env):
+    """One step: reward 1 for naming the quarter of the picture that is white. A guess's return is 0.25."""
+
+    def __init__(self, size: int = 12, channels_first: bool = False):
+        shape = (3, size, size) if channels_first else (size, size, 3)
+        self.observation_space = spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = spaces.Discrete(4)
+        self._half, self._first = size // 2, channels_first
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._quarter = int(self.np_random.integers(4))
+        picture = np.zeros(self.observation_space.shape, np.uint8)
+        top, left = (part * self._half for part in divmod(self._quarter, 2))
+        at = (slice(top, top + self._half), slice(left, left + self._half))
+        picture[(slice(None), *at) if self._first else at] = 255
+        return picture, {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.zeros(self.observation_space.shape, np.uint8), float(action == self._quarter), True, False, {}

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import iterate
 
 
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
@@ -20,6 +21,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             return super().step(actions)
         if isinstance(self.single_action_space, gym.spaces.Discrete):
             actions = np.asarray(actions).tolist()
+        elif not isinstance(actions, np.ndarray):
+            actions = list(iterate(self.action_space, actions))
         obs = np.empty_like(self._observations)
         rewards, terminations, truncations = [], [], []
         infos: dict[str, Any] = {}

@@ -1,0 +1,219 @@
+"""Every observation with every network and every action: trains for one update, or is refused in one sentence."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from envs import SampleEnv
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from lit_rl import (
+    MLP,
+    PPO,
+    GRUNetwork,
+    ImpalaResNet,
+    LSTMNetwork,
+    MultiInput,
+    NatureCNN,
+    RolloutDataModule,
+    load_policy,
+)
+from lit_rl.errors import LitRLError
+
+VECTOR, SMALL, LARGE = (
+    spaces.Box(-1, 1, (3,)),
+    spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    spaces.Box(0, 255, (2, 36, 36), np.uint8),
+)
+OBSERVATIONS = {
+    "number": spaces.Box(-1, 1, ()),
+    "vector": VECTOR,
+    "whole numbers": spaces.Box(-5, 5, (2,), np.int32),
+    "double": spaces.Box(-np.inf, np.inf, (2,), np.float64),
+    "flags": spaces.Box(0, 1, (2,), np.bool_),
+    "matrix": spaces.Box(-1, 1, (3, 4)),
+    "bytes": spaces.Box(0, 255, (4,), np.uint8),
+    "grey image": spaces.Box(0, 255, (40, 36), np.uint8),
+    "small image": SMALL,
+    "image": LARGE,
+    "float image": spaces.Box(0, 1, (3, 40, 40)),
+    "discrete": spaces.Discrete(5, start=-2),
+    "multi-discrete": spaces.MultiDiscrete([3, 4], start=[1, 0]),
+    "multi-binary": spaces.MultiBinary(4),
+    "dict": spaces.Dict(a=VECTOR, b=spaces.Discrete(3)),
+    "tuple": spaces.Tuple([VECTOR, spaces.MultiBinary(2), spaces.MultiDiscrete([2, 2])]),
+    "deep": spaces.Dict(x=spaces.Tuple([spaces.Dict(observation=VECTOR), spaces.Discrete(2)]), image=SMALL),
+}
+ACTIONS = {
+    "discrete": spaces.Discrete(3, start=1),
+    "multi-discrete": spaces.MultiDiscrete([2, 3], start=[0, 5]),
+    "multi-binary": spaces.MultiBinary(3),
+    "box": spaces.Box(-2, 1, (2,)),
+    "matrix": spaces.Box(-1, 1, (2, 2), np.float64),
+    "dict": spaces.Dict(a=spaces.Discrete(2), b=spaces.Box(-1, 1, (1,))),
+    "tuple": spaces.Tuple(
+        [spaces.MultiDiscrete([2, 2]), spaces.Dict(x=spaces.Box(-1, 1, (2,)), y=spaces.MultiBinary(2))]
+    ),
+}
+NETWORKS: dict[str, Any] = {
+    "default": None,
+    "MLP": functools.partial(MLP, hidden_sizes=(8,), layer_norm=True, embedding_size=2),
+    "NatureCNN": functools.partial(NatureCNN, hidden_size=8),
+    "ImpalaResNet": functools.partial(ImpalaResNet, filters=(4,), hidden_size=8),
+    "MultiInput": functools.partial(MultiInput, hidden_sizes=(8,)),
+    "LSTM": functools.partial(LSTMNetwork, hidden_size=8),
+    "GRU": functools.partial(GRUNetwork, hidden_size=8),
+}
+IMAGES = {"grey image", "small image", "image", "float image"}
+NESTED = {"dict", "tuple", "deep"}
+ALLOWED: dict[str, set[str]] = {
+    "default": set(OBSERVATIONS),
+    "MLP": set(OBSERVATIONS) - {"deep"},
+    "NatureCNN": IMAGES - {"small image"},
+    "ImpalaResNet": IMAGES | {"matrix"},
+    "MultiInput": NESTED,
+    "LSTM": set(OBSERVATIONS),
+    "GRU": set(OBSERVATIONS),
+}
+
+
+class Watched(PPO):
+    """Notes which parameters had no finite gradient."""
+
+    untrained: list[str]
+
+    def optimize(self, loss: Tensor, optimizer: Any = None) -> None:
+        super().optimize(loss, optimizer)
+        grads = {name: p.grad for name, p in self.named_parameters()}
+        self.untrained = [n for n, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+
+
+def fit(trainer: L.Trainer, observation: str, network: Any, action: str, **options: Any) -> "Watched":
+    torch.manual_seed(0)
+    data = RolloutDataModule(
+        SampleEnv,
+        env_kwargs={"observation_space": OBSERVATIONS[observation], "action_space": ACTIONS[action]},
+        num_envs_per_env_runner=2,
+        rollout_length=16,
+        max_env_steps=32,
+        eval_episodes=2,
+        seed=0,
+    )
+    algorithm = Watched(network=network, minibatch_size=16, num_epochs=1, sequence_length=8, lr=1e-2, **options)
+    trainer.fit(algorithm, data)
+    return algorithm
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_every_observation_and_network_trains_or_is_refused(
+    make_trainer: Callable[..., L.Trainer], observation: str, network: str
+) -> None:
+    if observation not in ALLOWED[network]:
+        with pytest.raises(LitRLError) as error:
+            fit(make_trainer(), observation, NETWORKS[network], "discrete")
+        message = str(error.value)
+        assert "\n" not in message and ("network=" in message or "Use " in message or "use " in message)
+        return
+    check_trained(make_trainer, observation, NETWORKS[network], "discrete")
+
+
+@pytest.mark.parametrize("network", ["default", "LSTM"])
+@pytest.mark.parametrize("observation", ["vector", "discrete", "deep"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_action_is_trained_with_every_kind_of_observation(
+    make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
+) -> None:
+    check_trained(make_trainer, observation, NETWORKS[network], action)
+
+
+def check_trained(make_trainer: Callable[..., L.Trainer], observation: str, network: Any, action: str) -> None:
+    """One update changes every parameter; the checkpoint's policy acts as the trained one, inside the action space."""
+    trainer = make_trainer()
+    algorithm = fit(trainer, observation, network, action)
+    assert algorithm.env_steps_done == 32
+    assert algorithm.untrained == []
+    trainer.save_checkpoint("out.ckpt")
+    policy = load_policy("out.ckpt")
+    obs = OBSERVATIONS[observation].sample()
+    given, state = policy.act(obs)
+    expected, _ = algorithm.policy.act(obs)
+    assert ACTIONS[action].contains(given)
+    assert str(given) == str(expected)
+    assert (state is not None) == policy.has_memory
+    batched = gym.vector.utils.batch_space(OBSERVATIONS[observation], 3).sample()
+    actions, _ = policy.act(batched)
+    rows = list(gym.vector.utils.iterate(gym.vector.utils.batch_space(ACTIONS[action], 3), actions))
+    assert len(rows) == 3 and all(ACTIONS[action].contains(row) for row in rows)
+
+
+@pytest.mark.parametrize("observation", ["vector", "whole numbers", "dict", "deep"])
+@pytest.mark.parametrize("action", ["box", "tuple"])
+@pytest.mark.parametrize("network", ["default", "GRU"])
+def test_the_other_options_go_with_them(
+    make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
+) -> None:
+    options = {"normalize_observations": True, "normalize_returns": True, "state_dependent_std": True}
+    algorithm = fit(make_trainer(), observation, NETWORKS[network], action, share_encoder=True, **options)
+    moments = algorithm.policy.normalizer.moments
+    assert moments and all(int(moment.count) == 32 for moment in moments.values())
+    assert algorithm.policy.log_std is None
+
+
+def test_separate_and_shared_value_encoders(make_trainer: Callable[..., L.Trainer]) -> None:
+    sizes = {
+        shared: sum(p.numel() for p in fit(make_trainer(), "image", None, "box", share_encoder=shared).parameters())
+        for shared in (False, True, None)
+    }
+    assert sizes[False] == sizes[None] > 1.9 * sizes[True]
+
+
+class OwnImageNetwork(nn.Module):
+    """Bytes arrive as they are; the network decides what to make of them."""
+
+    output_size = 4
+
+    def __init__(self, observation_space: gym.Space):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        assert obs.dtype == torch.uint8
+        return torch.relu(self.layer(obs.permute(0, 3, 1, 2) / 255)).mean((2, 3))
+
+
+def test_an_image_reaches_a_network_of_ones_own_as_bytes(make_trainer: Callable[..., L.Trainer]) -> None:
+    algorithm = fit(make_trainer(), "small image", OwnImageNetwork, "discrete")
+    assert algorithm.env_steps_done == 32
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "options", "words"),
+    [
+        ("discrete", "discrete", {"normalize_observations": True}, "normalize_observations=True"),
+        ("image", "discrete", {"normalize_observations": True}, "no image"),
+        ("vector", "discrete", {"state_dependent_std": True}, "state_dependent_std=True"),
+        ("vector", "discrete", {"policy_class": MLP}, "policy_class="),
+    ],
+)
+def test_options_that_do_not_fit_the_spaces_are_refused(
+    make_trainer: Callable[..., L.Trainer], observation: str, action: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(LitRLError, match=words):
+        fit(make_trainer(), observation, None, action, **options)
+
+
+@pytest.mark.parametrize("space", [spaces.Text(3), spaces.Sequence(VECTOR), spaces.Dict(a=spaces.Text(3))], ids=str)
+@pytest.mark.parametrize("which", ["observation_space", "action_space"])
+def test_spaces_that_are_not_handled_are_refused(
+    make_trainer: Callable[..., L.Trainer], space: gym.Space, which: str
+) -> None:
+    both = {"observation_space": VECTOR, "action_space": spaces.Discrete(2)} | {which: space}
+    with pytest.raises(LitRLError, match=r"is not supported"):
+        make_trainer().fit(PPO(), RolloutDataModule(SampleEnv, env_kwargs=both, seed=0))
