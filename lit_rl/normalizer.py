@@ -96,7 +96,9 @@ class ObservationNormalizer(nn.Module):
         if (path or WHOLE) not in self.moments:
             return obs
         moments = self.moments[path or WHOLE]
-        scaled = (obs.astype(np.float32, copy=False) - moments.mean.numpy()) / np.sqrt(moments.var.numpy() + np.float32(EPSILON))
+        scaled = (obs.astype(np.float32, copy=False) - moments.mean.numpy()) / np.sqrt(
+            moments.var.numpy() + np.float32(EPSILON)
+        )
         return np.clip(scaled, -CLIP, CLIP)
 
 

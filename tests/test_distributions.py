@@ -8,8 +8,17 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from lit_rl.distributions import ActionDistribution, Categorical, DiagonalGaussian, distribution_for
+from lit_rl.distributions import (
+    ActionDistribution,
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Joint,
+    MultiCategorical,
+    distribution_for,
+)
 from lit_rl.errors import SpaceError
+from lit_rl.trees import map_tree
 
 BOX = spaces.Box(np.array([-1.0, -2.0, 0.0], np.float32), np.array([1.0, 2.0, 0.5], np.float32))
 
@@ -23,10 +32,41 @@ def reference_gaussian(parameters: torch.Tensor) -> torch.distributions.Distribu
     return torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
 
 
-BOTH = pytest.mark.parametrize(
+def reference_multi_categorical(parameters: torch.Tensor) -> torch.distributions.Distribution:
+    parts = [torch.distributions.Categorical(logits=logits) for logits in parameters.split([2, 4, 3], -1)]
+    return Together(parts)
+
+
+def reference_bernoulli(parameters: torch.Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.Independent(torch.distributions.Bernoulli(logits=parameters), 1)
+
+
+class Together:
+    """Independent choices, one per column."""
+
+    def __init__(self, parts: list[torch.distributions.Distribution]):
+        self.parts = parts
+
+    def sample(self) -> torch.Tensor:
+        return torch.stack([part.sample() for part in self.parts], -1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return sum(part.log_prob(column) for part, column in zip(self.parts, action.unbind(-1)))
+
+    def entropy(self) -> torch.Tensor:
+        return sum(part.entropy() for part in self.parts)
+
+
+MULTI = spaces.MultiDiscrete([2, 4, 3], start=[0, 1, -1])
+EVERY = pytest.mark.parametrize(
     ("distribution", "reference"),
-    [(Categorical(5), reference_categorical), (DiagonalGaussian(BOX), reference_gaussian)],
-    ids=["Categorical", "DiagonalGaussian"],
+    [
+        (Categorical(5), reference_categorical),
+        (DiagonalGaussian(BOX), reference_gaussian),
+        (MultiCategorical(MULTI), reference_multi_categorical),
+        (Bernoulli(spaces.MultiBinary(4)), reference_bernoulli),
+    ],
+    ids=["Categorical", "DiagonalGaussian", "MultiCategorical", "Bernoulli"],
 )
 
 
@@ -52,7 +92,7 @@ def test_gaussian_samples_have_its_mean_and_standard_deviation() -> None:
     assert (np.abs(action.std(0) / std - 1) < 4 / np.sqrt(2 * n)).all()
 
 
-@BOTH
+@EVERY
 def test_log_prob_of_a_numpy_sample_equals_torch(distribution: ActionDistribution, reference: Callable) -> None:
     parameters = random_parameters(distribution, 500)
     action, log_prob = distribution.sample(parameters, np.random.default_rng(1))
@@ -60,7 +100,7 @@ def test_log_prob_of_a_numpy_sample_equals_torch(distribution: ActionDistributio
     torch.testing.assert_close(torch.as_tensor(log_prob), log_prob_torch, atol=1e-5, rtol=0)
 
 
-@BOTH
+@EVERY
 def test_evaluate_equals_torch_distributions(distribution: ActionDistribution, reference: Callable) -> None:
     parameters = torch.as_tensor(random_parameters(distribution, 500)).double()
     expected = reference(parameters)
@@ -70,7 +110,7 @@ def test_evaluate_equals_torch_distributions(distribution: ActionDistribution, r
     torch.testing.assert_close(entropy, expected.entropy())
 
 
-@BOTH
+@EVERY
 def test_evaluate_takes_rollouts_and_sends_gradients_to_the_parameters(
     distribution: ActionDistribution, reference: Callable
 ) -> None:
@@ -148,3 +188,56 @@ def test_unsupported_action_space_is_named_in_the_error(space: gym.Space) -> Non
     with pytest.raises(SpaceError) as error:
         distribution_for(space)
     assert str(space) in str(error.value)
+
+
+NESTED = spaces.Dict(
+    b=spaces.Box(-1, 1, (2,)), a=spaces.Tuple([spaces.Discrete(3, start=1), MULTI]), c=spaces.Box(0, 1, (1, 2))
+)
+
+
+def test_joint_log_prob_and_entropy_are_the_sums_of_the_parts() -> None:
+    joint = distribution_for(NESTED)
+    assert isinstance(joint, Joint) and (joint.num_outputs, joint.num_scales) == (2 + 3 + 9 + 2, 4)
+    parameters = random_parameters(joint, 200)
+    action, log_prob = joint.sample(parameters, np.random.default_rng(1))
+    tensor = torch.as_tensor(parameters)
+    # outputs: b's means, a's logits, c's means; then the log standard deviations of b and of c
+    gaussians = [tensor[:, [0, 1, 16, 17]], tensor[:, [14, 15, 18, 19]]]
+    values = [torch.as_tensor(action["b"]), torch.as_tensor(action["c"]).flatten(1)]
+    expected = sum(reference_gaussian(p).log_prob(v) for p, v in zip(gaussians, values))
+    expected += reference_categorical(tensor[:, 2:5]).log_prob(torch.as_tensor(action["a"]["0"]))
+    expected += reference_multi_categorical(tensor[:, 5:14]).log_prob(torch.as_tensor(action["a"]["1"]))
+    entropy = sum(reference_gaussian(p).entropy() for p in gaussians)
+    entropy += reference_categorical(tensor[:, 2:5]).entropy() + reference_multi_categorical(tensor[:, 5:14]).entropy()
+    torch.testing.assert_close(torch.as_tensor(log_prob), expected, atol=1e-5, rtol=1e-5)
+    evaluated = joint.evaluate(tensor, map_tree(torch.as_tensor, action))
+    torch.testing.assert_close(evaluated[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(evaluated[1], entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_actions_reach_the_environment_in_its_own_form() -> None:
+    joint = distribution_for(NESTED)
+    for make in (joint.mode, lambda p: joint.sample(p * 5, np.random.default_rng(0))[0]):
+        action = map_tree(lambda x: x[0], make(random_parameters(joint, 1)))
+        given = joint.to_env(action)
+        assert isinstance(given["a"], tuple) and NESTED.contains(given | {"a": given["a"]})
+
+
+def test_the_choices_of_a_joint_distribution_are_where_its_logits_are() -> None:
+    assert distribution_for(NESTED).choices == [slice(2, 5), slice(5, 7), slice(7, 11), slice(11, 14)]
+
+
+def test_bernoulli_flips_as_often_as_the_sigmoid_says() -> None:
+    logits, n = np.array([-2.0, 0.0, 1.0], np.float32), 50_000
+    ones, _ = Bernoulli(spaces.MultiBinary(3)).sample(np.tile(logits, (n, 1)), np.random.default_rng(0))
+    probability = 1 / (1 + np.exp(-logits))
+    assert (np.abs(ones.mean(0) - probability) < 4 * np.sqrt(probability * (1 - probability) / n)).all()
+
+
+@pytest.mark.parametrize("space", [MULTI, spaces.MultiBinary([2, 2]), spaces.MultiDiscrete([[2, 3], [4, 5]])], ids=str)
+def test_actions_of_any_shape_are_in_their_space(space: gym.Space) -> None:
+    distribution = distribution_for(space)
+    parameters = random_parameters(distribution, 6)
+    for action in (distribution.mode(parameters), distribution.sample(parameters, np.random.default_rng(0))[0]):
+        assert action.shape == (6, *space.shape)
+        assert all(space.contains(distribution.to_env(row)) for row in action)

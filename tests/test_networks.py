@@ -15,7 +15,13 @@ from torch import nn
 from lit_rl.errors import CheckpointError, OptionError, SpaceError
 from lit_rl.networks import (
     MLP,
+    GRUNetwork,
+    ImpalaResNet,
+    LSTMNetwork,
+    MultiInput,
+    NatureCNN,
     ValueNetwork,
+    as_input,
     build_network,
     check_nameable,
     describe_network,
@@ -23,8 +29,10 @@ from lit_rl.networks import (
     orthogonal,
     output_size,
 )
+from lit_rl.networks.inputs import FlatInput, ImageInput
 from lit_rl.policy import Policy
 from lit_rl.spec import EnvSpec
+from lit_rl.trees import to_numpy, to_torch
 
 BOX = spaces.Box(-10, 10, (5,))
 SPACES = pytest.mark.parametrize("space", [BOX, spaces.Discrete(4), spaces.Discrete(4, start=-2)], ids=str)
@@ -261,3 +269,150 @@ class WrongSize(nn.Linear):
 def test_an_own_network_is_tried_out(network: object, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         build_network(network, BOX)
+
+
+NESTED = spaces.Dict(
+    z=spaces.Box(0, 200, (2,), np.uint8),
+    a=spaces.Tuple([spaces.Discrete(3, start=1), spaces.MultiDiscrete([2, 3], start=[0, 4])]),
+    m=spaces.MultiBinary(2),
+    f=spaces.Box(0, 1, (2, 2), np.bool_),
+)
+
+
+def test_a_nested_observation_becomes_one_vector_in_the_spaces_order() -> None:
+    obs = {
+        "z": torch.tensor([[100, 200]], dtype=torch.uint8),
+        "a": {"0": torch.tensor([2]), "1": torch.tensor([[1, 6]])},
+        "m": torch.tensor([[0, 1]], dtype=torch.uint8),
+        "f": torch.tensor([[[1, 0], [0, 1]]], dtype=torch.uint8),
+    }
+    vector = FlatInput(NESTED)(as_input(NESTED, obs))
+    assert vector.tolist() == [[0.5, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1]]
+    np.testing.assert_allclose(FlatInput(NESTED).numpy(to_numpy(obs)), vector)
+    assert FlatInput(NESTED).output_size == 16
+
+
+def test_embeddings_give_every_value_a_vector_of_its_own() -> None:
+    embedded = FlatInput(NESTED, embedding_size=3)
+    assert embedded.output_size == 2 + 3 + 6 + 2 + 4
+    space = spaces.MultiDiscrete([2, 2])
+    network = FlatInput(space, embedding_size=2)
+    rows = network(torch.tensor([[0, 0], [0, 1], [1, 0]]))
+    assert rows[0, :2].equal(rows[1, :2]) and not rows[0, 2:].equal(rows[1, 2:]) and not rows[0, :2].equal(rows[0, 2:])
+
+
+def test_an_mlp_of_a_nested_space_acts_the_same_in_numpy() -> None:
+    policy = Policy(EnvSpec("e", NESTED, spaces.Discrete(3)))
+    nn.init.normal_(policy.head.weight)
+    obs = policy.as_rows(gym.vector.utils.batch_space(NESTED, 5).sample())
+    assert policy._numpy_forward() is not None
+    with torch.no_grad():
+        np.testing.assert_allclose(policy.parameters_of(obs), policy(to_torch(obs)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "expected"),
+    [
+        ((84, 84, 3), "auto", (3, 84, 84)),
+        ((4, 84, 84), "auto", (4, 84, 84)),
+        ((40, 60), "auto", (1, 40, 60)),
+        ((40, 40, 40), "first", (40, 40, 40)),
+        ((40, 60, 40), "last", (40, 40, 60)),
+    ],
+)
+def test_channels_are_recognised_first_or_last(shape: tuple, channels: str, expected: tuple) -> None:
+    image_input = ImageInput(spaces.Box(0, 255, shape, np.uint8), channels)
+    assert image_input.shape == expected
+    obs = torch.randint(0, 255, (2, *shape), dtype=torch.uint8)
+    images = image_input(obs)
+    assert images.shape == (2, *expected) and images.max() <= 1
+    last = channels == "last" or shape[-1] == 3
+    wanted = obs.movedim(-1, 1) if last else obs.reshape(2, *expected)
+    torch.testing.assert_close(images, wanted / 255)
+
+
+def test_channels_that_are_not_clear_are_asked_for() -> None:
+    with pytest.raises(SpaceError, match=r"channels is not clear.*'first' or 'last'"):
+        NatureCNN(spaces.Box(0, 255, (40, 40, 40), np.uint8))
+    with pytest.raises(OptionError, match="channels='middle'"):
+        NatureCNN(spaces.Box(0, 255, (40, 40, 3), np.uint8), channels="middle")
+
+
+def test_nature_cnn_has_the_papers_layers() -> None:
+    network = NatureCNN(spaces.Box(0, 255, (84, 84, 4), np.uint8))
+    weights = [4 * 32 * 64, 32 * 64 * 16, 64 * 64 * 9, 3136 * 512]
+    biases = [32, 64, 64, 512]
+    assert sum(p.numel() for p in network.parameters()) == sum(weights) + sum(biases)
+
+
+def test_impala_resnet_has_the_papers_layers() -> None:
+    network = ImpalaResNet(spaces.Box(0, 255, (3, 72, 96), np.uint8))
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [16] * 5 + [32] * 10
+    assert network.linear.in_features == 32 * 9 * 12
+
+
+@pytest.mark.parametrize("make", [NatureCNN, functools.partial(ImpalaResNet, filters=(4,))])
+def test_image_networks_take_batches_of_any_rank(make: Any) -> None:
+    network = make(spaces.Box(0, 255, (40, 40, 3), np.uint8), hidden_size=8)
+    obs = torch.randint(0, 255, (2, 3, 40, 40, 3), dtype=torch.uint8)
+    torch.testing.assert_close(network(obs)[1, 2], network(obs[1, 2:])[0])
+
+
+def test_multi_input_gives_every_part_its_encoder() -> None:
+    space = spaces.Dict(
+        camera=spaces.Box(0, 255, (40, 40, 3), np.uint8), arm=spaces.Box(-1, 1, (3,)), k=spaces.Discrete(2)
+    )
+    network = MultiInput(space, encoders={"arm": functools.partial(MLP, hidden_sizes=(7,))}, hidden_sizes=(5,))
+    kinds = {path: type(encoder).__name__ for path, encoder in network.encoders.items()}
+    assert kinds == {"camera": "NatureCNN", "arm": "MLP", "k": "FlatInput"}
+    assert network.layers[0].in_features == 512 + 7 + 2
+    with pytest.raises(OptionError, match=r"encoders: 'leg'.*'camera'"):
+        MultiInput(space, encoders={"leg": MLP})
+    description = describe_network(functools.partial(MultiInput, encoders={"arm": MLP}))
+    assert str(build_network(description, space)) == str(MultiInput(space, encoders={"arm": MLP}))
+
+
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [
+        (spaces.Box(0, 255, (84, 84, 3), np.uint8), "NatureCNN"),
+        (spaces.Box(0, 255, (10, 10, 3), np.uint8), "ImpalaResNet"),
+        (spaces.Box(0, 255, (50, 50), np.uint8), "NatureCNN"),
+        (spaces.Box(-1, 1, (50, 50)), "MLP"),
+        (spaces.Dict(a=BOX), "MLP"),
+        (spaces.Dict(a=BOX, b=spaces.Box(0, 255, (10, 10, 3), np.uint8)), "MultiInput"),
+    ],
+)
+def test_the_default_network_suits_the_space(space: gym.Space, name: str) -> None:
+    assert type(build_network(None, space)).__name__ == name
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "xavier_uniform", "kaiming_uniform", "torch"])
+def test_mlp_weights_are_initialised_by_name(init: str) -> None:
+    torch.manual_seed(0)
+    layer = MLP(BOX, hidden_sizes=(200,), init=init).layers[0]
+    bound = {"xavier_uniform": 2**0.5 * (6 / 205) ** 0.5, "kaiming_uniform": (6 / 5) ** 0.5, "torch": 5**-0.5}.get(init)
+    if bound is None:
+        torch.testing.assert_close(layer.weight.T @ layer.weight, 2 * torch.eye(5), atol=1e-5, rtol=0)
+    else:
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+    assert (layer.bias.abs().sum() == 0) == (init != "torch")
+
+
+class NoBatchOfStates(OwnNetwork):
+    def initial_state(self, num_envs: int) -> torch.Tensor:
+        return torch.zeros(1, 4)
+
+    def forward(self, obs: torch.Tensor, state: torch.Tensor) -> Any:
+        return super().forward(obs), state
+
+
+def test_a_state_without_rows_for_environments_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"NoBatchOfStates: initial_state\(2\)"):
+        build_network(NoBatchOfStates, BOX)
+
+
+def test_memory_inside_of_memory_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"encoder=GRUNetwork: expected a network without memory"):
+        LSTMNetwork(BOX, encoder=GRUNetwork)
