@@ -1,5 +1,7 @@
 """Mistakes a user can mend. The command line prints their message alone; anything else keeps its traceback."""
 
+import traceback
+
 
 class LitRLError(Exception):
     """Base of every error whose message says what was given, what was expected and what to do."""
@@ -21,7 +23,10 @@ def env_error(env_id: str, what: str, error: Exception) -> Exception:
     """What an environment raised, as one sentence that names it; an error that already is one, unchanged."""
     if isinstance(error, LitRLError):
         return error
-    message = " ".join(str(error).split()) or "no message"
+    message = " ".join(str(error).split())
+    if not message:  # a bare assert: its source line is what there is to read
+        frames = traceback.extract_tb(error.__traceback__)
+        message = (frames[-1].line if frames else "") or "no message"
     return EnvError(f"env={env_id} {what}: {type(error).__name__}: {message}")
 
 

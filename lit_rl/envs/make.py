@@ -1,6 +1,7 @@
 """From what a user calls an environment (id, entry point, callable) to something that makes one."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ class EnvConfig:
                 if found is None:
                     raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
                 wrapper = found
-            env = _call(self.env_id, wrapper, env, **(kwargs or {}))
+            env = _call(self.env_id, wrapper, env, **_with_tuples(wrapper, kwargs or {}))
         return env
 
 
@@ -181,6 +182,16 @@ def _entry_point(name: str) -> Callable[..., Any] | None:
     if found is None and attribute not in gym.registry and "/" not in attribute and "-v" not in attribute:
         raise EnvError(f"{name!r}: the module {module_name!r} has no {attribute!r}.")
     return found
+
+
+def _with_tuples(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with tuples where they are declared: a YAML file has lists alone, which gymnasium's wrappers refuse."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable that does not say
+        return kwargs
+    declared = {name for name, p in parameters.items() if str(p.annotation).lower().startswith("tuple")}
+    return {k: tuple(v) if k in declared and isinstance(v, list) else v for k, v in kwargs.items()}
 
 
 def _registered(env_id: str) -> Any:
