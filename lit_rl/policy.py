@@ -20,7 +20,6 @@ from lit_rl.networks import (
     output_size,
     reset_rows,
     unroll,
-    unroll_steps,
 )
 from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
@@ -227,13 +226,13 @@ class Policy(nn.Module):
         if "burn_in" in batch.keys():  # noqa: SIM118
             before = batch["burn_in"]
             with torch.no_grad():
-                burnt = self.unroll_steps(before["observation"], before["state"], before["is_init"])[1]
+                burnt = self.unroll(before["observation"], before["state"], before["is_init"])[1]
             state = reset_rows(state, map_tree(lambda x: x[:, -1], burnt), before["real"])
-        return unroll(self.encoder, inputs, state, batch["is_init"])
+        return unroll(self.encoder, inputs, state, batch["is_init"])[0]
 
-    def unroll_steps(self, obs: Tree, state: State, is_init: Tensor) -> tuple[Tensor, State]:
-        """Features [B, T, F] and the state after every step [B, T, ...]; see `networks.recurrent.unroll_steps`."""
-        return unroll_steps(self.encoder, self.inputs(obs), state, is_init)
+    def unroll(self, obs: Tree, state: State, is_init: Tensor) -> tuple[Tensor, State]:
+        """Features [B, T, F] and the state after every step [B, T, ...]; see `networks.recurrent.unroll`."""
+        return unroll(self.encoder, self.inputs(obs), state, is_init)
 
     def evaluate(self, batch: Any, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probability of `batch["action"]` given `batch["observation"]`, and the entropy; each [*B].

@@ -71,14 +71,14 @@ def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[
 
 def next_values_with_memory(
     rollout: TensorDict,
-    unroll_steps: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]],
+    unroll: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]],
     head: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tree]:
     """`next_values` where the critic is a head on features with memory; and the states before every row.
 
     Args:
         rollout: with `state` and `is_init`.
-        unroll_steps: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, F]
+        unroll: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, F]
             and the states after each step [B, T, ...].
         head: features [*B, F] to values [*B].
 
@@ -87,7 +87,7 @@ def next_values_with_memory(
         state is not yet the initial one.
     """
     is_init, state = rollout["is_init"], rollout["state"]
-    features, after = unroll_steps(rollout["observation"], state, is_init)
+    features, after = unroll(rollout["observation"], state, is_init)
     before = map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), state, after)
     value = head(features)
 
@@ -95,7 +95,7 @@ def next_values_with_memory(
         """Of one observation [N, *obs] each, seen after the steps that led to `states`."""
         one = map_tree(lambda x: x[:, None], obs)
         never = torch.zeros(len(leaves(obs)[0]), 1, dtype=torch.bool, device=is_init.device)
-        return head(unroll_steps(one, states, never)[0].squeeze(1))
+        return head(unroll(one, states, never)[0].squeeze(1))
 
     last = values(rollout["last_observation"], map_tree(lambda x: x[:, -1], after))
     final_step = rollout["final_step"]

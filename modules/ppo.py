@@ -191,7 +191,7 @@ class PPO(Algorithm):
     def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, Tree]:
         """Values of a rollout's observations and of its next observations, [B, T], and the memory before each."""
         if self.policy.has_memory:
-            return next_values_with_memory(rollout, self.policy.unroll_steps, self.critic)
+            return next_values_with_memory(rollout, self.policy.unroll, self.critic)
         return *next_values(rollout, self.value), None
 
     def minibatches(self, rollout: TensorDict, states: Tree) -> Iterator[TensorDict]:

@@ -29,7 +29,8 @@ from lit_rl import (
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.wrappers import PreviousActionReward
 from lit_rl.errors import OptionError
-from lit_rl.networks import unroll, unroll_steps
+from lit_rl.networks import unroll
+from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.rollout import next_values_with_memory, sequences, to_rollout
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.pool import RunnerPool, Weights
@@ -140,7 +141,7 @@ def test_memory_begins_anew_exactly_where_episodes_do(mode: str) -> None:
         rollout = to_rollout([runner.sample()], copy=False)
         # The state counts the steps since the last start; the observation's last two digits say how many there were.
         mask = rollout.get("mask", torch.ones_like(rollout["is_init"]))
-        _, after = policy.unroll_steps(rollout["observation"], rollout["state"], rollout["is_init"])
+        _, after = policy.unroll(rollout["observation"], rollout["state"], rollout["is_init"])
         t = rollout["observation"][..., 0] % 100
         assert (after[..., 0] == t + 1)[mask].all()
         assert (rollout["is_init"] == (t == 0))[mask].all()
@@ -170,7 +171,7 @@ def test_unrolling_at_once_equals_step_by_step_with_its_gradients(network: Any, 
     obs, is_init, weight = torch.randn(6, 11, 3), torch.rand(6, 11) < starts, torch.randn(6, 11, 5)
     state = {key: torch.randn(6, 5) for key in memory.STATE}
     results = []
-    for features in (unroll(memory, obs, state, is_init), unroll_steps(memory, obs, state, is_init)[0]):
+    for features in (unroll(memory, obs, state, is_init)[0], unroll(StepByStep(memory), obs, state, is_init)[0]):
         memory.zero_grad()
         (features * weight).sum().backward()
         results.append([features.detach(), *(p.grad.clone() for p in memory.parameters())])
@@ -178,10 +179,42 @@ def test_unrolling_at_once_equals_step_by_step_with_its_gradients(network: Any, 
         torch.testing.assert_close(at_once, step_by_step, atol=1e-5, rtol=1e-4)
 
 
+class StepByStep:
+    """A network without its own way to unroll."""
+
+    def __init__(self, network: Any):
+        self.initial_state, self._network = network.initial_state, network
+
+    def __call__(self, obs: Tensor, state: Any) -> Any:
+        return self._network(obs, state)
+
+
+def test_states_of_unrolling_at_once_are_those_of_step_by_step() -> None:
+    for network in (LSTMNetwork, GRUNetwork):
+        memory = network(BOX, hidden_size=5)
+        obs, is_init, state = torch.randn(6, 11, 3), torch.rand(6, 11) < 0.2, memory.initial_state(6)
+        _, states = unroll(memory, obs, state, is_init)
+        _, expected = unroll(StepByStep(memory), obs, state, is_init)
+        for name in memory.STATE:
+            torch.testing.assert_close(states[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_written_out_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    keep = (torch.rand(4, 3, 1) > 0.3).double()
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    lstm = (random(4, 3, 8), random(3, 2), random(3, 2), keep, random(8, 2), random(8))
+    assert torch.autograd.gradcheck(lambda *args: _LSTMSequence.apply(*args)[0], lstm)
+    assert torch.autograd.gradcheck(_GRUSequence.apply, (random(4, 3, 6), random(3, 2), keep, random(6, 2), random(6)))
+
+
 def test_gradients_do_not_cross_an_episodes_start() -> None:
     memory = OwnMemory(BOX)
     obs = torch.randn(1, 4, 3, requires_grad=True)
-    features = unroll(memory, obs, memory.initial_state(1), torch.tensor([[False, False, True, False]]))
+    features, _ = unroll(memory, obs, memory.initial_state(1), torch.tensor([[False, False, True, False]]))
     features[:, 3].sum().backward()
     assert obs.grad[0].abs().sum(-1).ne(0).tolist() == [False, False, True, True]
 
@@ -196,7 +229,7 @@ def rollout_of_counters(policy: Policy, length: int = 16) -> Any:
 def test_sequences_continue_the_rollout_they_are_cut_from(burn_in: int) -> None:
     policy = Policy(EnvConfig(CounterEnv).spec(), network=Recorder)
     rollout = rollout_of_counters(policy)
-    *_, states = next_values_with_memory(rollout, policy.unroll_steps, lambda x: x.sum(-1))
+    *_, states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1))
     batch = sequences(rollout, states, 4, burn_in, "observation")
     assert batch.batch_size == (12,) and batch["observation"].shape == (12, 4, 1)
     if burn_in:
@@ -209,7 +242,7 @@ def test_sequences_continue_the_rollout_they_are_cut_from(burn_in: int) -> None:
 def test_burnt_in_steps_carry_no_gradient() -> None:
     policy = Policy(EnvConfig(CounterEnv).spec(), network=GRUNetwork)
     rollout = rollout_of_counters(policy)
-    *_, states = next_values_with_memory(rollout, policy.unroll_steps, lambda x: x.sum(-1).detach())
+    *_, states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1).detach())
     batch = sequences(rollout, states, 4, 4, "observation")
     batch["burn_in", "observation"].requires_grad_()
     policy.features(batch).sum().backward()
@@ -220,7 +253,7 @@ def test_values_after_truncation_remember_the_episode() -> None:
     """Values by hand: the state counts an episode's steps, so V(s_t) = t, and V(final observation) its length."""
     policy = Policy(EnvConfig(CounterEnv).spec(), network=Recorder)
     rollout = rollout_of_counters(policy)
-    value, next_value, _ = next_values_with_memory(rollout, policy.unroll_steps, lambda x: x.squeeze(-1).detach())
+    value, next_value, _ = next_values_with_memory(rollout, policy.unroll, lambda x: x.squeeze(-1).detach())
     t = rollout["observation"][..., 0] % 100
     assert torch.equal(value, t)
     assert torch.equal(next_value, t + 1)

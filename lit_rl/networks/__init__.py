@@ -14,7 +14,7 @@ from lit_rl.networks.build import (
 )
 from lit_rl.networks.cnn import ImpalaResNet, NatureCNN
 from lit_rl.networks.mlp import MLP, MultiInput, ValueHead, ValueNetwork, orthogonal
-from lit_rl.networks.recurrent import GRUNetwork, LSTMNetwork, reset_rows, unroll, unroll_steps
+from lit_rl.networks.recurrent import GRUNetwork, LSTMNetwork, reset_rows, unroll
 
 __all__ = [
     "MLP",
@@ -38,5 +38,4 @@ __all__ = [
     "output_size",
     "reset_rows",
     "unroll",
-    "unroll_steps",
 ]
