@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_rl import distributed
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
-from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section
+from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
@@ -291,6 +291,7 @@ class Algorithm(L.LightningModule):
         arguments["network"] = describe_network(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        upgrade(checkpoint)
         found = section(checkpoint)
         self._check_fits(found, checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:

@@ -11,7 +11,7 @@ from lit_rl.networks import NetworkFactory
 from lit_rl.policy import Policy
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
-SECTION, FORMAT = "lit_rl", 1
+SECTION, FORMAT = "lit_rl", 2
 POLICY_PREFIX = "policy."
 
 
@@ -64,7 +64,23 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"Checkpoint {path} is damaged or not a checkpoint: {message[:200]}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"Checkpoint {path} holds no state_dict: it was not written by a Trainer.")
+    upgrade(checkpoint)
     return checkpoint
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Bring a checkpoint of an older format up to this version's, in place."""
+    found = checkpoint.get(SECTION)
+    if not isinstance(found, dict) or found.get("format") != 1:
+        return
+    found["format"] = 2
+    found["policy"]["class"] = "Policy"
+    renamed = {"policy.normalizer.": "policy.normalizer.moments./.", "critic.head.": "critic.head.linear."}
+    weights = checkpoint["state_dict"]
+    for name in list(weights):
+        for old, new in renamed.items():
+            if name.startswith(old):
+                weights[name.replace(old, new)] = weights.pop(name)
 
 
 def section(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:

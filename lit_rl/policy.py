@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_rl.distributions import distribution_for
+from lit_rl.distributions import ActionDistribution, distribution_for
 from lit_rl.errors import CheckpointError, EnvError, OptionError
 from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
 from lit_rl.networks import (
@@ -24,11 +24,10 @@ from lit_rl.networks import (
 from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, children, leaves, map_tree, row_converter, to_numpy, to_torch
+from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, to_numpy, to_torch
 
 # What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.
 State: TypeAlias = Tree
-NOT_BLOCKED = np.zeros(0, np.bool_)
 
 
 class Policy(nn.Module):
@@ -73,9 +72,12 @@ class Policy(nn.Module):
             ACTION_MASK,
         }
         self.encoder: Any = build_network(network, self.input_space)
+        self.has_memory = has_memory(self.encoder)
         self.normalizer = ObservationNormalizer(self.input_space) if normalize_observations else None
         self.log_std: nn.Parameter | None = None
         self.build_head(output_size(self.encoder))
+        overridable = ("build_head", "choose", "action_parameters", "inputs", "draw")
+        self._chooses_as_here = all(getattr(type(self), name) is getattr(Policy, name) for name in overridable)
         self.rng = np.random.default_rng()
         # The head's outputs in numpy, and the weight whose memory they are made from.
         self._forward_numpy: tuple[Tensor, Callable[[Tree], np.ndarray] | None] | None = None
@@ -102,10 +104,12 @@ class Policy(nn.Module):
         rows, single = rows_of(self.spec, obs)
         batch = len(leaves(rows)[0])
         if self.has_memory:
-            state = self.initial_state(batch) if state is None else to_numpy(state)
-            if any(len(leaf) != batch for leaf in leaves(state)):
-                raise OptionError(f"state has {len(leaves(state)[0])} rows for {batch} observations.")
-        if self.blocked(rows).any():
+            initial = self.initial_state(batch)
+            state = initial if state is None else to_numpy(state)
+            shapes = [{name: np.shape(leaf) for name, leaf in iterate(tree, "state")} for tree in (state, initial)]
+            if shapes[0] != shapes[1]:
+                raise OptionError(f"{shapes[0]}: expected {shapes[1]} for {batch} observations, as act returned it.")
+        if self.blocked(rows) is not None:
             raise EnvError(f"env={self.spec.env_id}: the observation's action_mask allows no action: {obs!r}.")
         action, _, state = self.step(rows, state, deterministic)
         action = self.to_env(map_tree(lambda x: x[0], action) if single else action)
@@ -116,6 +120,8 @@ class Policy(nn.Module):
         if state is None:
             return None
         is_init = torch.as_tensor(is_init)
+        if is_init.shape != leaves(state)[0].shape[:1]:
+            raise OptionError(f"is_init has shape {tuple(is_init.shape)}: expected ({len(leaves(state)[0])},).")
         with torch.inference_mode():
             initial = self.encoder.initial_state(len(is_init))
             return to_numpy(reset_rows(to_torch(state), map_tree(lambda x: x.cpu(), initial), is_init))
@@ -134,8 +140,9 @@ class Policy(nn.Module):
             state: [B, ...], None without memory.
             deterministic: the most probable actions instead of random ones.
         """
-        if self._numpy_forward() is not None:
-            return *self._pick(self.parameters_of(obs), deterministic), state
+        forward = self._numpy_forward()
+        if forward is not None:
+            return *self.draw(self.distribution, self._parameters_by(forward, obs), deterministic), state
         with torch.inference_mode():
             device = self._device
             tensors = to_torch(obs, device)
@@ -154,22 +161,11 @@ class Policy(nn.Module):
         if forward is None:
             with torch.inference_mode():
                 return to_numpy(self(to_torch(obs, self._device)))
-        inputs = self._unmasked(obs)
-        out = forward(inputs if self.normalizer is None else self.normalizer.numpy(inputs))
-        if self.log_std is not None:
-            log_std = self.log_std.detach().numpy()
-            out = np.concatenate([out, np.broadcast_to(log_std, (len(out), len(log_std)))], -1)
-        if self._masks is not None:
-            self._masks.apply_numpy(out, obs[ACTION_MASK])
-        return out
+        return self._parameters_by(forward, obs)
 
     def to_env(self, action: Tree) -> Any:
         """Recorded actions as the environment takes them: Box actions clipped to their bounds, tuples restored."""
         return self.distribution.to_env(action)
-
-    @property
-    def has_memory(self) -> bool:
-        return has_memory(self.encoder)
 
     def initial_state(self, num_envs: int) -> State:
         """The state at an episode's start, [num_envs, ...]; None without memory."""
@@ -178,9 +174,21 @@ class Policy(nn.Module):
         with torch.inference_mode():
             return to_numpy(self.encoder.initial_state(num_envs))
 
-    def blocked(self, obs: Tree) -> np.ndarray:
-        """Which of the observations [B, *obs] have an action mask that allows no action, [B]; without masks [0]."""
-        return NOT_BLOCKED if self._masks is None else self._masks.blocked(obs[ACTION_MASK])
+    def blocked(self, obs: Tree) -> np.ndarray | None:
+        """Which of the observations [B, *obs] have an action mask that allows no action, [B]; None if none has."""
+        if self._masks is None:
+            return None
+        blocked = self._masks.blocked(obs[ACTION_MASK])
+        return blocked if blocked.any() else None
+
+    def draw(
+        self, distribution: ActionDistribution, parameters: Tensor | np.ndarray, deterministic: bool
+    ) -> tuple[Tree, np.ndarray]:
+        """Actions and log-probabilities by the policy's own generator; deterministic ones have log-probability 0."""
+        array: np.ndarray = to_numpy(parameters)
+        if deterministic:
+            return distribution.mode(array), np.zeros(len(array), np.float32)
+        return distribution.sample(array, self.rng)
 
     # --- what a subclass may override ---------------------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class Policy(nn.Module):
 
     def choose(self, features: Tensor, obs: Tree, deterministic: bool) -> tuple[Tree, Any]:
         """Actions [B, *action] and their log-probabilities [B] for features [B, F]; `obs` holds the action mask."""
-        return self._pick(to_numpy(self.action_parameters(features, obs)), deterministic)
+        return self.draw(self.distribution, self.action_parameters(features, obs), deterministic)
 
     def evaluate_actions(self, features: Tensor, obs: Tree, action: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability of recorded actions [*B, *action] and the entropy, each [*B], differentiable."""
@@ -318,18 +326,24 @@ class Policy(nn.Module):
 
     def _numpy_forward(self) -> Callable[[Tree], np.ndarray] | None:
         """Head and encoder in numpy, if the encoder has such a form and actions are chosen as here."""
-        head: nn.Linear | None = getattr(self, "head", None)
-        if head is None or type(self).choose is not Policy.choose or self.has_memory:
+        if not self._chooses_as_here:
             return None
-        if self._forward_numpy is None or self._forward_numpy[0] is not head.weight:
+        weight = self.head.weight
+        if self._forward_numpy is None or self._forward_numpy[0] is not weight:
             make = getattr(self.encoder, "numpy_forward", None)
-            self._forward_numpy = (head.weight, None if make is None else make(head))
+            self._forward_numpy = (weight, None if make is None else make(self.head))
         return self._forward_numpy[1]
 
-    def _pick(self, parameters: np.ndarray, deterministic: bool) -> tuple[Tree, np.ndarray]:
-        if deterministic:
-            return self.distribution.mode(parameters), np.zeros(len(parameters), np.float32)
-        return self.distribution.sample(parameters, self.rng)
+    def _parameters_by(self, forward: Callable[[Tree], np.ndarray], obs: Tree) -> np.ndarray:
+        """`action_parameters` from what `_numpy_forward` gave."""
+        inputs = self._unmasked(obs)
+        out = forward(inputs if self.normalizer is None else self.normalizer.numpy(inputs))
+        if self.log_std is not None:
+            log_std = self.log_std.detach().numpy()
+            out = np.concatenate([out, np.broadcast_to(log_std, (len(out), len(log_std)))], -1)
+        if self._masks is not None:
+            self._masks.apply_numpy(out, obs[ACTION_MASK])
+        return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         self._forward_numpy = None  # its arrays are views of the old device's memory

@@ -3,13 +3,14 @@
 import copy
 import errno
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from envs import CounterEnv
+from envs import CounterEnv, TargetEnv
 from torch import nn
 
 from lit_rl import MLP, PPO, RolloutDataModule, load_policy
@@ -251,3 +252,24 @@ def test_a_checkpoint_of_something_else_is_refused(make_trainer, change: dict, e
         algorithm = PPO.load_from_checkpoint("out.ckpt")
     with pytest.raises(error, match=words):
         make_trainer().fit(algorithm, data, ckpt_path=None if "env" in change else "out.ckpt")
+
+
+def test_a_checkpoint_of_format_1_is_read_as_it_was_meant(make_trainer: Callable[..., L.Trainer]) -> None:
+    data = RolloutDataModule(TargetEnv, rollout_length=32, max_env_steps=512, seed=0)
+    algorithm, trainer = PPO(normalize_observations=True), make_trainer()
+    trainer.fit(algorithm, data)
+    trainer.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt", weights_only=True)
+    checkpoint["lit_rl"]["format"] = 1
+    del checkpoint["lit_rl"]["policy"]["class"]
+    del checkpoint["lit_rl"]["policy"]["arguments"]["state_dependent_std"]
+    names = {"policy.normalizer.moments./.": "policy.normalizer.", "critic.head.linear.": "critic.head."}
+    for name in list(checkpoint["state_dict"]):
+        for new, old in names.items():
+            if name.startswith(new):
+                checkpoint["state_dict"][name.replace(new, old)] = checkpoint["state_dict"].pop(name)
+    torch.save(checkpoint, "old.ckpt")
+    obs = np.array([0.3])
+    np.testing.assert_array_equal(load_policy("old.ckpt").act(obs)[0], load_policy("new.ckpt").act(obs)[0])
+    restored = PPO.load_from_checkpoint("old.ckpt")
+    torch.testing.assert_close(restored.state_dict(), algorithm.state_dict())

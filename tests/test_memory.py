@@ -323,7 +323,7 @@ def test_acting_with_a_batch_of_states_equals_acting_one_by_one() -> None:
         assert actions.tolist() == singles
     state = policy.reset_state(state, [False, True, False])
     assert state["h"][1].sum() == 0 and state["h"][0].sum() != 0
-    with pytest.raises(OptionError, match="state has 3 rows for 2 observations"):
+    with pytest.raises(OptionError, match=r"'state/h': \(3, 64\).*expected.*for 2 observations"):
         policy.act(obs[0][:2], state)
 
 

@@ -14,7 +14,9 @@ def test_a_recipes_first_comment_gives_its_measured_returns(path: Path) -> None:
     result = json.loads(path.read_text())
     returns = ", ".join(f"{run['return_mean']:g}" for run in result["runs"])
     head = (ROOT / "recipes" / f"{path.stem}.yaml").read_text().split("seed_everything")[0]
-    assert f"seeds 1 to 5: {returns}; median {result['median']:g}." in head
+    seeds = [run["seed"] for run in result["runs"]]
+    named = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    assert f"{named}: {returns}; median {result['median']:g}." in head
     assert f"{result['runs'][0]['env_steps']:,} env steps" in head
     assert path.with_suffix(".png").exists()
 

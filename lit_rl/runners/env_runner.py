@@ -279,7 +279,7 @@ def check_masks(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.nd
         EnvError: naming the environment and the step.
     """
     blocked = policy.blocked(obs)
-    if blocked.any():
+    if blocked is not None:
         for b in np.flatnonzero(blocked & ~resetting):
             raise EnvError(
                 f"env={policy.spec.env_id}: the action_mask of environment {b} allows no action at step {lengths[b]} "
