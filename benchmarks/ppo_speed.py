@@ -25,18 +25,19 @@ ROLLOUT = ENVS * LENGTH
 class Stopwatch:
     """Counts rollouts; timed from the end of the warm-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int = WARM_UP) -> None:
         self.rollouts = 0
         self.resident = 0
+        self.warm_up = warm_up
 
     def tick(self) -> None:
         self.rollouts += 1
-        if self.rollouts == WARM_UP:
+        if self.rollouts == self.warm_up:
             self.started = time.perf_counter()
         self.ended = time.perf_counter()
 
     def result(self) -> dict[str, float]:
-        steps = (self.rollouts - WARM_UP) * ROLLOUT
+        steps = (self.rollouts - self.warm_up) * ROLLOUT
         return {"env_steps_per_s": steps / (self.ended - self.started), "growth_mb": (resident() - self.resident) / 1e6}
 
 

@@ -1,4 +1,7 @@
-"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder>`. Started by test_ddp.py."""
+"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder> [network]`.
+
+Started by test_ddp.py.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ import torch
 from envs import counter_vector
 from tensordict import TensorDict
 
-from lit_rl import PPO, RolloutDataModule
+from lit_rl import PPO, RolloutDataModule, networks
 
 ENVS = 4  # over all ranks
 
@@ -43,7 +46,7 @@ def gradients(world_size: int, out: Path) -> None:
     )  # fmt: skip
     algorithm = Gradients(
         minibatch_size=ENVS // world_size * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
-        entropy_coef=0.01, lr=1e-2,
+        entropy_coef=0.01, lr=1e-2, network=getattr(networks, sys.argv[3]),
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}

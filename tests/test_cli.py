@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from lit_rl import cli, load_policy
+from lit_rl import Policy, cli, load_policy
+from lit_rl.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -182,3 +183,18 @@ def test_a_sweeps_command_runs_offline_and_its_parameters_arrive(monkeypatch: py
     assert checkpoint["hyper_parameters"]["lr"] == 0.0042 and checkpoint["hyper_parameters"]["num_epochs"] == 4
     assert int(checkpoint["state_dict"]["env_steps"]) == 2 * 8 * 32
     assert list(Path("runs").rglob("run-*.wandb"))
+
+
+def test_networks_and_a_policy_class_are_named_on_the_command_line() -> None:
+    network = ["--model.network", "LSTMNetwork", "--model.network.hidden_size", "8", "--model.network.encoder", "MLP"]
+    own = ["--model.policy_class", "test_cli.Careful", "--model.sequence_length", "8", "--model.share_encoder", "true"]
+    lit_rl("fit", *TINY, *network, "--model.network.encoder.hidden_sizes", "[4]", *own)
+    path = next(Path("runs").rglob("last.ckpt"))
+    policy = load_policy(path, policy_class=Careful)
+    assert isinstance(policy, Careful) and policy.encoder.output_size == 8 and policy.encoder.encoder.output_size == 4
+    with pytest.raises(CheckpointError, match=r"policy_class=test_cli:Careful"):
+        load_policy(path)
+
+
+class Careful(Policy):
+    """A policy of the user's own."""

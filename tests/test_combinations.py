@@ -1,12 +1,14 @@
 """Every observation with every network and every action: trains for one update, or is refused in one sentence."""
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import lightning as L
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from envs import SampleEnv
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from lit_rl import (
     MLP,
     PPO,
+    EnvSpec,
+    EpisodeWriter,
     GRUNetwork,
     ImpalaResNet,
     LSTMNetwork,
@@ -217,3 +221,26 @@ def test_spaces_that_are_not_handled_are_refused(
     both = {"observation_space": VECTOR, "action_space": spaces.Discrete(2)} | {which: space}
     with pytest.raises(LitRLError, match=r"is not supported"):
         make_trainer().fit(PPO(), RolloutDataModule(SampleEnv, env_kwargs=both, seed=0))
+
+
+def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
+    make_trainer: Callable[..., L.Trainer],
+) -> None:
+    data = RolloutDataModule(
+        SampleEnv,
+        env_kwargs={"observation_space": OBSERVATIONS["tuple"], "action_space": ACTIONS["tuple"]},
+        max_env_steps=1024,
+        eval_episodes=3,
+        seed=0,
+    )
+    algorithm, trainer = PPO(), make_trainer(callbacks=[EpisodeWriter("out")])
+    trainer.fit(algorithm, data)
+    trainer.predict(algorithm, data)
+    table = pq.read_table("out/episodes-rank0.parquet")
+    parts = {name for name in table.column_names if "/" in name}
+    assert parts == {"observation/0", "observation/1", "observation/2", "action/0", "action/1/x", "action/1/y"}
+    assert table.num_rows == 9 and len(table["observation/0"][0].as_py()) == 3
+    spec = EnvSpec.from_dict(json.loads(table.schema.metadata[b"lit_rl"])["spec"])
+    assert spec.observation_space == OBSERVATIONS["tuple"]
+    for row in table["action/1/x"].to_pylist():
+        assert ACTIONS["tuple"][1]["x"].contains(np.array(row, np.float32))

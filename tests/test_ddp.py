@@ -9,7 +9,7 @@ import pytest
 import torch
 from envs import counter_vector
 
-from lit_rl import load_policy
+from lit_rl import MLP, LSTMNetwork, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
 from lit_rl.rollout import to_rollout
@@ -19,21 +19,22 @@ pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 
-def run(case: str, out: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), case, str(out)], cwd=out, capture_output=True, text=True)
+def run(case: str, out: Path, *more: str) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), case, str(out), *more], cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [MLP, LSTMNetwork])
+def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_path: Path, network: type) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
-    policy = Policy(config.spec())
+    policy = Policy(config.spec(), network=network)
     runner = EnvRunner(config, policy, num_envs=4, rollout_length=16, seed=np.random.SeedSequence(0))
     rollout = to_rollout([runner.sample()], copy=False)
     real = rollout["mask"].sum(1)
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
-    run("one", tmp_path)
-    run("two", tmp_path)
+    run("one", tmp_path, network.__name__)
+    run("two", tmp_path, network.__name__)
     one, first, second = (torch.load(tmp_path / f"gradients-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
     for step in range(2):
