@@ -201,14 +201,16 @@ def test_states_of_unrolling_at_once_are_those_of_step_by_step() -> None:
 
 def test_written_out_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
-    keep = (torch.rand(4, 3, 1) > 0.3).double()
+    is_init = torch.rand(4, 3) < 0.3
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    lstm = (random(4, 3, 8), random(3, 2), random(3, 2), keep, random(8, 2), random(8))
+    lstm = (random(4, 3, 8), random(3, 2), random(3, 2), is_init, random(8, 2), random(8))
     assert torch.autograd.gradcheck(lambda *args: _LSTMSequence.apply(*args)[0], lstm)
-    assert torch.autograd.gradcheck(_GRUSequence.apply, (random(4, 3, 6), random(3, 2), keep, random(6, 2), random(6)))
+    assert torch.autograd.gradcheck(
+        _GRUSequence.apply, (random(4, 3, 6), random(3, 2), is_init, random(6, 2), random(6))
+    )
 
 
 def test_gradients_do_not_cross_an_episodes_start() -> None:
@@ -267,7 +269,7 @@ def test_values_after_truncation_remember_the_episode() -> None:
 
 
 @pytest.mark.parametrize("network", [LSTMNetwork, GRUNetwork])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_memory_solves_repeating_the_previous_observation(
     make_trainer: Callable[..., L.Trainer], network: Any, seed: int
 ) -> None:
