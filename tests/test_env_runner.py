@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import CounterEnv, FailingEnv, WrongEnv, counter_vector
+from envs import CounterEnv, FailingEnv, SampleEnv, WrongEnv, counter_vector
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
@@ -288,3 +289,44 @@ def test_an_episode_that_does_not_end_is_said(monkeypatch: pytest.MonkeyPatch, c
     config = EnvConfig(CounterEnv)
     list(play(config, Policy(config.spec()), range(3), num_envs=1))  # of 2, 3 and 4 steps
     assert caplog.text.count("has lasted 3 env steps and goes on") == 1
+
+
+class NestedCounter(gym.ObservationWrapper):
+    """CounterEnv's number n as a Dict of n and of the Tuple (n, n modulo 7)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        number = env.observation_space
+        self.observation_space = spaces.Dict(pair=spaces.Tuple([number, spaces.Discrete(7)]), n=number)
+
+    def observation(self, observation: np.ndarray) -> dict[str, Any]:
+        return {"n": observation, "pair": (observation, int(observation[0]) % 7)}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_next_observations_of_nested_spaces_are_the_true_ones_in_every_part(vectorization: str) -> None:
+    env = EnvConfig(CounterEnv, wrappers=[NestedCounter], vectorization=vectorization)
+    runner = EnvRunner(env, Policy(env.spec()), num_envs=3, rollout_length=20, seed=np.random.SeedSequence(0))
+    try:
+        rollout = to_rollout([runner.sample()], copy=False)
+    finally:
+        runner.close()
+    obs, next_obs = rollout["observation"], next_observation(rollout)
+    assert rollout["next", "done"].sum() > 9
+    assert torch.equal(next_obs["n"], obs["n"] + 1)  # also at the end of episodes, whose first observation is 100 k
+    for part in (obs, next_obs):
+        assert torch.equal(part["pair"]["0"], part["n"])
+        assert torch.equal(part["pair"]["1"], part["n"].squeeze(-1).long() % 7)
+
+
+def test_a_policys_action_may_name_its_parts_in_any_order() -> None:
+    class Reversed(Policy):
+        def choose(self, features: torch.Tensor, obs: Any, deterministic: bool) -> Any:
+            action, log_prob = super().choose(features, obs, deterministic)
+            return {"b": action["b"] * 0 + 1, "a": action["a"] * 0}, log_prob
+
+    space = spaces.Dict(a=spaces.Discrete(2), b=spaces.Discrete(2))
+    env = EnvConfig(SampleEnv, {"observation_space": spaces.Box(-1, 1, (2,)), "action_space": space})
+    runner = EnvRunner(env, Reversed(env.spec()), num_envs=2, rollout_length=4, seed=np.random.SeedSequence(0))
+    action = to_rollout([runner.sample()], copy=False)["action"]
+    assert (action["a"] == 0).all() and (action["b"] == 1).all()

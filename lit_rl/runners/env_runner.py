@@ -12,9 +12,10 @@ from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.transport import Packed, allocate, load_weights, pack
-from lit_rl.trees import Tree, iterate, leaves, map_tree, nest, row_dtype, space_leaves
+from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
+OF_POLICY = ("action", "action_log_prob", "state")
 
 
 class Episode(NamedTuple):
@@ -108,7 +109,7 @@ class EnvRunner:
         rows = self._allocate()
         view = rows.views()
         columns = nest(view)
-        obs_rows, action_rows = leaves(columns["observation"]), leaves(columns["action"])
+        obs_rows, action_rows = columns["observation"], columns["action"]
         log_prob_rows, reward_rows = view["action_log_prob"], view["reward"]
         terminated_rows, truncated_rows = view["terminated"], view["truncated"]
         is_init_rows, mask_rows = view["is_init"], view.get("mask")
@@ -122,10 +123,8 @@ class EnvRunner:
                 state = policy.reset_state(state, self._is_init)
             check_masks(policy, obs, self._lengths, self._resetting)
             action, log_prob, state = policy.sample(obs, state)
-            for row, value in zip(obs_rows, leaves(obs)):
-                row[:, t] = value
-            for row, value in zip(action_rows, leaves(action)):
-                row[:, t] = value
+            write_step(obs_rows, t, obs)
+            write_step(action_rows, t, action)
             log_prob_rows[:, t] = log_prob
             is_init_rows[:, t] = self._is_init
             try:
@@ -219,7 +218,7 @@ class EnvRunner:
                 "so its last transition is unknown. Return it, or use another autoreset mode."
             )
         space = self.policy.spec.observation_space
-        finals += [(b, t, self.policy.as_rows(one_of(space, final_obs, b))) for b in ended]
+        finals += [(b, t, map_tree(np.array, self.policy.as_rows(one_of(space, final_obs, b)))) for b in ended]
         return next_obs
 
     def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> list[Episode]:
@@ -256,13 +255,23 @@ class EnvRunner:
                 bad = np.argwhere(~np.isfinite(array))
                 if len(bad):
                     b, t = int(bad[0][0]), (int(bad[0][1]) if array.ndim > 1 else 0)
-                    in_rows = name.split("/")[0] in ROWS
+                    name = name.split("/")[0]
+                    in_rows = name in ROWS
                     where = f"at row {t} of environment {b}" if in_rows else f"of environment {b}"
                     value = array[b, t] if in_rows else array[b]
                     raise EnvError(
                         f"env={self._env.env_id}: {name}={value.tolist()} {where}: expected finite numbers. "
-                        + ("The policy has diverged: lower lr." if "action" in name else "Mend the environment.")
+                        + ("The policy has diverged: lower lr." if name in OF_POLICY else "Mend the environment.")
                     )
+
+
+def write_step(rows: Tree, t: int, values: Tree) -> None:
+    """`values` [B, ...] into `rows` [B, T, ...] at step t."""
+    if is_leaf(rows):
+        rows[:, t] = values
+        return
+    for key, part in rows.items():
+        write_step(part, t, values[key])
 
 
 def one_of(space: gym.Space, batched: Any, b: int) -> Any:
