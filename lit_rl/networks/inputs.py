@@ -33,6 +33,8 @@ class FlatInput(nn.Module):
         self.embeddings = nn.ModuleDict()
         self.output_size = 0
         self._leaves = space_leaves(observation_space)
+        floats = isinstance(observation_space, spaces.Box) and np.dtype(observation_space.dtype).kind == "f"
+        self.is_vector = floats and len(observation_space.shape or ()) == 1  # nothing has to be done
         for path, space in self._leaves.items():
             counts = class_counts(space)
             if counts:

@@ -107,10 +107,10 @@ class MLP(nn.Module):
         layers = [(w, b, _NUMPY_ACTIVATIONS[type(kind)]) for (w, b), kind in zip(weights, activations)]
         head_weight, head_bias = weights[-1]
         first_weight, index_start = weights[0][0], self._index_start
-        as_vector = self.input.numpy
+        as_vector = None if index_start is not None or self.input.is_vector else self.input.numpy
 
         def forward(x: Tree) -> np.ndarray:
-            x = as_vector(x) if index_start is None else x
+            x = x if as_vector is None else as_vector(x)
             for i, (weight, bias, activation) in enumerate(layers):
                 x = first_weight[x - index_start] if i == 0 and index_start is not None else x @ weight
                 x += bias
