@@ -77,7 +77,7 @@ class EpisodeLoader:
         data = self._data
         policy = data.algorithm.policy
         acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
-        acting.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
+        acting.eval().load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
         acting.rng = np.random.default_rng(self._seeds)
         episodes = play(
             data.env,

@@ -315,9 +315,10 @@ class Algorithm(L.LightningModule):
         saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if shapes != saved:
             name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+            there, here = (f"has shape {found[name]}" if name in found else "is missing" for found in (saved, shapes))
             raise CheckpointError(
-                f"The checkpoint does not fit this {algorithm}: {name} has shape {saved.get(name)} in the file and "
-                f"{shapes.get(name)} here. Use the environment, network and options it was trained with."
+                f"The checkpoint does not fit this {algorithm}: {name} {there} in the file and {here} here. Use the "
+                "environment, network and options it was trained with."
             )
 
     def rank_state(self) -> dict[str, Any]:

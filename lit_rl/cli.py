@@ -43,6 +43,9 @@ class CLI(LightningCLI):
             help="start from this checkpoint's weights and normaliser alone (optimizer, counters and RNGs are new)",
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.progress_bar_callback is not None:

@@ -157,7 +157,7 @@ class DiagonalGaussian:
     def __init__(self, space: spaces.Box):
         self.num_outputs = self.num_scales = int(np.prod(space.shape))
         self.choices: list[slice] = []
-        self._low, self._high, self._shape = space.low, space.high, space.shape
+        self._low, self._high, self._shape, self._dtype = space.low, space.high, space.shape, space.dtype
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         mean, log_std = parameters[..., : self.num_outputs], parameters[..., self.num_outputs :]
@@ -176,7 +176,7 @@ class DiagonalGaussian:
         return log_prob, entropy
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        return np.clip(action, self._low, self._high)
+        return np.clip(action, self._low, self._high).astype(self._dtype, copy=False)
 
     def _shaped(self, action: np.ndarray) -> np.ndarray:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
@@ -242,9 +242,10 @@ def distribution_for(space: gym.Space) -> ActionDistribution:
         return MultiCategorical(space)
     if isinstance(space, spaces.MultiBinary):
         return Bernoulli(space)
-    if isinstance(space, spaces.Box) and space.shape and np.issubdtype(space.dtype, np.floating):
+    if isinstance(space, spaces.Box) and space.shape and all(space.shape) and np.issubdtype(space.dtype, np.floating):
         return DiagonalGaussian(space)
     raise SpaceError(
-        f"Action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, a Box of floats, or a "
-        "Dict or Tuple of these. Wrap the environment (gymnasium.wrappers:TransformAction) to give it such a space."
+        f"Action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, a Box of floats of at "
+        "least one dimension, or a Dict or Tuple of these. Wrap the environment (gymnasium.wrappers:TransformAction) "
+        "to give it such a space."
     )

@@ -53,7 +53,7 @@ class ActionMasks:
         for path, space in space_leaves(mask_space).items():
             choices = actions.get(path, [])
             size = sum(choice.stop - choice.start for choice in choices)
-            if not choices or space.shape != (size,):
+            if not choices or space.shape != (size,) or not isinstance(space, spaces.Box | spaces.MultiBinary):
                 wanted = (
                     f"a vector of {size} numbers" if size else "none, since only Discrete and MultiDiscrete have one"
                 )

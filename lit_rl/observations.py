@@ -1,15 +1,17 @@
-"""Observations as people pass them: one or a batch, numpy or torch, nested or not."""
+"""Observations as people and environments pass them: one or a batch, numpy or torch, nested or not."""
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from lit_rl.errors import OptionError
 from lit_rl.networks.inputs import class_counts
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, find, is_leaf, map_tree, row_converter, space_leaves
+from lit_rl.trees import Tree, find, is_leaf, map_tree, row_converter, row_dtype, space_leaves
 
 
 def rows_of(spec: EnvSpec, obs: Any) -> tuple[Tree, bool]:
@@ -19,10 +21,11 @@ def rows_of(spec: EnvSpec, obs: Any) -> tuple[Tree, bool]:
         OptionError: if it is not an observation of the space, or several.
     """
     space = spec.observation_space
-    try:
-        given = row_converter(space)(_detached(obs))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise OptionError(f"obs={obs!r}: expected an observation in {space}, as {spec.env_id} gives it.") from error
+    raw = _detached(obs)
+    problem = complaint(space, raw, "obs", shapes=False)
+    if problem:
+        raise OptionError(f"{problem}, as {spec.env_id} gives it.")
+    given = row_converter(space)(raw)
     batches = set()
     for path, part in space_leaves(space).items():
         array, shape = find(given, path), part.shape or ()
@@ -35,14 +38,74 @@ def rows_of(spec: EnvSpec, obs: Any) -> tuple[Tree, bool]:
                 "it."
             )
         batches.add(len(array) if extra else None)
-        if class_counts(part):
-            low = np.asarray(part.start)  # type: ignore[attr-defined]
-            if not ((array >= low) & (array < low + np.reshape(class_counts(part), shape))).all():
-                raise OptionError(f"{name}={array!r}: expected whole numbers in {part}, as {spec.env_id} gives them.")
+        if out_of_range(part, array).any():
+            raise OptionError(f"{name}={short(array)}: expected whole numbers in {part}, as {spec.env_id} gives them.")
     if len(batches) > 1:
-        raise OptionError(f"obs={obs!r}: its parts hold different numbers of observations.")
+        raise OptionError(f"obs: its parts hold different numbers of observations, {sorted(batches, key=str)}.")
+    if batches == {0}:
+        raise OptionError("obs holds no observation: expected one, or a batch of at least one.")
     single = batches == {None}
     return (map_tree(lambda x: x[None], given) if single else given), single
+
+
+def complaint(space: gym.Space, value: Any, name: str, *, shapes: bool = True) -> str | None:
+    """What is wrong with an environment's observation, as the beginning of a sentence; None if nothing is.
+
+    Args:
+        space: it should be in.
+        value: the observation; with `shapes=False` also a batch of them.
+        name: how the sentence calls it.
+        shapes: whether leaves must have their space's shape.
+    """
+    if isinstance(space, spaces.Dict):
+        if not hasattr(value, "keys"):
+            return f"{name} is a {type(value).__name__}: expected a dict with the keys {list(space.spaces)}"
+        missing = [key for key in space.spaces if key not in value.keys()]  # noqa: SIM118
+        if missing:
+            return f"{name} has no {missing[0]!r}: expected a dict with the keys {list(space.spaces)}"
+        parts: list[tuple[str | int, gym.Space, Any]] = [(key, part, value[key]) for key, part in space.spaces.items()]
+    elif isinstance(space, spaces.Tuple):
+        if not isinstance(value, tuple | list) or len(value) != len(space.spaces):
+            found = f"{len(value)} parts" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
+            return f"{name} is {found}: expected a tuple of {len(space.spaces)} parts"
+        parts = list(zip(range(len(value)), space.spaces, value))
+    else:
+        return _leaf_complaint(space, value, name, shapes)
+    return next(filter(None, (complaint(part, x, f"{name}[{key!r}]", shapes=shapes) for key, part, x in parts)), None)
+
+
+def _leaf_complaint(space: gym.Space, value: Any, name: str, shapes: bool) -> str | None:
+    if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return None  # refused elsewhere, by its name
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return f"{name}={short(value)}: expected an array in {space}"
+    if array.dtype.kind not in "biuf":
+        return f"{name}={short(value)}: expected numbers in {space}"
+    if shapes and array.shape != (space.shape or ()):
+        return f"{name} has shape {array.shape}: expected {space.shape or ()}, in {space}"
+    stored = np.dtype(row_dtype(space))
+    if stored.kind == "f":
+        return None if np.isfinite(array).all() else f"{name}={short(array)}: expected finite numbers"
+    if not (array == array.astype(stored)).all():
+        limits = "from 0 to 255 " if stored == np.uint8 else ""
+        return f"{name}={short(array)}: expected whole numbers {limits}in {short(space)}"
+    return None
+
+
+def out_of_range(space: gym.Space, array: np.ndarray) -> np.ndarray:
+    """Where an array [*B, *shape] holds classes that its Discrete or MultiDiscrete space does not have."""
+    if not class_counts(space):
+        return np.zeros((), np.bool_)
+    low = np.asarray(space.start)  # type: ignore[attr-defined]
+    return (array < low) | (array >= low + np.reshape(class_counts(space), space.shape or ()))
+
+
+def short(value: Any) -> str:
+    """A value in at most 80 characters of one line."""
+    text = " ".join(repr(value.tolist() if isinstance(value, np.ndarray) else value).split())
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def holds_tensors(obs: Any) -> bool:

@@ -21,10 +21,11 @@ from lit_rl.networks import (
     reset_rows,
     unroll,
 )
+from lit_rl.networks.inputs import class_counts
 from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, to_numpy, to_torch
+from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, space_leaves, to_numpy, to_torch
 
 # What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.
 State: TypeAlias = Tree
@@ -63,6 +64,8 @@ class Policy(nn.Module):
         self._network = network
         self._arguments = {"normalize_observations": normalize_observations, "state_dependent_std": state_dependent_std}
         self.as_rows = row_converter(spec.observation_space)
+        leaf_spaces = space_leaves(spec.observation_space)
+        self.class_spaces = {path: space for path, space in leaf_spaces.items() if class_counts(space)}
         self.distribution = distribution_for(spec.action_space)
         self.input_space, mask_space = split_mask(spec.observation_space)
         self._masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
@@ -105,12 +108,13 @@ class Policy(nn.Module):
         batch = len(leaves(rows)[0])
         if self.has_memory:
             initial = self.initial_state(batch)
-            state = initial if state is None else to_numpy(state)
+            # A copy: a memory of one's own may write in place.
+            state = map_tree(np.array, initial if state is None else to_numpy(state))
             shapes = [{name: np.shape(leaf) for name, leaf in iterate(tree, "state")} for tree in (state, initial)]
             if shapes[0] != shapes[1]:
                 raise OptionError(f"{shapes[0]}: expected {shapes[1]} for {batch} observations, as act returned it.")
         if self.blocked(rows) is not None:
-            raise EnvError(f"env={self.spec.env_id}: the observation's action_mask allows no action: {obs!r}.")
+            raise EnvError(f"env={self.spec.env_id}: the observation's action_mask allows no action.")
         action, _, state = self.step(rows, state, deterministic)
         action = self.to_env(map_tree(lambda x: x[0], action) if single else action)
         return (as_tensors(action) if holds_tensors(obs) else action), state
@@ -119,7 +123,7 @@ class Policy(nn.Module):
         """`state` with the rows where `is_init` [B] is True as at an episode's start."""
         if state is None:
             return None
-        is_init = torch.as_tensor(is_init)
+        is_init = torch.as_tensor(is_init).reshape(-1) != 0
         if is_init.shape != leaves(state)[0].shape[:1]:
             raise OptionError(f"is_init has shape {tuple(is_init.shape)}: expected ({len(leaves(state)[0])},).")
         with torch.inference_mode():
@@ -153,7 +157,10 @@ class Policy(nn.Module):
             else:
                 features = self.encoder(inputs)
             action, log_prob = self.choose(features, tensors, deterministic)
-        return to_numpy(action), to_numpy(log_prob), state
+        action, log_prob = to_numpy(action), to_numpy(log_prob)
+        if not self._chooses_as_here:
+            self._check_chosen(action, log_prob, len(features))
+        return action, log_prob, state
 
     def parameters_of(self, obs: Tree) -> np.ndarray:
         """`action_parameters` for observations [B, *obs] in numpy, where there is no memory."""
@@ -250,7 +257,14 @@ class Policy(nn.Module):
             features: of the batch, if the caller has them already.
         """
         features = self.features(batch) if features is None else features
-        return self.evaluate_actions(features, batch["observation"], batch["action"])
+        log_prob, entropy = self.evaluate_actions(features, batch["observation"], batch["action"])
+        shape = features.shape[:-1]
+        if log_prob.shape != shape or entropy.shape != shape:
+            raise OptionError(
+                f"policy_class={type(self).__name__}: evaluate_actions gave a log-probability of shape "
+                f"{tuple(log_prob.shape)} and an entropy of shape {tuple(entropy.shape)}: expected {tuple(shape)} both."
+            )
+        return log_prob, entropy
 
     def action_parameters(self, features: Tensor, obs: Tree) -> Tensor:
         """The action distribution's parameters, [*B, F] to [*B, P]: the head's, with illegal actions ruled out."""
@@ -294,7 +308,7 @@ class Policy(nn.Module):
             CheckpointError: if the network or the policy's class is the user's own and was not passed.
         """
         name = description["class"]
-        if (name == class_name(Policy)) != (cls is Policy):
+        if name.split(":")[-1] != cls.__qualname__:
             raise CheckpointError(
                 f"The policy was trained with policy_class={name}, not {class_name(cls)}: pass that class."
             )
@@ -320,6 +334,18 @@ class Policy(nn.Module):
     @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def _check_chosen(self, action: Tree, log_prob: np.ndarray, batch: int) -> None:
+        """Refuse what a subclass's `choose` gave if it has not the action space's parts and shapes."""
+        expected = {
+            path: (batch, *(s.shape or ())) for path, s in space_leaves(self.spec.action_space, "action").items()
+        }
+        found = {path: np.shape(leaf) for path, leaf in iterate(action, "action")}
+        if found != expected or np.shape(log_prob) != (batch,):
+            raise OptionError(
+                f"policy_class={type(self).__name__}: choose gave {found} and log-probabilities of shape "
+                f"{np.shape(log_prob)}: expected {expected} and ({batch},)."
+            )
 
     def _unmasked(self, obs: Tree) -> Tree:
         return obs["observation"] if self._unwraps else obs

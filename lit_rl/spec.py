@@ -51,7 +51,12 @@ def space_to_dict(space: gym.Space) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {
+            "type": "MultiDiscrete",
+            "nvec": space.nvec.tolist(),
+            "start": space.start.tolist(),
+            "dtype": np.dtype(space.dtype).name,
+        }
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "shape": list(space.shape)}
     if isinstance(space, spaces.Box):
@@ -77,7 +82,7 @@ def space_from_dict(data: dict[str, Any]) -> gym.Space:
     if data["type"] == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"])
     if data["type"] == "MultiDiscrete":
-        return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+        return spaces.MultiDiscrete(data["nvec"], dtype=np.dtype(data["dtype"]).type, start=data["start"])
     if data["type"] == "MultiBinary":
         return spaces.MultiBinary(data["shape"][0] if len(data["shape"]) == 1 else data["shape"])
     if data["type"] == "Box":

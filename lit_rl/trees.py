@@ -68,12 +68,14 @@ def children(space: gym.Space) -> dict[str, gym.Space] | None:
     """The parts of a Dict or Tuple space by key; None for any other.
 
     Raises:
-        SpaceError: for a key that could not be told from a path.
+        SpaceError: for an empty space, or a key that could not be told from a path.
     """
+    if not isinstance(space, spaces.Tuple | spaces.Dict):
+        return None
+    if not space.spaces:
+        raise SpaceError(f"The space {space} is not supported: it is empty. Leave it out.")
     if isinstance(space, spaces.Tuple):
         return {str(i): part for i, part in enumerate(space.spaces)}
-    if not isinstance(space, spaces.Dict):
-        return None
     for key in space.spaces:
         if not isinstance(key, str) or not key or "/" in key or "." in key:
             raise SpaceError(f"{space} has the key {key!r}: expected a non-empty string without '/' and '.'.")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
@@ -115,6 +115,11 @@ class PPO(Algorithm):
         self.policy = self.make_policy(
             spec, normalize_observations=hp.normalize_observations, state_dependent_std=hp.state_dependent_std
         )
+        check_acts_as_it_learns(self.policy)
+        if hp.burn_in and not self.policy.has_memory:
+            raise OptionError(
+                f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
+            )
         if self.policy.has_memory and hp.share_encoder is False:
             raise OptionError(
                 f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
@@ -244,6 +249,21 @@ class PPO(Algorithm):
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         if self.return_normalizer is not None:
             self.return_normalizer.running_return = state["running_return"]
+
+
+def check_acts_as_it_learns(policy: nn.Module) -> None:
+    """Refuse layers that compute something else in training than in acting: no probability ratio would begin at 1.
+
+    Raises:
+        OptionError: naming the layer.
+    """
+    for module in policy.modules():
+        name = type(module).__name__
+        if "BatchNorm" in name or ("Dropout" in name and getattr(module, "p", 0.0) > 0):
+            raise OptionError(
+                f"network: it holds {module}, which computes other features in training than in acting, so that PPO's "
+                "probability ratios are wrong from the first step on. Leave it out (LayerNorm is the same in both)."
+            )
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

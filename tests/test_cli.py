@@ -198,3 +198,12 @@ def test_networks_and_a_policy_class_are_named_on_the_command_line() -> None:
 
 class Careful(Policy):
     """A policy of the user's own."""
+
+
+def test_a_checkpoint_is_taken_by_its_path() -> None:
+    lit_rl("fit", *TINY, "--model.lr", "2e-3")
+    path = next(Path("runs").rglob("last.ckpt"))
+    lit_rl("validate", *TINY, "--ckpt_path", str(path))
+    lit_rl("fit", *TINY, "--ckpt_path", str(path), "--data.max_env_steps", "1024")
+    newest = max(Path("runs").rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
+    assert int(torch.load(newest, weights_only=True)["state_dict"]["env_steps"]) == 1024

@@ -271,7 +271,7 @@ def test_played_episodes_do_not_depend_on_how_many_are_played_at_a_time() -> Non
     [
         ("no space", "observation_space=None: expected a gymnasium.Space"),
         ("no info", "reset returned array([0.], dtype=float32): expected (observation, info)"),
-        ("obs shape", "reset returned an observation of shape (3,): its observation_space Box"),
+        ("obs shape", "observation has shape (3,): expected (1,), in Box"),
         ("four", "expected (observation, reward, terminated, truncated, info)"),
         ("reward list", "step returned reward=[1.0]: expected one number"),
         ("reward none", "step returned reward=None: expected one number"),
@@ -330,3 +330,44 @@ def test_a_policys_action_may_name_its_parts_in_any_order() -> None:
     runner = EnvRunner(env, Reversed(env.spec()), num_envs=2, rollout_length=4, seed=np.random.SeedSequence(0))
     action = to_rollout([runner.sample()], copy=False)["action"]
     assert (action["a"] == 0).all() and (action["b"] == 1).all()
+
+
+class NestedWrong(NestedCounter):
+    """Breaks its own observation space, from the start or at the third step."""
+
+    def __init__(self, env: gym.Env, what: Any, late: bool = False):
+        super().__init__(env)
+        self._what, self._wait = what, 3 if late else 0
+
+    def observation(self, observation: np.ndarray) -> Any:
+        self._wait -= 1
+        good = super().observation(observation)
+        return self._what(good) if self._wait < 0 else good
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (lambda obs: {"n": obs["n"]}, "observation has no 'pair'"),
+        (lambda obs: obs | {"n": np.zeros(2)}, "observation['n'] has shape (2,): expected (1,)"),
+        (lambda obs: obs | {"n": None}, "observation['n']=None: expected numbers"),
+        (lambda obs: obs | {"pair": (obs["n"],)}, "observation['pair'] is 1 parts"),
+        (lambda obs: obs | {"pair": (obs["n"], 0.5)}, "observation['pair'][1]=0.5: expected whole numbers"),
+        (lambda obs: [obs], "observation is a list: expected a dict"),
+    ],
+)
+def test_a_nested_observation_outside_its_space_is_told_which_part(what: Callable, words: str) -> None:
+    env = EnvConfig(CounterEnv, wrappers=[{"test_env_runner:NestedWrong": {"what": what}}])
+    with pytest.raises(EnvError) as error:
+        env.spec()
+    assert f"env=CounterEnv: reset returned what is not in its observation_space: {words}" in str(error.value)
+
+
+def test_a_class_that_does_not_exist_names_environment_step_and_part() -> None:
+    def wrong(obs: Any) -> Any:
+        return obs | {"pair": (obs["n"], 7)}
+
+    env = EnvConfig(CounterEnv, wrappers=[{"test_env_runner:NestedWrong": {"what": wrong, "late": True}}])
+    runner = EnvRunner(env, Policy(env.spec()), num_envs=2, rollout_length=9, seed=np.random.SeedSequence(0))
+    with pytest.raises(EnvError, match=r"observation\['pair/1'\]=7 of environment 0 at step \d.*Discrete\(7\)"):
+        runner.sample()

@@ -364,3 +364,68 @@ def test_a_resumed_run_keeps_its_memory_and_its_options(make_trainer: Callable[.
     expected, expected_state = algorithm.policy.act(obs)
     assert first.tolist() == expected.tolist()
     np.testing.assert_array_equal(state["c"], expected_state["c"])
+
+
+class InPlace(OwnMemory):
+    """Writes into the state it was given."""
+
+    def initial_state(self, num_envs: int) -> Tensor:
+        return torch.zeros(num_envs, 6)
+
+    def forward(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        features, after = super().forward(obs, state)
+        with torch.no_grad():
+            state.copy_(after)
+        return features, after
+
+
+def test_acting_leaves_the_callers_state_as_it_was() -> None:
+    policy = make_policy(BOX, InPlace)
+    _, state = policy.act(np.ones(3))
+    before = state.copy()
+    policy.act(np.ones(3), state)
+    np.testing.assert_array_equal(state, before)
+
+
+def test_a_single_state_is_started_afresh_by_a_bare_flag() -> None:
+    policy = make_policy(BOX, LSTMNetwork)
+    _, state = policy.act(np.ones(3))
+    assert policy.reset_state(state, np.array([1]))["h"].sum() == 0
+    assert policy.reset_state(state, True)["h"].sum() == 0
+    assert policy.reset_state(state, False)["h"].sum() != 0
+    with pytest.raises(OptionError, match=r"is_init has shape \(2,\): expected \(1,\)"):
+        policy.reset_state(state, [True, False])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(3)], ids=str)
+def test_layers_that_differ_in_training_are_refused(make_trainer: Callable[..., L.Trainer], layer: nn.Module) -> None:
+    class Noisy(OwnNetwork):
+        def __init__(self, observation_space: gym.Space):
+            super().__init__(observation_space)
+            self.layer = layer
+
+    data = RolloutDataModule(SampleEnv, env_kwargs=env_kwargs(BOX), seed=0)
+    with pytest.raises(OptionError, match=r"network: it holds (Dropout|BatchNorm).*LayerNorm"):
+        make_trainer().fit(PPO(network=Noisy), data)
+
+
+class OwnNetwork(nn.Module):
+    output_size = 3
+
+    def __init__(self, observation_space: gym.Space):
+        super().__init__()
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return obs
+
+
+def test_policies_act_in_evaluation_mode() -> None:
+    policy = make_policy(BOX, LSTMNetwork)
+    assert policy.training
+    make_runner(EnvConfig(SampleEnv, env_kwargs(BOX)), policy)
+    assert not policy.training
+
+
+def test_burn_in_without_memory_is_refused(make_trainer: Callable[..., L.Trainer]) -> None:
+    with pytest.raises(OptionError, match=r"burn_in=2: expected a network with memory"):
+        make_trainer().fit(PPO(burn_in=2), RolloutDataModule(CounterEnv, seed=0))

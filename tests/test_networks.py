@@ -246,6 +246,23 @@ def test_mlp_names_the_option_it_refuses(kwargs: dict[str, Any]) -> None:
         MLP(BOX, **kwargs)
 
 
+def wrong(forward: Callable, **methods: Any) -> type[nn.Module]:
+    """A network with these methods."""
+
+    def init(self: nn.Module, observation_space: gym.Space) -> None:
+        nn.Module.__init__(self)
+
+    return type("Wrong", (nn.Module,), {"__init__": init, "output_size": 4, "forward": forward, **methods})
+
+
+def memory(self: nn.Module, obs: torch.Tensor, state: torch.Tensor) -> Any:
+    return torch.zeros(len(obs), 4), torch.zeros(len(obs), 4)
+
+
+def start(self: nn.Module, num_envs: int) -> torch.Tensor:
+    return torch.zeros(num_envs, 4)
+
+
 class WrongSize(nn.Linear):
     """Says another number of features than it gives."""
 
@@ -258,10 +275,22 @@ class WrongSize(nn.Linear):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
+        (WrongSize, r"network=WrongSize gives features of torch.float32 \(2, 8\).* \(2, 7\), as its output_size says"),
+        (MLP(BOX), r"network=a MLP object: expected a callable.*the class itself"),
+        (wrong(lambda self, obs: None), "gives features of NoneType for 2 observations"),
+        (wrong(lambda self, obs: torch.zeros(len(obs), 4, dtype=torch.float64)), r"features of torch.float64 \(2, 4\)"),
+        (wrong(lambda self, obs, state: obs), r"missing 1 required.*'state'.*defines initial_state"),
         (
-            WrongSize,
-            r"network=WrongSize gives features of shape \(2, 8\).* its output_size says \(2, 7\)",
+            wrong(memory, initial_state=lambda self, n: torch.zeros(2, 4)),
+            r"initial_state\(3\) gave {'state': \(2, 4\)}",
         ),
+        (wrong(memory, initial_state=lambda self, n: (torch.zeros(n, 4),)), r"initial_state\(2\) gave no tensors"),
+        (
+            wrong(memory, initial_state=lambda self, n: {"a/b": torch.zeros(n, 4)}),
+            r"initial_state\(2\) gave no tensors",
+        ),
+        (wrong(memory, initial_state=lambda self, n: torch.zeros(n, 5)), r"gave a state of.*\(2, 4\).*\(2, 5\)"),
+        (wrong(lambda self, obs, state: state, initial_state=start), r"must return \(features, state\)"),
         (lambda space: 1 / 0, "network=<lambda> fails for Box.*ZeroDivisionError"),
         ("MLP", "network='MLP': expected a callable"),
     ],
@@ -409,8 +438,30 @@ class NoBatchOfStates(OwnNetwork):
 
 
 def test_a_state_without_rows_for_environments_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"NoBatchOfStates: initial_state\(2\)"):
+    with pytest.raises(OptionError, match=r"NoBatchOfStates: initial_state\(2\) gave {'state': \(1, 4\)}"):
         build_network(NoBatchOfStates, BOX)
+
+
+def test_an_encoder_inside_of_memory_is_given_one_batch_dimension() -> None:
+    class TwoDims(OwnNetwork):
+        def forward(self, obs: torch.Tensor) -> torch.Tensor:
+            assert obs.ndim == 2
+            return super().forward(obs)
+
+    memory = LSTMNetwork(BOX, encoder=TwoDims)
+    features, _ = memory.unroll(torch.zeros(3, 4, 5), memory.initial_state(3), torch.zeros(3, 4, dtype=torch.bool))
+    assert features.shape == (3, 4, 64)
+
+
+@pytest.mark.parametrize("encoders", [[MLP], {"a": LSTMNetwork}])
+def test_multi_input_refuses_encoders_it_cannot_use(encoders: Any) -> None:
+    with pytest.raises(OptionError, match=r"^encoders"):
+        MultiInput(spaces.Dict(a=BOX), encoders=encoders)
+
+
+def test_too_many_classes_for_one_hot_are_refused_with_the_way_out() -> None:
+    with pytest.raises(SpaceError, match="set the network's embedding_size"):
+        MLP(spaces.Discrete(10**9))
 
 
 def test_memory_inside_of_memory_is_refused() -> None:

@@ -282,3 +282,91 @@ def test_a_box_of_any_number_type_is_acted_on_and_evaluated_alike(dtype: type) -
     action, log_prob, _ = policy.sample(obs)
     batch = {"observation": torch.as_tensor(obs), "action": torch.as_tensor(action)}
     np.testing.assert_allclose(policy.evaluate(batch)[0].detach(), log_prob, atol=1e-6)
+
+
+NESTED = spaces.Dict(
+    image=spaces.Box(0, 255, (4, 4, 1), np.uint8),
+    pair=spaces.Tuple([spaces.Discrete(3, start=1), spaces.MultiDiscrete([2, 2])]),
+    speed=spaces.Box(-1, 1, (2,)),
+)
+
+
+def nested_observation(**changes: Any) -> dict[str, Any]:
+    good = {"image": np.zeros((4, 4, 1), np.uint8), "pair": (1, [0, 1]), "speed": [0.0, 1.0]}
+    return {key: value for key, value in (good | changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speed": ...}, "obs has no 'speed': expected a dict with the keys"),
+        ({"pair": (1,)}, "obs['pair'] is 1 parts: expected a tuple of 2 parts"),
+        ({"pair": None}, "obs['pair'] is a NoneType: expected a tuple of 2 parts"),
+        ({"pair": (0, [0, 1])}, "obs['pair/0']"),
+        ({"pair": (1.5, [0, 1])}, "obs['pair'][0]=1.5: expected whole numbers"),
+        ({"pair": (1, [0, 2])}, "obs['pair/1']"),
+        ({"image": np.full((4, 4, 1), 0.5)}, "obs['image']=[[[0.5], [0.5],"),
+        ({"image": np.full((4, 4, 1), 256)}, "expected whole numbers from 0 to 255"),
+        ({"image": np.full((4, 4, 1), -1)}, "expected whole numbers from 0 to 255"),
+        ({"speed": [np.nan, 0.0]}, "obs['speed']=[nan, 0.0]: expected finite numbers"),
+        ({"speed": ["1", "2"]}, "obs['speed']=['1', '2']: expected numbers"),
+        ({"speed": [0.0]}, "obs['speed'] has shape (1,): expected (2,), or (B, 2)"),
+        ({"speed": [[0.0, 0.0]]}, "obs: its parts hold different numbers of observations"),
+    ],
+    ids=str,
+)
+def test_a_nested_observation_that_is_not_one_is_told_which_part(changes: dict[str, Any], words: str) -> None:
+    policy = Policy(EnvSpec("e", NESTED, spaces.Discrete(2)))
+    policy.act(nested_observation())
+    with pytest.raises(OptionError) as error:
+        policy.act(nested_observation(**changes))
+    given = str(error.value)
+    assert words in given and len(given) < 400 and "\n" not in given
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(OptionError, match="holds no observation"):
+        Policy(SPECS["box to box"]).act(np.zeros((0, 4)))
+
+
+def test_actions_of_half_precision_are_in_their_space() -> None:
+    space = spaces.Box(-1, 1, (2,), np.float16)
+    action, _ = Policy(EnvSpec("e", BOX, space)).act(np.zeros(4))
+    assert space.contains(action)
+
+
+class Broken(Policy):
+    """Chooses and evaluates as `how` says."""
+
+    how = ""
+
+    def choose(self, features: torch.Tensor, obs: Any, deterministic: bool) -> Any:
+        action, log_prob = super().choose(features, obs, deterministic)
+        if self.how == "scalar":
+            return action, log_prob.sum()
+        return {"lacking part": ({"a": action["a"]}, log_prob)}.get(self.how, (action, log_prob))
+
+    def evaluate_actions(self, features: torch.Tensor, obs: Any, action: Any) -> Any:
+        log_prob, entropy = super().evaluate_actions(features, obs, action)
+        return (log_prob.sum(), entropy) if self.how == "evaluates a scalar" else (log_prob, entropy)
+
+
+@pytest.mark.parametrize("how", ["scalar", "lacking part", "evaluates a scalar"])
+def test_an_own_policy_that_gives_wrong_shapes_is_refused(how: str) -> None:
+    spec = EnvSpec("e", BOX, spaces.Dict(a=spaces.Discrete(2), b=spaces.Discrete(2)))
+    policy = Broken(spec)
+    obs = np.zeros((3, 4), np.float32)
+    action, *_ = policy.step(obs)
+    batch = {"observation": torch.as_tensor(obs), "action": {k: torch.as_tensor(v) for k, v in action.items()}}
+    policy.evaluate(batch)
+    policy.how = how
+    with pytest.raises(OptionError, match=r"policy_class=Broken: .*expected"):
+        policy.evaluate(batch) if how.startswith("evaluates") else policy.step(obs)
+
+
+def test_a_policy_class_of_another_name_is_refused_at_loading() -> None:
+    class Other(Policy):
+        pass
+
+    with pytest.raises(CheckpointError, match=r"policy_class=test_policy:Broken, not"):
+        Other.from_description(Broken(SPECS["box to box"]).describe())

@@ -9,6 +9,7 @@ import numpy as np
 from lit_rl.distributions import distribution_for
 from lit_rl.errors import EnvError, env_error
 from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
+from lit_rl.observations import complaint, short
 from lit_rl.trees import map_tree, row_converter
 
 
@@ -23,21 +24,20 @@ def check_env(env: gym.Env, env_id: str) -> None:
             raise EnvError(f"env={env_id}: {name}={getattr(env, name, None)!r}: expected a gymnasium.Space.")
     result = _call(env_id, "reset", env.reset, seed=0)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        raise EnvError(f"env={env_id}: reset returned {_short(result)}: expected (observation, info).")
+        raise EnvError(f"env={env_id}: reset returned {short(result)}: expected (observation, info).")
     _check_obs(env, env_id, "reset", result[0])
     result = _call(env_id, "step", env.step, _legal_action(env, result[0]))
     if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
         raise EnvError(
-            f"env={env_id}: step returned {_short(result)}: expected (observation, reward, terminated, truncated, "
-            "info)."
+            f"env={env_id}: step returned {short(result)}: expected (observation, reward, terminated, truncated, info)."
         )
     obs, reward, *flags, _ = result
     _check_obs(env, env_id, "step", obs)
     if not isinstance(reward, Real | np.number) and not (isinstance(reward, np.ndarray) and reward.ndim == 0):
-        raise EnvError(f"env={env_id}: step returned reward={_short(reward)}: expected one number.")
+        raise EnvError(f"env={env_id}: step returned reward={short(reward)}: expected one number.")
     for name, flag in zip(("terminated", "truncated"), flags):
         if not isinstance(flag, bool | np.bool_ | int):
-            raise EnvError(f"env={env_id}: step returned {name}={_short(flag)}: expected True or False.")
+            raise EnvError(f"env={env_id}: step returned {name}={short(flag)}: expected True or False.")
 
 
 def _legal_action(env: gym.Env, obs: Any) -> Any:
@@ -55,13 +55,9 @@ def _legal_action(env: gym.Env, obs: Any) -> Any:
 
 
 def _check_obs(env: gym.Env, env_id: str, where: str, obs: Any) -> None:
-    """Shapes of array observations; nested ones are left to the vector environment."""
-    shape = env.observation_space.shape
-    if shape is not None and np.shape(obs) != shape:
-        raise EnvError(
-            f"env={env_id}: {where} returned an observation of shape {np.shape(obs)}: its observation_space "
-            f"{env.observation_space} has shape {shape}."
-        )
+    problem = complaint(env.observation_space, obs, "observation")
+    if problem:
+        raise EnvError(f"env={env_id}: {where} returned what is not in its observation_space: {problem}.")
 
 
 def _call(env_id: str, where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,8 +65,3 @@ def _call(env_id: str, where: str, function: Any, *args: Any, **kwargs: Any) -> 
         return function(*args, **kwargs)
     except Exception as error:
         raise env_error(env_id, f"raised in {where}", error) from error
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) < 80 else f"{text[:77]}..."

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.networks.inputs import is_image
-from lit_rl.trees import Tree, children, from_env, leaves, map_tree, space_leaves
+from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree, space_leaves
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 
@@ -75,7 +75,7 @@ def output_size(network: nn.Module) -> int:
         OptionError: if it does not say.
     """
     size = getattr(network, "output_size", None)
-    if isinstance(size, int):
+    if isinstance(size, int) and size > 0:
         return size
     raise OptionError(
         f"network={type(network).__name__}: expected a module with an integer attribute `output_size` "
@@ -93,41 +93,72 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
         return default_network(observation_space)
     if isinstance(network, dict):
         return named_network(network)(observation_space)
-    if not callable(network):
-        raise OptionError(f"network={network!r}: expected a callable from an observation space to an nn.Module.")
-    name = getattr(network, "__name__", repr(network))
+    if isinstance(network, nn.Module) or not callable(network):
+        given = f"a {type(network).__name__} object" if isinstance(network, nn.Module) else repr(network)
+        raise OptionError(
+            f"network={given}: expected a callable from an observation space to an nn.Module, "
+            "such as the class itself or a functools.partial of it."
+        )
+    function = _unwrap(network)[0]
+    name = getattr(function, "__name__", type(function).__name__)
     try:
         module = network(observation_space)
         size = output_size(module)
-        features, lengths = _try_out(module, observation_space)
+        for batch in (2, 3):
+            _try_out(module, name, size, observation_space, batch)
     except LitRLError:
         raise
     except Exception as error:
         message = " ".join(str(error).split())
-        raise OptionError(f"network={name} fails for {observation_space}: {type(error).__name__}: {message}") from error
-    if features.shape != (2, size):
+        hint = " (A network with memory also defines initial_state.)" if "'state'" in message else ""
         raise OptionError(
-            f"network={name} gives features of shape {tuple(features.shape)} for two observations, but its "
-            f"output_size says (2, {size})."
-        )
-    if lengths != {2}:
-        raise OptionError(
-            f"network={name}: initial_state(2) and forward(obs, state) must give a state of tensors [2, ...], got "
-            f"first dimensions {sorted(lengths)}."
-        )
+            f"network={name} fails for {observation_space}: {type(error).__name__}: {message}{hint}"
+        ) from error
     return module
 
 
-def _try_out(network: Any, space: gym.Space) -> tuple[Tensor, set[int]]:
-    """Features of two observations, and the first dimensions of a state's tensors, which should all be 2."""
-    samples = [from_env(space, space.sample()) for _ in range(2)]
+def _try_out(network: Any, name: str, size: int, space: gym.Space, batch: int) -> None:
+    """Give a network some observations, and hold what it returns against what it must.
+
+    Raises:
+        OptionError: naming the network.
+    """
+    samples = [from_env(space, space.sample()) for _ in range(batch)]
     obs = as_input(space, map_tree(lambda *rows: torch.as_tensor(np.stack(rows)), *samples))
     with torch.no_grad():
-        if not has_memory(network):
-            return network(obs), {2}
-        before = network.initial_state(2)
-        features, after = network(obs, before)
-    return features, {len(tensor) for tensor in [*leaves(before), *leaves(after)]}
+        if has_memory(network):
+            before = _shapes(network.initial_state(batch))
+            if not before or any(shape[:1] != (batch,) for shape in before.values()):
+                raise OptionError(
+                    f"network={name}: initial_state({batch}) gave {before or 'no tensors'}: expected a tensor "
+                    f"[{batch}, ...] or a dict of such by name."
+                )
+            result = network(obs, network.initial_state(batch))
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise OptionError(f"network={name}: forward(obs, state) must return (features, state).")
+            features, after = result
+            if _shapes(after) != before:
+                raise OptionError(
+                    f"network={name}: forward(obs, state) gave a state of {_shapes(after) or 'no tensors'}: expected "
+                    f"{before}, as initial_state does."
+                )
+        else:
+            features = network(obs)
+    if not isinstance(features, Tensor) or features.dtype != torch.float32 or features.shape != (batch, size):
+        given = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise OptionError(
+            f"network={name} gives features of {given} for {batch} observations: expected a torch.float32 tensor of "
+            f"shape ({batch}, {size}), as its output_size says."
+        )
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a state's tensors by path; empty if it is no tree of float32 tensors."""
+    if not is_leaf(state) and not all(isinstance(key, str) and "/" not in key and "." not in key for key in state):
+        return {}
+    found = dict(iterate(state, "state"))
+    tensors = all(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in found.values())
+    return {path: tuple(leaf.shape) for path, leaf in found.items()} if tensors else {}
 
 
 def named_network(description: dict[str, Any]) -> NetworkFactory:

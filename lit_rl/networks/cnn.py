@@ -53,8 +53,9 @@ class NatureCNN(_CNN):
         num_channels, height, width = self.input.shape
         if min(height, width) < self.SMALLEST:
             raise SpaceError(
-                f"NatureCNN takes images of at least {self.SMALLEST} by {self.SMALLEST}, got {observation_space}. Use "
-                "network=ImpalaResNet, or gymnasium.wrappers:ResizeObservation."
+                f"NatureCNN takes images of at least {self.SMALLEST} by {self.SMALLEST}, got {height} by {width} with "
+                f"{num_channels} channels ({observation_space}, channels={channels!r}). Use network=ImpalaResNet, or "
+                "gymnasium.wrappers:ResizeObservation."
             )
         layers: list[nn.Module] = []
         for filters, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):

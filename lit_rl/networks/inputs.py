@@ -11,6 +11,7 @@ from lit_rl.errors import SpaceError
 from lit_rl.trees import Tree, find, space_leaves
 
 CHANNEL_ORDERS = ("auto", "first", "last")
+MOST_CLASSES = 1_000_000
 
 
 class FlatInput(nn.Module):
@@ -44,6 +45,10 @@ class FlatInput(nn.Module):
                 self.embeddings[path or "observation"] = nn.Embedding(sum(counts), embedding_size)
                 self.output_size += embedding_size * len(counts)
             elif counts:
+                if sum(counts) > MOST_CLASSES:
+                    raise SpaceError(
+                        f"{space} has too many values for one-hot vectors: set the network's embedding_size."
+                    )
                 self.output_size += sum(counts)
             elif isinstance(space, spaces.Box | spaces.MultiBinary):
                 self.output_size += int(np.prod(space.shape))
@@ -151,7 +156,7 @@ def class_counts(space: gym.Space) -> list[int]:
 
 def scale(space: gym.Space) -> float:
     """What bytes of a space are divided by."""
-    return max(float(space.high.max()), 1.0) if isinstance(space, spaces.Box) else 1.0
+    return max(float(space.high.max(initial=1)), 1.0) if isinstance(space, spaces.Box) else 1.0
 
 
 def _offsets(space: gym.Space) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl.checks import check_choice, check_count, check_flag
 from lit_rl.errors import OptionError, SpaceError
-from lit_rl.networks.build import NetworkFactory, build_network, built_in, output_size
+from lit_rl.networks.build import NetworkFactory, build_network, built_in, has_memory, output_size
 from lit_rl.networks.inputs import FlatInput, is_image
 from lit_rl.trees import Tree, children, find, space_leaves
 
@@ -150,6 +150,10 @@ class MultiInput(nn.Module):
         embedding_size: int | None = None,
     ):
         super().__init__()
+        if not (encoders is None or isinstance(encoders, Mapping)):
+            raise OptionError(
+                f"encoders={encoders!r}: expected a dict from parts, such as 'arm/position', to networks."
+            )
         leaves, encoders = space_leaves(observation_space), dict(encoders or {})
         if children(observation_space) is None:
             raise SpaceError(
@@ -166,6 +170,9 @@ class MultiInput(nn.Module):
                 self.encoders[path] = build_network(encoders.get(path), space)
             else:
                 self.encoders[path] = FlatInput(space, embedding_size)
+        for path, encoder in self.encoders.items():
+            if has_memory(encoder):
+                raise OptionError(f"encoders[{path!r}]={type(encoder).__name__}: expected a network without memory.")
         size = sum(output_size(encoder) for encoder in self.encoders.values())
         self.layers, self.output_size = dense(size, hidden_sizes, activation, layer_norm, init)
 

@@ -72,7 +72,8 @@ class _Recurrent(nn.Module):
     def unroll(self, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tensor, Tree]:
         """All steps in one autograd node: four times faster than step by step. No gradient flows from the states."""
         cell = self.cell
-        inputs = nn.functional.linear(self.encoder(obs), cell.weight_ih, cell.bias_ih).transpose(0, 1)
+        features = self.encoder(map_tree(lambda x: x.flatten(0, 1), obs)).unflatten(0, is_init.shape)
+        inputs = nn.functional.linear(features, cell.weight_ih, cell.bias_ih).transpose(0, 1)
         with torch.autocast(inputs.device.type, enabled=False):
             sequences = self._sequences(inputs.to(cell.weight_hh.dtype), state, is_init.t())
         states = {name: sequence.transpose(0, 1) for name, sequence in zip(self.STATE, sequences)}

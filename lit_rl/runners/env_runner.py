@@ -10,9 +10,10 @@ from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, OptionError, env_error
+from lit_rl.observations import out_of_range
 from lit_rl.policy import Policy
 from lit_rl.runners.transport import Packed, allocate, load_weights, pack
-from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
+from lit_rl.trees import Tree, find, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
 OF_POLICY = ("action", "action_log_prob", "state")
@@ -75,7 +76,7 @@ class EnvRunner:
         seed: np.random.SeedSequence,
         info_metrics: Sequence[str] = (),
     ):
-        self.policy = policy
+        self.policy = policy.eval()
         self.policy_version = 0
         self._env = env
         self._num_envs = num_envs
@@ -121,7 +122,7 @@ class EnvRunner:
         for t in range(length):
             if state is not None and self._is_init.any():
                 state = policy.reset_state(state, self._is_init)
-            check_masks(policy, obs, self._lengths, self._resetting)
+            check_obs(policy, obs, self._lengths, self._resetting)
             action, log_prob, state = policy.sample(obs, state)
             write_step(obs_rows, t, obs)
             write_step(action_rows, t, action)
@@ -281,12 +282,21 @@ def one_of(space: gym.Space, batched: Any, b: int) -> Any:
     return batched[b]
 
 
-def check_masks(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndarray) -> None:
-    """Refuse observations in which every action is illegal, where one has to be chosen.
+def check_obs(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndarray) -> None:
+    """Refuse observations of classes that do not exist, or in which every action is illegal where one has to be chosen.
 
     Raises:
         EnvError: naming the environment and the step.
     """
+    for path, space in policy.class_spaces.items():
+        wrong = out_of_range(space, find(obs, path))
+        if wrong.any():
+            i = int(np.argwhere(wrong)[0][0])
+            raise EnvError(
+                f"env={policy.spec.env_id}: observation{f'[{path!r}]' if path else ''}={find(obs, path)[i]} of "
+                f"environment {i} at step {lengths[i]} of its episode: expected a value in {space}. Mend the "
+                "environment."
+            )
     blocked = policy.blocked(obs)
     if blocked is not None:
         for b in np.flatnonzero(blocked & ~resetting):

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode, check_masks, check_spaces, read_info, reset
+from lit_rl.runners.env_runner import Episode, check_obs, check_spaces, read_info, reset
 from lit_rl.trees import from_env, iterate
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def play(
         while left:
             if state is not None and is_init.any():
                 state = policy.reset_state(state, is_init)
-            check_masks(policy, obs, lengths, resetting)
+            check_obs(policy, obs, lengths, resetting)
             recorded, log_prob, state = policy.step(obs, state, deterministic)
             action = policy.to_env(recorded)
             try:
