@@ -24,6 +24,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.loading import read_checkpoint
+from lit_rl.networks import NETWORKS
 
 DEFAULTS = {
     "max_epochs": -1,  # the budget is data.max_env_steps
@@ -162,7 +163,12 @@ def _sentence(error: BaseException) -> str:
     nested = re.fullmatch(r"NestedArg\(key='([\w.]+)', val='(.*)'\)", given)
     if nested:  # `--model.lr x` on the command line
         key, given = key if key.endswith(nested[1]) else f"{key or 'option'}.{nested[1]}", nested[2]
-    complaint = complaint.replace("Expected a dot import path string: ", "there is no class ")
+    named = complaint.removeprefix("Expected a dot import path string: ")
+    if named != complaint:  # jsonargparse says no more, also where the class is there and its init_args are wrong
+        known = named.rpartition(".")[2] in NETWORKS
+        complaint = (
+            f"{named}: a class or option inside its init_args is misspelt" if known else f"there is no class {named}"
+        )
     if "arguments are required" in complaint:
         complaint += ". Give a recipe: --config ppo_cartpole"
     value = f"={given}" if given and len(given) < 80 else ""

@@ -207,3 +207,14 @@ def test_a_checkpoint_is_taken_by_its_path() -> None:
     lit_rl("fit", *TINY, "--ckpt_path", str(path), "--data.max_env_steps", "1024")
     newest = max(Path("runs").rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
     assert int(torch.load(newest, weights_only=True)["state_dict"]["env_steps"]) == 1024
+
+
+@pytest.mark.parametrize("encoder", ["{class_path: NatureCN}", "{class_path: NatureCNN, init_args: {hiden_size: 32}}"])
+def test_a_mistake_inside_of_a_network_blames_its_inside(capsys: pytest.CaptureFixture, encoder: str) -> None:
+    network = f"{{class_path: MultiInput, init_args: {{encoders: {{camera: {encoder}}}}}}}"
+    Path("wrong.yaml").write_text(
+        f"model: {{class_path: PPO, init_args: {{network: {network}}}}}\n"
+        "data: {class_path: RolloutDataModule, init_args: {env: CartPole-v1}}\n"
+    )
+    _, line = fails(capsys, "fit", "--config", "wrong.yaml")
+    assert "MultiInput: a class or option inside its init_args is misspelt" in line
