@@ -89,7 +89,8 @@ def play_randomly(env: EnvConfig) -> dict[str, Any]:
 
 def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
     step = max(1, len(points) // most)
-    return [[steps, round(value, 3)] for steps, value in points[::step]]
+    kept = points[::step] if points[-1:] == points[::step][-1:] else [*points[::step], *points[-1:]]
+    return [[steps, round(value, 3)] for steps, value in kept]
 
 
 def plot(recipe: str, runs: list[dict[str, Any]], env: str, random: dict[str, Any] | None) -> None:
