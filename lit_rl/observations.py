@@ -39,7 +39,9 @@ def rows_of(spec: EnvSpec, obs: Any) -> tuple[Tree, bool]:
             )
         batches.add(len(array) if extra else None)
         if out_of_range(part, array).any():
-            raise OptionError(f"{name}={short(array)}: expected whole numbers in {part}, as {spec.env_id} gives them.")
+            raise OptionError(
+                f"{name}={short(array.tolist())}: expected whole numbers in {part}, as {spec.env_id} gives them."
+            )
     if len(batches) > 1:
         raise OptionError(f"obs: its parts hold different numbers of observations, {sorted(batches, key=str)}.")
     if batches == {0}:
@@ -82,15 +84,15 @@ def _leaf_complaint(space: gym.Space, value: Any, name: str, shapes: bool) -> st
     except ValueError:  # lists of different lengths
         return f"{name}={short(value)}: expected an array in {space}"
     if array.dtype.kind not in "biuf":
-        return f"{name}={short(value)}: expected numbers in {space}"
+        return f"{name}={short(array.tolist())}: expected numbers in {space}"
     if shapes and array.shape != (space.shape or ()):
         return f"{name} has shape {array.shape}: expected {space.shape or ()}, in {space}"
     stored = np.dtype(row_dtype(space))
     if stored.kind == "f":
-        return None if np.isfinite(array).all() else f"{name}={short(array)}: expected finite numbers"
+        return None if np.isfinite(array).all() else f"{name}={short(array.tolist())}: expected finite numbers"
     if not (array == array.astype(stored)).all():
         limits = "from 0 to 255 " if stored == np.uint8 else ""
-        return f"{name}={short(array)}: expected whole numbers {limits}in {short(space)}"
+        return f"{name}={short(array.tolist())}: expected whole numbers {limits}in {short(space)}"
     return None
 
 
@@ -104,7 +106,7 @@ def out_of_range(space: gym.Space, array: np.ndarray) -> np.ndarray:
 
 def short(value: Any) -> str:
     """A value in at most 80 characters of one line."""
-    text = " ".join(repr(value.tolist() if isinstance(value, np.ndarray) else value).split())
+    text = " ".join(repr(value).split())
     return text if len(text) < 80 else f"{text[:77]}..."
 
 

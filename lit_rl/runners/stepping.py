@@ -1,0 +1,89 @@
+"""What collecting and evaluating both do with a vector environment: reset it, check and read what it gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from lit_rl.envs.make import EnvConfig
+from lit_rl.errors import EnvError, OptionError, env_error
+from lit_rl.observations import out_of_range
+from lit_rl.policy import Policy
+from lit_rl.trees import Tree, find
+
+
+def one_of(space: gym.Space, batched: Any, b: int) -> Any:
+    """Environment b's part of observations gathered in an `info`: arrays of them, dicts of such, or objects."""
+    if isinstance(space, spaces.Dict) and isinstance(batched, dict):
+        return {key: one_of(part, batched[key], b) for key, part in space.spaces.items()}
+    return batched[b]
+
+
+def check_obs(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndarray) -> None:
+    """Refuse observations of classes that do not exist, or in which every action is illegal where one has to be chosen.
+
+    Raises:
+        EnvError: naming the environment and the step.
+    """
+    for path, space in policy.class_spaces.items():
+        wrong = out_of_range(space, find(obs, path))
+        if wrong.any():
+            i = int(np.argwhere(wrong)[0][0])
+            raise EnvError(
+                f"env={policy.spec.env_id}: observation{f'[{path!r}]' if path else ''}={find(obs, path)[i]} of "
+                f"environment {i} at step {lengths[i]} of its episode: expected a value in {space}. Mend the "
+                "environment."
+            )
+    blocked = policy.blocked(obs)
+    if blocked is not None:
+        for b in np.flatnonzero(blocked & ~resetting):
+            raise EnvError(
+                f"env={policy.spec.env_id}: the action_mask of environment {b} allows no action at step {lengths[b]} "
+                "of its episode: expected at least one. End the episode there, or mend the mask."
+            )
+
+
+def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, float]:
+    """The user's metrics of environment b, those that its `info` holds.
+
+    Raises:
+        EnvError: if one is not a number.
+    """
+    found = {}
+    for key in keys:
+        values = info.get(key)
+        present = info.get(f"_{key}")
+        if values is None or (present is not None and not present[b]):
+            continue
+        try:
+            found[key] = float(values[b])
+        except (TypeError, ValueError) as error:
+            raise EnvError(f"info_metrics: info[{key!r}]={values[b]!r} is not a number.") from error
+    return found
+
+
+def reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: np.ndarray | None = None) -> Any:
+    """Reset the environments, those of `mask` if there is one; what they raise becomes an EnvError that names them.
+
+    A native vector environment is seeded by one number: the first seed, made to fit 31 bits as ale-py's has to.
+    """
+    seed: Any = seeds
+    if seeds is not None and env.vectorization == "native":
+        seed = None if seeds[0] is None else seeds[0] % 2**30
+    try:
+        return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
+    except Exception as error:
+        raise env_error(env.env_id, "raised in reset", error) from error
+
+
+def check_spaces(envs: Any, policy: Policy) -> None:
+    spec = policy.spec
+    found = (envs.single_observation_space, envs.single_action_space)
+    if found != (spec.observation_space, spec.action_space):
+        raise OptionError(
+            f"The policy was made for {spec.env_id} (observation {spec.observation_space}, action "
+            f"{spec.action_space}), but the environment has observation {found[0]}, action {found[1]}. "
+            "Use the environment and env_kwargs it was trained with."
+        )
