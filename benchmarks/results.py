@@ -5,9 +5,11 @@
 Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>` in a process of its own. Its last
 checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
 `docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
+With `--folder` the runs are kept, and a seed that was trained there before is judged without training it again.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -30,11 +32,18 @@ from lit_rl.runners.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
-EPISODES = 100
 
 
-def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train one seed; returns its figures and its curve."""
+def commit() -> str:
+    """What the code is."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!docs/results"]
+    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
+    return head + (" with uncommitted changes" if dirty else "")
+
+
+def train(recipe: str, seed: int, folder: Path) -> None:
+    """Train one seed, and note the commit and the time it took."""
     command = [
         sys.executable, "-m", "lit_rl", "fit", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"),
         "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false",
@@ -44,11 +53,19 @@ def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"seed {seed} failed:\n{done.stderr[-4000:]}")
-    wall_s = time.perf_counter() - started
+    notes = {"commit": commit(), "wall_s": round(time.perf_counter() - started, 1)}
+    (folder / f"seed_{seed}" / "trained.json").write_text(json.dumps(notes))
+
+
+def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[str, Any]:
+    """One seed's figures and its curve; trains it if that is not done."""
+    trained = folder / f"seed_{seed}" / "trained.json"
+    if not trained.exists():
+        train(recipe, seed, folder)
     run = folder / f"seed_{seed}" / "version_0"
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
     env = env_config(data)
-    seeds = np.random.SeedSequence([seed, 20_000]).generate_state(EPISODES).tolist()
+    seeds = np.random.SeedSequence([seed, 20_000]).generate_state(num_episodes).tolist()
     policy = load_policy(run / "checkpoints" / "last.ckpt")
     returns = [episode.return_ for episode in play(env, policy, seeds)]
     with (run / "metrics.csv").open() as file:
@@ -63,7 +80,8 @@ def run_seed(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
         "return_std": round(statistics.pstdev(returns), 3),
         "return_min": min(returns),
         "env_steps": int(max(float(row["env_steps"]) for row in rows)),
-        "wall_s": round(wall_s, 1),
+        "training_return_mean": curve["rollout/return_mean"][-1][1],
+        **json.loads(trained.read_text()),
         "curve": {name: _thin(points) for name, points in curve.items()},
     }
 
@@ -78,12 +96,12 @@ def play_randomly(env: EnvConfig) -> dict[str, Any]:
     """The return of a policy that chooses among all (legal) actions alike."""
     policy = Policy(env.spec())
     torch.nn.init.zeros_(policy.head.weight)
-    seeds = np.random.SeedSequence([0, 30_000]).generate_state(EPISODES).tolist()
+    seeds = np.random.SeedSequence([0, 30_000]).generate_state(100).tolist()
     returns = [episode.return_ for episode in play(env, policy, seeds, deterministic=False)]
     return {
         "return_mean": round(statistics.mean(returns), 3),
         "return_std": round(statistics.pstdev(returns), 3),
-        "episodes": EPISODES,
+        "episodes": len(returns),
     }
 
 
@@ -93,7 +111,7 @@ def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
     return [[steps, round(value, 3)] for steps, value in kept]
 
 
-def plot(recipe: str, runs: list[dict[str, Any]], env: str, random: dict[str, Any] | None) -> None:
+def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, random: dict[str, Any] | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,10 +122,10 @@ def plot(recipe: str, runs: list[dict[str, Any]], env: str, random: dict[str, An
         points = np.array(run["curve"]["rollout/return_mean"])
         axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
         axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
-    axes.set(xlabel="env steps", ylabel="return", title=f"{recipe} on {env}: training return")
+    axes.set(xlabel="env steps", ylabel="return", title=title)
     if random is not None:
         axes.axhline(random["return_mean"], color="grey", linestyle=":", label="random actions")
-    axes.plot([], [], "ok", label="greedy, 100 episodes, last checkpoint")
+    axes.plot([], [], "ok", label=judged)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(OUT / f"{recipe}.png", dpi=110)
@@ -118,6 +136,8 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--random", action="store_true", help="measure random actions first")
+    parser.add_argument("--episodes", type=int, default=100, help="greedy episodes of each last checkpoint")
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and do not train again what is trained")
     args = parser.parse_args()
     recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
     random = None
@@ -125,21 +145,20 @@ def main() -> None:
         random = play_randomly(env_config(recipe["data"]["init_args"]))
         print(f"random actions: {random['return_mean']} +- {random['return_std']}", flush=True)
     runs = []
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            runs.append(run_seed(args.recipe, seed, Path(folder)))
+            runs.append(run_seed(args.recipe, seed, Path(folder), args.episodes))
             last = runs[-1]
             print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!docs/results"]
-    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
+    judged = f"greedy, {args.episodes} episodes, last checkpoint"
     result = {
         "recipe": args.recipe,
         "env": recipe["data"]["init_args"]["env"],
         "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
-        + (" --random" if args.random else ""),
-        "commit": commit + (" with uncommitted changes" if dirty else ""),
-        "judged": f"greedy, {EPISODES} episodes, last checkpoint",
+        + (" --random" if args.random else "")
+        + (f" --episodes {args.episodes}" if args.episodes != 100 else ""),
+        "commit": ", ".join(sorted({run.pop("commit") for run in runs})),
+        "judged": judged,
         "median": statistics.median(run["return_mean"] for run in runs),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "lightning", "gymnasium", "numpy")},
@@ -149,7 +168,7 @@ def main() -> None:
     if random is not None:
         result["random"] = random
     (OUT / f"{args.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(args.recipe, runs, result["env"], random)
+    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return", judged, random)
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}: {OUT / args.recipe}.json, .png")
 
 
