@@ -90,7 +90,8 @@ def _leaf_complaint(space: gym.Space, value: Any, name: str, shapes: bool) -> st
     stored = np.dtype(row_dtype(space))
     if stored.kind == "f":
         return None if np.isfinite(array).all() else f"{name}={short(array.tolist())}: expected finite numbers"
-    if not (array == array.astype(stored)).all():
+    # Floats for bytes are pictures scaled to 0..1, even where they happen to be whole.
+    if (array.dtype.kind == "f" and space.dtype == np.uint8) or not (array == array.astype(stored)).all():
         limits = "from 0 to 255 " if stored == np.uint8 else ""
         return f"{name}={short(array.tolist())}: expected whole numbers {limits}in {short(space)}"
     return None

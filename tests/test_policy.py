@@ -306,6 +306,7 @@ def nested_observation(**changes: Any) -> dict[str, Any]:
         ({"pair": (1.5, [0, 1])}, "obs['pair'][0]=1.5: expected whole numbers"),
         ({"pair": (1, [0, 2])}, "obs['pair/1']"),
         ({"image": np.full((4, 4, 1), 0.5)}, "obs['image']=[[[0.5], [0.5],"),
+        ({"image": np.ones((4, 4, 1))}, "expected whole numbers from 0 to 255"),
         ({"image": np.full((4, 4, 1), 256)}, "expected whole numbers from 0 to 255"),
         ({"image": np.full((4, 4, 1), -1)}, "expected whole numbers from 0 to 255"),
         ({"speed": [np.nan, 0.0]}, "obs['speed']=[nan, 0.0]: expected finite numbers"),
