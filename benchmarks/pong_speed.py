@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from ppo_speed import Stopwatch, resident
+from ppo_speed import Stopwatch, resident, sb3_ticker
 
 ENVS, LENGTH, THREADS = 8, 128, 2
 ROLLOUTS = 6
@@ -53,23 +53,11 @@ def sb3() -> dict[str, float]:
     import ale_py
     import gymnasium
     import stable_baselines3
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
     gymnasium.register_envs(ale_py)
     watch = Stopwatch(warm_up=1)
-
-    class Tick(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            if self.num_timesteps:
-                watch.tick()
-
-        def _on_training_end(self) -> None:
-            watch.tick()
-
-        def _on_step(self) -> bool:
-            return True
 
     watch.resident = resident()
     kwargs = {"frameskip": 1, "repeat_action_probability": 0.0}
@@ -78,7 +66,7 @@ def sb3() -> dict[str, float]:
         "CnnPolicy", envs, n_steps=LENGTH, batch_size=256, n_epochs=4, learning_rate=2.5e-4, ent_coef=0.01,
         clip_range=0.1, device="cpu",
     )  # fmt: skip
-    model.learn(ROLLOUTS * ENVS * LENGTH, callback=Tick())
+    model.learn(ROLLOUTS * ENVS * LENGTH, callback=sb3_ticker(watch))
     return watch.result()
 
 

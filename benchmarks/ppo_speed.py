@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 ENVS, LENGTH, WARM_UP, TIMED = 8, 128, 10, 50
 ROLLOUT = ENVS * LENGTH
@@ -71,12 +72,9 @@ def lit_rl(num_env_runners: int = 0, prefetch: int = 0, vectorization: str = "sy
     return watch.result()
 
 
-def sb3() -> dict[str, float]:
-    import stable_baselines3
+def sb3_ticker(watch: Stopwatch) -> Any:
+    """A callback of Stable-Baselines3's that counts rollouts."""
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-
-    watch = Stopwatch()
 
     class Tick(BaseCallback):
         def _on_rollout_start(self) -> None:
@@ -89,12 +87,21 @@ def sb3() -> dict[str, float]:
         def _on_step(self) -> bool:
             return True
 
+    return Tick()
+
+
+def sb3() -> dict[str, float]:
+    import stable_baselines3
+    from stable_baselines3.common.env_util import make_vec_env
+
+    watch = Stopwatch()
+
     watch.resident = resident()
     model = stable_baselines3.PPO(
         "MlpPolicy", make_vec_env("CartPole-v1", ENVS), n_steps=LENGTH, batch_size=256, n_epochs=4,
         learning_rate=2.5e-4, ent_coef=0.01, device="cpu",
     )  # fmt: skip
-    model.learn((WARM_UP + TIMED) * ROLLOUT, callback=Tick())
+    model.learn((WARM_UP + TIMED) * ROLLOUT, callback=sb3_ticker(watch))
     return watch.result()
 
 
