@@ -40,7 +40,11 @@ def runs() -> list[Path]:
     return sorted(Path("runs/ppo_cartpole").glob("version_*"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem == "ppo_pong" else p for p in RECIPES],
+    ids=[path.stem for path in RECIPES],
+)
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]

@@ -103,7 +103,7 @@ def test_atari_preprocessing_of_gymnasium_is_a_wrapper_like_any_other() -> None:
     assert rollout["observation"].shape == (2, 8, 4, 84, 84) and rollout["observation"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("channels_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ppo_learns_to_tell_pictures_apart(make_trainer: Callable[..., L.Trainer], channels_first: bool) -> None:
     data = RolloutDataModule(
         PictureEnv,

@@ -39,6 +39,7 @@ def run(env: EnvConfig, policy: Policy, num_envs: int, length: int) -> Any:
     return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0))
 
 
+@pytest.mark.slow
 @EVERY_ACTION
 def test_no_illegal_action_in_100_000_steps(space: gym.Space) -> None:
     env = EnvConfig(MaskedEnv, {"action_space": space})

@@ -268,14 +268,9 @@ def test_values_after_truncation_remember_the_episode() -> None:
     torch.testing.assert_close(advantage, expected)
 
 
-@pytest.mark.parametrize(
-    ("network", "seed"),
-    [
-        (LSTMNetwork, 1),
-        *(pytest.param(LSTMNetwork, seed, marks=pytest.mark.slow) for seed in (2, 3)),
-        *(pytest.param(GRUNetwork, seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [LSTMNetwork, GRUNetwork])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_memory_solves_repeating_the_previous_observation(
     make_trainer: Callable[..., L.Trainer], network: Any, seed: int
 ) -> None:
@@ -299,6 +294,7 @@ def test_memory_solves_repeating_the_previous_observation(
         assert total >= 7
 
 
+@pytest.mark.slow
 def test_without_memory_the_previous_observation_cannot_be_repeated(make_trainer: Callable[..., L.Trainer]) -> None:
     data = RolloutDataModule(RepeatPreviousEnv, rollout_length=64, max_env_steps=12_000, eval_episodes=50, seed=1)
     algorithm, trainer = PPO(lr=5e-3, num_epochs=8, gamma=0.5), make_trainer()
