@@ -308,7 +308,7 @@ class Policy(nn.Module):
             CheckpointError: if the network or the policy's class is the user's own and was not passed.
         """
         name = description["class"]
-        if name.split(":")[-1] != cls.__qualname__:
+        if (name == class_name(Policy)) != (cls is Policy) or name.split(":")[-1] != cls.__qualname__:
             raise CheckpointError(
                 f"The policy was trained with policy_class={name}, not {class_name(cls)}: pass that class."
             )

@@ -103,15 +103,6 @@ def from_env(space: gym.Space, value: Any) -> Tree:
     return {key: from_env(part, value[key]) for key, part in parts.items()}
 
 
-def to_env(space: gym.Space, tree: Tree) -> Any:
-    """The inverse of `from_env`: a Tuple space's dict becomes a tuple again."""
-    parts = children(space)
-    if parts is None:
-        return tree
-    values = {key: to_env(part, tree[key]) for key, part in parts.items()}
-    return tuple(values.values()) if isinstance(space, spaces.Tuple) else values
-
-
 def row_dtype(space: gym.Space) -> str:
     """The dtype that stores a leaf: bytes and flags as bytes, other whole numbers as int64, the rest as float32."""
     dtype = np.dtype(space.dtype)

@@ -371,3 +371,9 @@ def test_a_policy_class_of_another_name_is_refused_at_loading() -> None:
 
     with pytest.raises(CheckpointError, match=r"policy_class=test_policy:Broken, not"):
         Other.from_description(Broken(SPECS["box to box"]).describe())
+
+
+def test_an_own_class_that_is_called_policy_too_is_not_taken_for_lit_rl_s() -> None:
+    own = type("Policy", (Policy,), {"__module__": "mine", "__qualname__": "Policy"})
+    with pytest.raises(CheckpointError, match=r"policy_class=mine:Policy, not Policy"):
+        Policy.from_description(own(SPECS["box to box"]).describe())

@@ -34,12 +34,15 @@ class FlatInput(nn.Module):
         self.embeddings = nn.ModuleDict()
         self.output_size = 0
         self._leaves = space_leaves(observation_space)
+        self._counts = {path: class_counts(space) for path, space in self._leaves.items()}
+        self._offsets = {path: _offsets(space) for path, space in self._leaves.items() if self._counts[path]}
+        self._scales = {path: scale(space) for path, space in self._leaves.items()}
         floats = isinstance(observation_space, spaces.Box) and np.dtype(observation_space.dtype).kind == "f"
         self.is_vector = floats and len(observation_space.shape or ()) == 1  # nothing has to be done
         for path, space in self._leaves.items():
-            counts = class_counts(space)
+            counts = self._counts[path]
             if counts:
-                self.register_buffer(_buffer(path), torch.from_numpy(_offsets(space)), persistent=False)
+                self.register_buffer(_buffer(path), torch.from_numpy(self._offsets[path]), persistent=False)
             if counts and embedding_size is not None:
                 check_count("embedding_size", embedding_size)
                 self.embeddings[path or "observation"] = nn.Embedding(sum(counts), embedding_size)
@@ -62,15 +65,14 @@ class FlatInput(nn.Module):
     def numpy(self, obs: Tree) -> np.ndarray:
         """`forward` for numpy inputs [B, *obs], where nothing is embedded."""
         vectors = []
-        for path, space in self._leaves.items():
+        for path, counts in self._counts.items():
             x = find(obs, path)
-            counts = class_counts(space)
             if counts:
                 one_hot = np.zeros((len(x), sum(counts)), np.float32)
-                one_hot[np.arange(len(x))[:, None], x.reshape(len(x), -1) + _offsets(space)] = 1
+                one_hot[np.arange(len(x))[:, None], x.reshape(len(x), -1) + self._offsets[path]] = 1
                 x = one_hot
             else:
-                factor = 1 / scale(space) if x.dtype == np.uint8 else None
+                factor = 1 / self._scales[path] if x.dtype == np.uint8 else None
                 x = x.reshape(len(x), -1)
                 x = x if factor is None else x * np.float32(factor)
             vectors.append(x)
@@ -79,9 +81,9 @@ class FlatInput(nn.Module):
     def _vector(self, path: str, space: gym.Space, x: Tensor) -> Tensor:
         num_dims = len(space.shape or ())
         x = x.flatten(x.ndim - num_dims) if num_dims else x.unsqueeze(-1)
-        counts = class_counts(space)
+        counts = self._counts[path]
         if not counts:
-            return x.float() / scale(space) if x.dtype == torch.uint8 else x
+            return x.float() / self._scales[path] if x.dtype == torch.uint8 else x
         # The offsets give every part its own classes, so that the sum of the parts' one-hot vectors is one of all.
         index = x.long() + getattr(self, _buffer(path))
         if self.embeddings:

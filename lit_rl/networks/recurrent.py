@@ -53,15 +53,16 @@ def unroll(network: Any, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tenso
 class _Recurrent(nn.Module):
     """An encoder and a recurrent layer. The state is a dict of tensors [B, hidden_size]."""
 
+    CELL: type[nn.LSTMCell | nn.GRUCell]
     STATE: tuple[str, ...]
     cell: nn.LSTMCell | nn.GRUCell
 
-    def __init__(self, observation_space: gym.Space, cell: Any, hidden_size: int, encoder: NetworkFactory | None):
+    def __init__(self, observation_space: gym.Space, *, hidden_size: int = 64, encoder: NetworkFactory | None = None):
         super().__init__()
         self.encoder = build_network(encoder, observation_space)
         if has_memory(self.encoder):
             raise OptionError(f"encoder={type(self.encoder).__name__}: expected a network without memory.")
-        self.cell = cell(output_size(self.encoder), check_count("hidden_size", hidden_size))
+        self.cell = self.CELL(output_size(self.encoder), check_count("hidden_size", hidden_size))
         for name, parameter in self.cell.named_parameters():
             nn.init.orthogonal_(parameter) if name.startswith("weight") else nn.init.zeros_(parameter)
         self.output_size = hidden_size
@@ -100,10 +101,7 @@ class LSTMNetwork(_Recurrent):
         encoder: callable `(observation_space) -> nn.Module` without memory; None for the space's default network.
     """
 
-    STATE = ("h", "c")
-
-    def __init__(self, observation_space: gym.Space, *, hidden_size: int = 64, encoder: NetworkFactory | None = None):
-        super().__init__(observation_space, nn.LSTMCell, hidden_size, encoder)
+    CELL, STATE = nn.LSTMCell, ("h", "c")
 
     def forward(self, obs: Tree, state: Tree) -> tuple[Tensor, Tree]:
         h, c = self.cell(self.encoder(obs), (state["h"], state["c"]))
@@ -123,10 +121,7 @@ class GRUNetwork(_Recurrent):
         encoder: callable `(observation_space) -> nn.Module` without memory; None for the space's default network.
     """
 
-    STATE = ("h",)
-
-    def __init__(self, observation_space: gym.Space, *, hidden_size: int = 64, encoder: NetworkFactory | None = None):
-        super().__init__(observation_space, nn.GRUCell, hidden_size, encoder)
+    CELL, STATE = nn.GRUCell, ("h",)
 
     def forward(self, obs: Tree, state: Tree) -> tuple[Tensor, Tree]:
         h = self.cell(self.encoder(obs), state["h"])
