@@ -9,9 +9,12 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.distributed import Vote
+from lit_rl.off_policy import ReplayStream
 from lit_rl.runners.episodes import play
 
 if TYPE_CHECKING:
+    from lit_rl.datamodules.environments import EnvDataModule
+    from lit_rl.datamodules.replay import ReplayDataModule
     from lit_rl.datamodules.rollout import RolloutDataModule
 
 
@@ -57,13 +60,35 @@ class RolloutLoader:
         """Nothing to load."""
 
 
+class ReplayLoader:
+    """A sized, stateful iterable over one epoch's streams of minibatches."""
+
+    def __init__(self, data: "ReplayDataModule"):
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.batches_per_epoch
+
+    def __iter__(self) -> Iterator[ReplayStream]:
+        first = self._data.attached_trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        for _ in range(first, len(self)):
+            yield self._data.stream()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, as of `RolloutLoader`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
 class EpisodeLoader:
     """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
 
     Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
     """
 
-    def __init__(self, data: "RolloutDataModule", *, record: bool = False):
+    def __init__(self, data: "EnvDataModule", *, record: bool = False):
         self._data = data
         self._record = record
         trainer = data.attached_trainer

@@ -1,35 +1,19 @@
-"""On-policy rollouts, and the episodes that evaluation plays."""
+"""On-policy rollouts."""
 
-import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
-import lightning as L
-import numpy as np
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 
-from lit_rl import distributed
-from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count, check_flag
-from lit_rl.datamodules.loaders import EpisodeLoader, RolloutLoader
-from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import OptionError
+from lit_rl.checks import check_count
+from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.datamodules.loaders import RolloutLoader
+from lit_rl.envs.make import Wrapper
 from lit_rl.rollout import to_rollout
-from lit_rl.runners.env_runner import EnvRunner, Episode
-from lit_rl.runners.pool import LocalPool, Pool, RunnerPool, Weights
-from lit_rl.runners.transport import pack_weights
-from lit_rl.spec import EnvSpec
-
-SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
-# What a seed is for: the first number of every SeedSequence's spawn key.
-RUNNERS, EVALUATION = 0, 1
 
 
-class RolloutDataModule(L.LightningDataModule):
+class RolloutDataModule(EnvDataModule):
     """Rollouts [B, T] collected with the policy that is being trained, for on-policy algorithms.
 
     Args:
@@ -74,134 +58,40 @@ class RolloutDataModule(L.LightningDataModule):
         ray_address: str | None = None,
         torch_threads: int | None = None,
     ):
-        super().__init__()
-        self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
-        self.num_env_runners = check_count("num_env_runners", num_env_runners, 0)
-        self.num_envs_per_env_runner = check_count("num_envs_per_env_runner", num_envs_per_env_runner)
-        self.rollout_length = check_count("rollout_length", rollout_length)
-        self.max_env_steps = None if max_env_steps is None else check_count("max_env_steps", max_env_steps)
+        super().__init__(
+            env,
+            env_kwargs=env_kwargs,
+            wrappers=wrappers,
+            vectorization=vectorization,
+            num_env_runners=num_env_runners,
+            num_envs_per_env_runner=num_envs_per_env_runner,
+            rollout_length=rollout_length,
+            max_env_steps=max_env_steps,
+            prefetch=prefetch,
+            eval_episodes=eval_episodes,
+            eval_deterministic=eval_deterministic,
+            return_window=return_window,
+            info_metrics=info_metrics,
+            seed=seed,
+            ray_address=ray_address,
+            torch_threads=torch_threads,
+        )
         self.rollouts_per_epoch = check_count("rollouts_per_epoch", rollouts_per_epoch)
-        self.prefetch = check_count("prefetch", prefetch, 0)
-        if prefetch > 1:
-            raise OptionError(f"prefetch={prefetch}: expected 0 (newest weights) or 1 (one version behind).")
-        if prefetch and not num_env_runners:
-            raise OptionError(
-                f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
-            )
-        self.eval_episodes = check_count("eval_episodes", eval_episodes)
-        self.eval_deterministic = check_flag("eval_deterministic", eval_deterministic)
-        if isinstance(info_metrics, str):
-            raise OptionError(f"info_metrics={info_metrics!r}: expected a list of keys.")
-        self.info_metrics = tuple(info_metrics)
-        self.seed = None if seed is None else check_count("seed", seed, 0)
-        self._seed_given = seed is not None
-        self.ray_address = ray_address
-        self.torch_threads = None if torch_threads is None else check_count("torch_threads", torch_threads)
-        self.spec: EnvSpec | None = None
-        self.sample_s = 0.0  # seconds the last rollout was waited for
-        self._pool: Pool | None = None
-        self._rollouts = 0  # collected since the run began, over resumes: part of the runners' seeds
-        self._episodes: deque[Episode] = deque(maxlen=check_count("return_window", return_window))
-        self._resume: dict[str, Any] | None = None
-
-    # --- Lightning's hooks --------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        if not self._seed_given:
-            self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
-        if self.spec is None:
-            self.spec = self.env.spec()
-        if stage == "fit":
-            self._check_budget()
 
     def train_dataloader(self) -> RolloutLoader:
-        self._set_threads()
-        loader = RolloutLoader(self)
-        if self._budget_left(self.algorithm.env_steps_done) < self._max_rows:
-            rank_zero_info(
-                f"Nothing to train: env_steps={self.algorithm.env_steps_done} of max_env_steps={self.max_env_steps} "
-                "are done. Set a larger max_env_steps to go on."
-            )
-            self.attached_trainer.should_stop = True
-        return loader
-
-    def val_dataloader(self) -> EpisodeLoader:
-        return EpisodeLoader(self)
-
-    def test_dataloader(self) -> EpisodeLoader:
-        return EpisodeLoader(self)
-
-    def predict_dataloader(self) -> EpisodeLoader:
-        return EpisodeLoader(self, record=True)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
-
-    def on_exception(self, exception: BaseException) -> None:
-        self.teardown("exception")
-
-    def teardown(self, stage: str) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-
-    # --- rollouts -----------------------------------------------------------------------------------------------
-
-    def eval_seed(self, episode: int) -> int:
-        """With which evaluation resets the environment for its `episode`-th episode."""
-        return int(self._seed_sequence(EVALUATION, episode).generate_state(1)[0])
-
-    def rollout_metrics(self) -> dict[str, float]:
-        """Means over the last `return_window` episodes of every rank; absent before the first one ends."""
-        names = ["return", "length", *(f"info/{key}" for key in self.info_metrics)]
-        rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
-        table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
-        present = ~table.isnan()
-        sums = distributed.all_reduce_sum(torch.stack([table.nan_to_num().sum(0), present.sum(0).double()]))
-        total, count = sums.tolist()
-        return {f"rollout/{name}_mean": t / n for name, t, n in zip(names, total, count) if n}
-
-    @property
-    def num_restarts(self) -> int:
-        """Env runners of this rank that died and were replaced."""
-        return 0 if self._pool is None else self._pool.num_restarts
-
-    def restart(self) -> None:
-        """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
-        self._rollouts, self._resume = 0, None
-        self._episodes.clear()
-
-    def rank_state(self) -> dict[str, Any]:
-        """This rank's part of a checkpoint, in plain data."""
-        return {
-            "seed": self.seed,
-            "rollouts": self._rollouts,
-            "episodes": [[e.return_, e.length, dict(e.info)] for e in self._episodes],
-            "runners": [] if self._pool is None else self._pool.get_state(),
-        }
-
-    def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `rank_state` returned."""
-        self._rollouts = state["rollouts"]
-        if not self._seed_given:
-            self.seed = state["seed"]
-        self._episodes.clear()
-        self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
-        self._resume = state
+        self.set_threads()
+        self.say_if_done()
+        return RolloutLoader(self)
 
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
-        if self._pool is None:
-            self._pool = self._make_pool()
-        self._pool.start(Weights(pack_weights(self.algorithm.policy), self.algorithm.updates_done))
+        self.start_runners()
 
     def finish_rollout(self) -> TensorDict:
         """The rollout that was begun."""
         assert self._pool is not None
         fragments = self._pool.finish()
-        self._rollouts += 1
-        for fragment in fragments:
-            self._episodes.extend(fragment.episodes)
+        self.took(fragments)
         return to_rollout(fragments, copy=bool(self.num_env_runners))
 
     def rollouts_left(self, env_steps: int) -> int:
@@ -210,104 +100,5 @@ class RolloutDataModule(L.LightningDataModule):
         return int(left // self._max_rows) if left != float("inf") else 2**31
 
     @property
-    def attached_trainer(self) -> L.Trainer:
-        assert self.trainer is not None, "the datamodule is not attached to a Trainer"
-        return self.trainer
-
-    @property
-    def algorithm(self) -> Algorithm:
-        algorithm = self.attached_trainer.lightning_module
-        if not isinstance(algorithm, Algorithm):
-            raise OptionError(f"model={type(algorithm).__name__}: {type(self).__name__} feeds a lit_rl Algorithm.")
-        return algorithm
-
-    @property
-    def rollout_shape(self) -> tuple[int, int]:
-        """B and T of this rank's rollouts."""
-        return max(1, self.num_env_runners) * self.num_envs_per_env_runner, self.rollout_length
-
-    @property
-    def _max_rows(self) -> int:
-        """The most env steps that one rollout of all ranks takes."""
-        batch, length = self.rollout_shape
-        return batch * length * self.attached_trainer.world_size
-
-    def _budget_left(self, env_steps: int) -> float:
-        return float("inf") if self.max_env_steps is None else self.max_env_steps - env_steps
-
-    def _seed_sequence(self, *key: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence(self.seed, spawn_key=key)
-
-    def _make_pool(self) -> Pool:
-        rank, start = self.attached_trainer.global_rank, self._rollouts
-        description, network = self.algorithm.policy.describe(), self.algorithm.network
-        policy_class = self.algorithm.policy_class
-        env, seed = self.env, self.seed
-        num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
-
-        def make_runner(runner: int, incarnation: int) -> EnvRunner:
-            key = (RUNNERS, rank, runner, incarnation, start)
-            return EnvRunner(
-                env,
-                policy_class.from_description(description, network=network),
-                num_envs=num_envs,
-                rollout_length=rollout_length,
-                seed=np.random.SeedSequence(seed, spawn_key=key),
-                info_metrics=info_metrics,
-            )
-
-        if self.num_env_runners:
-            self._connect_ray()
-            return RunnerPool(make_runner, self.num_env_runners)
-        pool = LocalPool(make_runner)
-        if self._resume is not None and self._resume["runners"]:
-            pool.set_state(self._resume["runners"])
-        return pool
-
-    def _connect_ray(self) -> None:
-        """Rank 0 starts or joins Ray, the others join the same one."""
-        from lit_rl.runners import ray_session
-
-        strategy = self.attached_trainer.strategy
-        address = ray_session.connect(self.ray_address) if self.attached_trainer.global_rank == 0 else None
-        address = strategy.broadcast(address)
-        if self.attached_trainer.global_rank:
-            ray_session.connect(address)
-
-    def _check_budget(self) -> None:
-        trainer = self.attached_trainer
-        if self.max_env_steps is None:
-            return
-        if self.max_env_steps < self._max_rows:
-            raise OptionError(
-                f"max_env_steps={self.max_env_steps}: expected at least one rollout, {self._max_rows} env steps "
-                "(runners x num_envs_per_env_runner x rollout_length x ranks). Raise it, or shorten rollout_length."
-            )
-        epochs = trainer.max_epochs
-        reach = (epochs or 0) * self.rollouts_per_epoch * self._max_rows
-        if epochs is not None and epochs >= 0 and reach < self.max_env_steps:
-            rank_zero_warn(
-                f"Training ends at {reach} of max_env_steps={self.max_env_steps} env steps, after max_epochs={epochs}. "
-                "Pass Trainer(max_epochs=-1) to spend the whole budget."
-            )
-
-    def _set_threads(self) -> None:
-        """Small networks learn faster on one thread, and far faster on a machine that others use too."""
-        if self.torch_threads is not None:
-            torch.set_num_threads(self.torch_threads)
-            return
-        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - self.num_env_runners
-        small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
-        torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
-
-
-def _global_seed(previous: int | None) -> int:
-    """What `seed_everything` set, or the previous seed, or a random one, which is logged."""
-    from_lightning = os.environ.get("PL_GLOBAL_SEED")
-    if from_lightning is not None:
-        return int(from_lightning)
-    if previous is not None:
-        return previous
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    rank_zero_info(f"No seed was given: seed={seed}")
-    return seed
+    def _rows_per_epoch(self) -> int:
+        return self.rollouts_per_epoch * self._max_rows

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Algorithm": "lit_rl.algorithm",
+    "DQN": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
@@ -24,7 +25,12 @@ _PUBLIC = {
     "NatureCNN": "lit_rl.networks",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
+    "QPolicy": "lit_rl.q_policy",
+    "Rainbow": "lit_rl.modules",
+    "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
+    "SAC": "lit_rl.modules",
+    "TQC": "lit_rl.modules",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -32,9 +38,14 @@ if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
     from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
+    from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.loading import load_policy as load_policy
+    from lit_rl.modules import DQN as DQN
     from lit_rl.modules import PPO as PPO
+    from lit_rl.modules import SAC as SAC
+    from lit_rl.modules import TQC as TQC
+    from lit_rl.modules import Rainbow as Rainbow
     from lit_rl.networks import MLP as MLP
     from lit_rl.networks import GRUNetwork as GRUNetwork
     from lit_rl.networks import ImpalaResNet as ImpalaResNet
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import Policy as Policy
+    from lit_rl.q_policy import QPolicy as QPolicy
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.spec import EnvSpec as EnvSpec
 

@@ -37,7 +37,7 @@ class Algorithm(L.LightningModule):
 
     Args:
         network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default.
-        policy_class: a subclass of `Policy` that chooses actions in its own way; None for `Policy`.
+        policy_class: a subclass of the algorithm's policy that chooses actions in its own way; None for that itself.
         spec: an `EnvSpec` in plain data. None: the datamodule's. Checkpoints hold it.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
 
@@ -47,6 +47,8 @@ class Algorithm(L.LightningModule):
         updates: calls of `update`; also the version of the policy's weights.
         init_from: a checkpoint whose weights and statistics are taken when the networks are built, and nothing else.
     """
+
+    POLICY: type[Policy] = Policy
 
     policy: Policy
     env_steps: Tensor
@@ -62,10 +64,10 @@ class Algorithm(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        if not (policy_class is None or (isinstance(policy_class, type) and issubclass(policy_class, Policy))):
-            raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.Policy.")
+        if not (policy_class is None or (isinstance(policy_class, type) and issubclass(policy_class, self.POLICY))):
+            raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.{self.POLICY.__name__}.")
         self.network = network
-        self.policy_class = policy_class or Policy
+        self.policy_class = policy_class or self.POLICY
         self.max_grad_norm = max_grad_norm
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
@@ -89,6 +91,10 @@ class Algorithm(L.LightningModule):
         """Learn from one batch; returns metrics to log. Takes what it needs from the batch, not from the Trainer."""
         raise NotImplementedError(f"{type(self).__name__} must define update(batch).")
 
+    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
+        """The policy's network where none is asked for; None for the observation space's default."""
+        return None
+
     def lr_at(self, env_steps: int) -> float | None:
         """The learning rate after `env_steps`, or None to leave it as `configure_optimizers` set it."""
         return None
@@ -97,7 +103,7 @@ class Algorithm(L.LightningModule):
 
     def make_policy(self, spec: EnvSpec, **arguments: Any) -> Policy:
         """A new policy of the class and with the network the user asked for."""
-        return self.policy_class(spec, network=self.network, **arguments)
+        return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
 
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> None:
         """One gradient step on `loss`: backward (all-reduced over ranks), clip, step."""
@@ -220,14 +226,19 @@ class Algorithm(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         self._batch_ended = time.perf_counter()  # evaluation and checkpoints are not training time
 
-    def training_step(self, batch: TensorDict, batch_idx: int) -> None:
-        started = time.perf_counter()
+    def learn(self, batch: Any) -> dict[str, Tensor | float]:
+        """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
         env_steps = self.count_env_steps(batch)
         lag = self.updates_done - float(batch["policy_version"].double().mean())
-        self._grad_norms.clear()
         metrics = self.update(batch)
         self.env_steps += env_steps
         self.updates += 1
+        return {**metrics, "rollout/policy_lag": lag}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        started, env_steps = time.perf_counter(), self.env_steps_done
+        self._grad_norms.clear()
+        metrics = self.learn(batch)
         if self._grad_norms:
             metrics["optim/grad_norm"] = torch.stack(self._grad_norms).mean()
         if distributed.world_size() > 1:
@@ -235,15 +246,14 @@ class Algorithm(L.LightningModule):
             metrics = dict(zip(metrics, means.tolist()))
         metrics["optim/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
         self._set_lr()
-        metrics["rollout/policy_lag"] = lag
         datamodule = self._datamodule
         if hasattr(datamodule, "rollout_metrics"):
             metrics |= datamodule.rollout_metrics()
             metrics["rollout/env_runner_restarts"] = datamodule.num_restarts
             metrics["time/sample_s"] = datamodule.sample_s
         ended = time.perf_counter()
-        metrics["time/update_s"] = ended - started
-        metrics["time/env_steps_per_s"] = env_steps / max(ended - self._batch_ended, 1e-9)
+        metrics["time/update_s"] = ended - started - getattr(batch, "waited_s", 0.0)
+        metrics["time/env_steps_per_s"] = (self.env_steps_done - env_steps) / max(ended - self._batch_ended, 1e-9)
         self._batch_ended = ended
         self._publish(metrics)
 
@@ -339,7 +349,7 @@ class Algorithm(L.LightningModule):
         if lr is not None:
             optimizer = self.optimizers(use_pl_optimizer=False)
             for group in optimizer.param_groups:  # type: ignore[union-attr]
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def _publish(self, metrics: dict[str, Any]) -> None:
         """Hand metrics to loggers (against env steps), callbacks and the progress bar.

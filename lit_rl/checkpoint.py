@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from lit_rl.errors import CheckpointError
-from lit_rl.loading import read_checkpoint
+from lit_rl.loading import SECTION, read_checkpoint
+from lit_rl.replay_files import attach
 
 
 class LitCheckpointIO(CheckpointIO):
@@ -29,6 +31,8 @@ class LitCheckpointIO(CheckpointIO):
         check_plain(checkpoint, "checkpoint")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Files have names of their own, never used again: until the new checkpoint is in place, both sets are there.
+        beside = _attach_replay(checkpoint, target)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -37,6 +41,7 @@ class LitCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             os.replace(temporary, target)
             _fsync_folder(target.parent)
+            _remove_others(target, beside)
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write the checkpoint {target}: {error}. The previous one is kept."
@@ -54,6 +59,33 @@ class LitCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+        shutil.rmtree(files_beside(path), ignore_errors=True)
+
+
+def files_beside(path: Any) -> Path:
+    """The folder of what is too large for a checkpoint's file: `<checkpoint>.d`."""
+    return Path(f"{path}.d")
+
+
+def _attach_replay(checkpoint: dict[str, Any], target: Path) -> set[Path]:
+    """Bring every rank's replay buffer beside the checkpoint; returns the files."""
+    found = set()
+    for rank, state in enumerate(checkpoint.get(SECTION, {}).get("ranks", ())):
+        replay = state.get("data", {}).get("replay")
+        if replay is not None:
+            source, folder = Path(replay.pop("folder")), files_beside(target) / f"rank_{rank}"
+            attach(replay["files"], source, folder)
+            found |= {folder / name for name in replay["files"]}
+    return found
+
+
+def _remove_others(target: Path, keep: set[Path]) -> None:
+    """Remove what an earlier checkpoint of the same name had beside it."""
+    for path in files_beside(target).glob("rank_*/*"):
+        if path not in keep:
+            path.unlink()
+    if not keep:
+        shutil.rmtree(files_beside(target), ignore_errors=True)
 
 
 def check_plain(value: Any, where: str) -> None:

@@ -18,6 +18,8 @@ from lit_rl.errors import SpaceError
 from lit_rl.trees import Tree, children
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+LOG_2 = math.log(2)
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
 class ActionDistribution(Protocol):
@@ -38,6 +40,12 @@ class ActionDistribution(Protocol):
 
     def mode(self, parameters: np.ndarray) -> Tree:
         """The most probable actions [*B, *action_shape]."""
+
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> Tree:
+        """Random actions [B, *action_shape] that know nothing, where the parameters `legal` [B, num_outputs] are not 0.
+
+        Where an outcome is to be ruled out, its logit is very low.
+        """
 
     def evaluate(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability of `action` and the entropy, each [*B], differentiable in `parameters`."""
@@ -70,6 +78,9 @@ class Categorical:
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         return parameters.argmax(-1)
 
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.sample(legal, rng)[0]
+
     def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = torch.log_softmax(parameters, -1)
         log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -100,6 +111,9 @@ class MultiCategorical:
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         return self._shaped(np.stack([parameters[..., at].argmax(-1) for at in self.choices], -1))
+
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.sample(legal, rng)[0]
 
     def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         columns = action.reshape(*parameters.shape[:-1], len(self._parts)).unbind(-1)
@@ -133,6 +147,9 @@ class Bernoulli:
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         return self._shaped(parameters > 0)
+
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.sample(legal, rng)[0]
 
     def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         ones = action.reshape(parameters.shape).to(parameters.dtype)
@@ -168,6 +185,12 @@ class DiagonalGaussian:
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         return self._shaped(parameters[..., : self.num_outputs])
 
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        bounded = np.isfinite(self._low) & np.isfinite(self._high)
+        noise = rng.standard_normal((len(legal), *self._shape))
+        inside = rng.uniform(np.where(bounded, self._low, 0), np.where(bounded, self._high, 1), noise.shape)
+        return np.where(bounded, inside, noise).astype(np.float32)
+
     def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters.split(self.num_outputs, -1)
         noise = (action.reshape(mean.shape) - mean) * torch.exp(-log_std)
@@ -179,6 +202,75 @@ class DiagonalGaussian:
         return np.clip(action, self._low, self._high).astype(self._dtype, copy=False)
 
     def _shaped(self, action: np.ndarray) -> np.ndarray:
+        return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
+
+
+class SquashedGaussian:
+    """For Box spaces with bounds: the tanh of a Gaussian. The parameters are d means and d log standard deviations.
+
+    log pi(a) = log N(u; mean, std) - sum log(1 - tanh(u)^2),  a = tanh(u): appendix C of Haarnoja et al. 2018,
+    arXiv:1801.01290. The recorded action lies in [-1, 1]; the environment is given it scaled to the space's bounds,
+    and log-probabilities are those of the recorded action. Log standard deviations are kept in [-20, 2].
+    """
+
+    def __init__(self, space: spaces.Box):
+        self.num_outputs = self.num_scales = int(np.prod(space.shape))
+        self.choices: list[slice] = []
+        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise SpaceError(
+                f"Action space {space} has no bounds, between which actions could be squashed. Wrap the environment "
+                "(gymnasium.wrappers:RescaleAction after ClipAction), or use PPO."
+            )
+        self._shape, self._dtype = space.shape, space.dtype
+        self._center, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        mean = parameters[..., : self.num_outputs]
+        log_std = np.clip(parameters[..., self.num_outputs :], LOG_STD_MIN, LOG_STD_MAX)
+        noise = rng.standard_normal(mean.shape, dtype=np.float32)
+        unbounded = mean + np.exp(log_std) * noise
+        log_slope = 2 * (LOG_2 - unbounded - np.logaddexp(0, -2 * unbounded))
+        log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
+        return self._shaped(np.tanh(unbounded)), log_prob
+
+    def mode(self, parameters: np.ndarray) -> np.ndarray:
+        """The tanh of the means: what evaluation of squashed Gaussians takes, though not quite their mode."""
+        return self._shaped(np.tanh(parameters[..., : self.num_outputs]))
+
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.uniform(-1, 1, (len(legal), *self._shape)).astype(np.float32)
+
+    def rsample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [*B, *action_shape] made of standard normal `noise` [*B, d], and log-probabilities [*B].
+
+        Both are differentiable in the parameters. 1 - tanh(u)^2 is computed as 4 / (e^u + e^-u)^2, which is exact
+        where tanh(u) rounds to 1.
+        """
+        mean, log_std = parameters.split(self.num_outputs, -1)
+        log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        unbounded = torch.addcmul(mean, log_std.exp(), noise)
+        log_slope = 2 * (LOG_2 - unbounded - torch.nn.functional.softplus(-2 * unbounded))
+        log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
+        return self._shaped(torch.tanh(unbounded)), log_prob
+
+    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of `action`, and an estimate of the entropy: it has no closed form.
+
+        An action of exactly +-1 counts as the nearest number inside.
+        """
+        mean, log_std = parameters.split(self.num_outputs, -1)
+        log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        inside = 1 - torch.finfo(action.dtype).eps
+        unbounded = torch.atanh(action.reshape(mean.shape).clamp(-inside, inside))
+        noise = (unbounded - mean) * torch.exp(-log_std)
+        log_slope = 2 * (LOG_2 - unbounded - torch.nn.functional.softplus(-2 * unbounded))
+        log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
+        return log_prob, -self.rsample(parameters, torch.randn_like(mean))[1]
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        return (self._center + self._half * action).astype(self._dtype, copy=False)
+
+    def _shaped(self, action: Any) -> Any:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
 
 
@@ -214,6 +306,9 @@ class Joint:
         log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
         return log_prob, entropy
 
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> Tree:
+        return {key: part.uniform(legal[..., self._slices[key][0]], rng) for key, part in self.parts.items()}
+
     def to_env(self, action: Tree) -> Tree:
         values = {key: part.to_env(action[key]) for key, part in self.parts.items()}
         return tuple(values.values()) if self._tuple else values
@@ -227,15 +322,15 @@ class Joint:
         return cat([outputs, scales], -1)
 
 
-def distribution_for(space: gym.Space) -> ActionDistribution:
-    """The action distribution for an action space.
+def distribution_for(space: gym.Space, *, squash: bool = False) -> ActionDistribution:
+    """The action distribution for an action space; with `squash`, Box actions are kept within their bounds by a tanh.
 
     Raises:
         SpaceError: for a space that has none.
     """
     parts = children(space)
     if parts:
-        return Joint(space, {key: distribution_for(part) for key, part in parts.items()})
+        return Joint(space, {key: distribution_for(part, squash=squash) for key, part in parts.items()})
     if isinstance(space, spaces.Discrete):
         return Categorical(int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
@@ -243,7 +338,7 @@ def distribution_for(space: gym.Space) -> ActionDistribution:
     if isinstance(space, spaces.MultiBinary):
         return Bernoulli(space)
     if isinstance(space, spaces.Box) and space.shape and all(space.shape) and np.issubdtype(space.dtype, np.floating):
-        return DiagonalGaussian(space)
+        return SquashedGaussian(space) if squash else DiagonalGaussian(space)
     raise SpaceError(
         f"Action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, a Box of floats of at "
         "least one dimension, or a Dict or Tuple of these. Wrap the environment (gymnasium.wrappers:TransformAction) "

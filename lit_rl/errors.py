@@ -34,6 +34,10 @@ class RunnerError(LitRLError, RuntimeError):
     """An env runner could not be kept alive."""
 
 
+class ReplayError(LitRLError, RuntimeError):
+    """A replay buffer cannot grow, be drawn from, or be loaded."""
+
+
 class DivergedError(LitRLError, RuntimeError):
     """A loss or a gradient is not a finite number any more."""
 

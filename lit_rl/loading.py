@@ -8,14 +8,19 @@ import torch
 
 from lit_rl.errors import CheckpointError
 from lit_rl.networks import NetworkFactory
-from lit_rl.policy import Policy
+from lit_rl.policy import POLICIES, Policy
+from lit_rl.q_policy import QPolicy
+
+assert QPolicy.__name__ in POLICIES  # importing it made it known
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
 SECTION, FORMAT = "lit_rl", 2
 POLICY_PREFIX = "policy."
 
 
-def load_policy(path: str | Path, network: NetworkFactory | None = None, policy_class: type[Policy] = Policy) -> Policy:
+def load_policy(
+    path: str | Path, network: NetworkFactory | None = None, policy_class: type[Policy] | None = None
+) -> Policy:
     """The policy in a checkpoint, on the CPU, ready to act: `action, state = policy.act(obs)`.
 
     Needs no environment, no Trainer and no Ray. It acts as it did in evaluation.
@@ -30,7 +35,8 @@ def load_policy(path: str | Path, network: NetworkFactory | None = None, policy_
         CheckpointError: if the file is missing, damaged or not lit_rl's, or needs `network` or `policy_class`.
     """
     checkpoint = read_checkpoint(path)
-    policy = policy_class.from_description(section(checkpoint, path)["policy"], network=network)
+    description = section(checkpoint, path)["policy"]
+    policy = (policy_class or POLICIES.get(description["class"], Policy)).from_description(description, network=network)
     policy.load_weights(
         {
             name.removeprefix(POLICY_PREFIX): tensor

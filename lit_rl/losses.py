@@ -41,3 +41,74 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
     tensor([0.])
     """
     return torch.expm1(log_ratio) - log_ratio
+
+
+def td_loss(value: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Loss of a value of the given kind: "mse", half the squared error, or "huber", linear where the error exceeds 1.
+
+    Huber: Mnih et al. 2015, doi:10.1038/nature14236, "clip the error term to be between -1 and 1". `target` is
+    detached by the caller.
+
+    >>> td_loss(torch.tensor([1.0, 1.0]), torch.tensor([1.5, 3.0]), "huber")
+    tensor([0.1250, 1.5000])
+    """
+    error = value - target
+    if kind == "mse":
+        return 0.5 * error.square()
+    return torch.nn.functional.huber_loss(value, target, reduction="none")
+
+
+def project(probability: Tensor, support: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    """A categorical distribution of returns, after a reward and a discount, put back onto its support, [M, Z].
+
+    Each atom z moves to clip(reward + discount z, z_1, z_Z) and is shared out between its two neighbours: algorithm 1
+    of Bellemare et al. 2017, arXiv:1707.06887.
+
+    Args:
+        probability: of the atoms, [M, Z].
+        support: the atoms, evenly spaced, [Z].
+        reward: [M].
+        discount: [M]; 0 where nothing follows.
+
+    >>> support = torch.tensor([0.0, 1.0, 2.0])
+    >>> project(torch.tensor([[0.0, 0.0, 1.0]]), support, torch.tensor([0.5]), torch.tensor([0.5]))
+    tensor([[0.0000, 0.5000, 0.5000]])
+    """
+    low, high, step = support[0], support[-1], support[1] - support[0]
+    moved = (reward.unsqueeze(1) + discount.unsqueeze(1) * support).clamp(low, high)
+    # Share of atom i (last dimension) that falls to atom j: 1 at no distance, 0 at one step or more.
+    share = (1 - (moved.unsqueeze(1) - support.unsqueeze(1)).abs() / step).clamp(min=0)
+    return (share * probability.unsqueeze(1)).sum(-1)
+
+
+def categorical_td_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of a categorical distribution of returns [M, Z] and its projected target [M, Z]; shape [M].
+
+    Bellemare et al. 2017, arXiv:1707.06887, algorithm 1.
+
+    >>> categorical_td_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
+    tensor([0.6931])
+    """
+    return -(target * torch.log_softmax(logits, -1)).sum(-1)
+
+
+def quantile_huber_loss(quantiles: Tensor, target: Tensor) -> Tensor:
+    """Quantile regression towards samples of a distribution of returns; shape [*N].
+
+    sum_i mean_j |tau_i - 1{u_ij < 0}| huber(u_ij), u_ij = target_j - quantile_i, tau_i = (i - 1/2) / Z: eqs. 9 and 10
+    of Dabney et al. 2018, arXiv:1710.10044, with kappa = 1.
+
+    Args:
+        quantiles: [*N, Z].
+        target: [*N, J], detached by the caller.
+
+    >>> quantile_huber_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0]]))
+    tensor([1.5000])
+    """
+    num = quantiles.shape[-1]
+    tau = (torch.arange(num, device=quantiles.device, dtype=quantiles.dtype) + 0.5) / num
+    error = target.unsqueeze(-2) - quantiles.unsqueeze(-1)  # [*N, Z, J]
+    size = error.detach().abs()
+    weight = (tau.unsqueeze(-1) - (error.detach() < 0).to(tau.dtype)).abs()
+    huber = torch.where(size < 1, 0.5 * error.square(), error.abs() - 0.5)
+    return (weight * huber).mean(-1).sum(-1)

@@ -30,7 +30,17 @@ from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converte
 # What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.
 State: TypeAlias = Tree
 
+# Which policies a checkpoint may ask for by name. A file never makes lit_rl import anything.
+POLICIES: dict[str, type["Policy"]] = {}
 
+
+def built_in(policy: type["Policy"]) -> type["Policy"]:
+    """Class decorator: a checkpoint may name this policy."""
+    POLICIES[policy.__name__] = policy
+    return policy
+
+
+@built_in
 class Policy(nn.Module):
     """Observation to action and log-probability: an encoder, an action head and the observation normaliser.
 
@@ -49,6 +59,10 @@ class Policy(nn.Module):
             statistics change only when `update_normalizer` is called, never while acting.
         state_dependent_std: whether the head gives the standard deviations of Box actions too; else they are
             parameters of their own, the same for every observation.
+        squash: keep Box actions within their bounds by a tanh, instead of clipping them.
+
+    Attributes:
+        epsilon: the probability with which `sample` takes an action that knows nothing of the observation instead.
     """
 
     def __init__(
@@ -58,15 +72,21 @@ class Policy(nn.Module):
         network: NetworkFactory | dict[str, Any] | None = None,
         normalize_observations: bool = False,
         state_dependent_std: bool = False,
+        squash: bool = False,
     ):
         super().__init__()
         self.spec = spec
+        self.epsilon = 0.0
         self._network = network
-        self._arguments = {"normalize_observations": normalize_observations, "state_dependent_std": state_dependent_std}
+        self._arguments = {
+            "normalize_observations": normalize_observations,
+            "state_dependent_std": state_dependent_std,
+            "squash": squash,
+        }
         self.as_rows = row_converter(spec.observation_space)
         leaf_spaces = space_leaves(spec.observation_space)
         self.class_spaces = {path: space for path, space in leaf_spaces.items() if class_counts(space)}
-        self.distribution = distribution_for(spec.action_space)
+        self.distribution = distribution_for(spec.action_space, squash=squash)
         self.input_space, mask_space = split_mask(spec.observation_space)
         self._masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
         # Beside the mask there is nothing but an "observation", of which the encoder is given the inside.
@@ -79,7 +99,7 @@ class Policy(nn.Module):
         self.normalizer = ObservationNormalizer(self.input_space) if normalize_observations else None
         self.log_std: nn.Parameter | None = None
         self.build_head(output_size(self.encoder))
-        overridable = ("build_head", "choose", "action_parameters", "inputs", "draw")
+        overridable = ("choose", "action_parameters", "inputs", "draw")
         self._chooses_as_here = all(getattr(type(self), name) is getattr(Policy, name) for name in overridable)
         self.rng = np.random.default_rng()
         # The head's outputs in numpy, and the weight whose memory they are made from.
@@ -139,6 +159,8 @@ class Policy(nn.Module):
     def step(self, obs: Tree, state: State = None, deterministic: bool = False) -> tuple[Tree, np.ndarray, State]:
         """Actions [B, *action] as recorded, their log-probabilities [B] (0 where there was no choice), and next state.
 
+        An action that `epsilon` put in another's place keeps the other's log-probability.
+
         Args:
             obs: [B, *obs], what `as_rows` made of an environment's.
             state: [B, ...], None without memory.
@@ -146,7 +168,10 @@ class Policy(nn.Module):
         """
         forward = self._numpy_forward()
         if forward is not None:
-            return *self.draw(self.distribution, self._parameters_by(forward, obs), deterministic), state
+            action, log_prob = self.draw(self.distribution, self._parameters_by(forward, obs), deterministic)
+            if self.epsilon and not deterministic:
+                action = self._explore(action, obs)
+            return action, log_prob, state
         with torch.inference_mode():
             device = self._device
             tensors = to_torch(obs, device)
@@ -160,6 +185,8 @@ class Policy(nn.Module):
         action, log_prob = to_numpy(action), to_numpy(log_prob)
         if not self._chooses_as_here:
             self._check_chosen(action, log_prob, len(features))
+        if self.epsilon and not deterministic:
+            action = self._explore(action, obs)
         return action, log_prob, state
 
     def parameters_of(self, obs: Tree) -> np.ndarray:
@@ -271,7 +298,11 @@ class Policy(nn.Module):
         out = self.head(features)
         if self.log_std is not None:
             out = torch.cat([out, self.log_std.expand(*out.shape[:-1], -1)], -1)
-        return out if self._masks is None else self._masks.apply(out, obs[ACTION_MASK])
+        return self.rule_out(out, obs)
+
+    def rule_out(self, parameters: Tensor, obs: Tree) -> Tensor:
+        """Parameters [*B, P] with the logits, or values, of actions that the observations' mask forbids very low."""
+        return parameters if self._masks is None else self._masks.apply(parameters, obs[ACTION_MASK])
 
     def inputs(self, obs: Tree) -> Tree:
         """Observations in tensors as the encoder takes them, and the critic too: without mask, normalised."""
@@ -308,7 +339,7 @@ class Policy(nn.Module):
             CheckpointError: if the network or the policy's class is the user's own and was not passed.
         """
         name = description["class"]
-        if (name == class_name(Policy)) != (cls is Policy) or name.split(":")[-1] != cls.__qualname__:
+        if (name in POLICIES) != (class_name(cls) in POLICIES) or name.split(":")[-1] != cls.__qualname__:
             raise CheckpointError(
                 f"The policy was trained with policy_class={name}, not {class_name(cls)}: pass that class."
             )
@@ -335,6 +366,18 @@ class Policy(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def _explore(self, action: Tree, obs: Tree) -> Tree:
+        """Some of the actions [B, *action], each with probability `epsilon`, replaced by random legal ones."""
+        batch = len(leaves(action)[0])
+        chosen = self.rng.random(batch) < self.epsilon
+        if not chosen.any():
+            return action
+        legal = np.zeros((batch, self.distribution.num_outputs), np.float32)
+        if self._masks is not None:
+            self._masks.apply_numpy(legal, obs[ACTION_MASK])
+        random = self.distribution.uniform(legal, self.rng)
+        return map_tree(lambda x, y: np.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), y, x), action, random)
+
     def _check_chosen(self, action: Tree, log_prob: np.ndarray, batch: int) -> None:
         """Refuse what a subclass's `choose` gave if it has not the action space's parts and shapes."""
         expected = {
@@ -352,7 +395,7 @@ class Policy(nn.Module):
 
     def _numpy_forward(self) -> Callable[[Tree], np.ndarray] | None:
         """Head and encoder in numpy, if the encoder has such a form and actions are chosen as here."""
-        if not self._chooses_as_here:
+        if not (self._chooses_as_here and isinstance(self.head, nn.Linear)):
             return None
         weight = self.head.weight
         if self._forward_numpy is None or self._forward_numpy[0] is not weight:
@@ -381,4 +424,4 @@ class Policy(nn.Module):
 
 def class_name(cls: type) -> str:
     """How a checkpoint names a policy's class."""
-    return cls.__name__ if cls is Policy else f"{cls.__module__}:{cls.__qualname__}"
+    return cls.__name__ if POLICIES.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"

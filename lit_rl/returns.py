@@ -56,3 +56,49 @@ def running_return(reward: Tensor, done: Tensor, *, gamma: float, initial: Tenso
         sums.append(total)
         carry = keep_t * total
     return torch.stack(sums, 1), carry
+
+
+def n_step(rewards: Tensor, steps: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Discounted sum of each row's first rewards, and the discount of what follows them, each [M].
+
+    R = sum_{i < k} gamma^i r_{t+i}, and gamma^k: the target is R + gamma^k (1 - terminated) V(s_{t+k}).
+
+    Sutton & Barto 2018, eq. 7.1. An episode's end makes k smaller than n; only a terminated one has no V.
+
+    Args:
+        rewards: [M, n], 0 after the k-th.
+        steps: k of each row, [M].
+        gamma: discount per env step.
+
+    >>> n_step(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([2]), gamma=0.5)
+    (tensor([1.5000]), tensor([0.2500]))
+    """
+    discounts = gamma ** torch.arange(rewards.shape[1] + 1, dtype=rewards.dtype, device=rewards.device)
+    return rewards @ discounts[:-1], discounts[steps]
+
+
+def n_step_in_sequences(reward: Tensor, end: Tensor, gamma: float, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`n_step` for every row of sequences [S, L].
+
+    Args:
+        reward: [S, L].
+        end: whether nothing is known after the row, [S, L]: the episode ended, in either way, or padding follows.
+        gamma: discount per env step.
+        num_steps: n.
+
+    Returns:
+        The discounted sums, the discounts of what follows, and the number of the last row summed, each [S, L].
+
+    >>> no = torch.zeros(1, 3, dtype=torch.bool)
+    >>> n_step_in_sequences(torch.ones(1, 3), no, gamma=0.5, num_steps=2)
+    (tensor([[1.5000, 1.5000, 1.0000]]), tensor([[0.2500, 0.2500, 0.5000]]), tensor([[1, 2, 2]]))
+    """
+    length = reward.shape[1]
+    first = torch.arange(length, device=reward.device).expand_as(reward)
+    total, row, goes_on = reward.clone(), first.clone(), torch.ones_like(end)
+    for k in range(1, min(num_steps, length)):
+        goes_on[:, : length - k] &= ~end[:, k - 1 : length - 1]
+        goes_on[:, length - k :] = False
+        total[:, : length - k] += gamma**k * reward[:, k:] * goes_on[:, : length - k]
+        row += goes_on
+    return total, gamma ** (row - first + 1), row

@@ -1,7 +1,9 @@
 """Values that change with the number of env steps."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from lit_rl.checks import check_range
 from lit_rl.errors import OptionError
@@ -62,3 +64,26 @@ def check_schedule(name: str, schedule: Schedule) -> Schedule:
     if any(later[0] <= earlier[0] for earlier, later in pairwise(points)):
         raise OptionError(f"{name}={schedule!r}: expected env steps in rising order.")
     return points
+
+
+def check_points(name: str, value: "float | Sequence[Sequence[float]]", high: float = math.inf) -> Any:
+    """Return a number, or points `[[env_step, number], ...]`, if all numbers are in [0, high].
+
+    Raises:
+        OptionError: naming the option and its value.
+    """
+    if isinstance(value, list | tuple):
+        points = check_schedule(name, value)
+        for _, point in points:
+            check_range(name, point, 0.0, high)
+        return points
+    return check_range(name, value, 0.0, high)
+
+
+def value_at(name: str, value: "float | Sequence[Sequence[float]]", env_steps: int) -> float:
+    """A constant, or the value of points `[[env_step, value], ...]` after `env_steps`.
+
+    >>> value_at("epsilon", [[0, 1.0], [100, 0.0]], 25)
+    0.75
+    """
+    return float(value) if isinstance(value, int | float) else scheduled(name, 0.0, value, env_steps, None)

@@ -33,8 +33,7 @@ from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.rollout import next_values_with_memory, sequences, to_rollout
 from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.pool import RunnerPool, Weights
-from lit_rl.runners.transport import pack_weights
+from lit_rl.runners.pool import RunnerPool
 
 BOX, IMAGE = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 40, 3), np.uint8)
 NESTED = spaces.Dict(image=IMAGE, numbers=spaces.Tuple([BOX, spaces.Discrete(3)]))
@@ -121,7 +120,7 @@ def test_the_learner_computes_the_log_probs_of_runners_in_ray(ray_session: None)
     try:
         for _ in range(2):
             for name, pool in pools.items():
-                pool.start(Weights(pack_weights(policies[name]), 1))
+                pool.start(policies[name], 1)
             for name, pool in pools.items():
                 rollout = to_rollout(pool.finish(), copy=True)
                 with torch.no_grad():

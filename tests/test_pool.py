@@ -13,8 +13,7 @@ from lit_rl.errors import EnvError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.rollout import to_rollout
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.pool import RunnerPool, Weights
-from lit_rl.runners.transport import pack_weights
+from lit_rl.runners.pool import RunnerPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -35,7 +34,7 @@ def test_every_transition_is_exact_through_ray_in_every_autoreset_mode() -> None
     pool, policy = make_pool(*CONFIGS.values())
     collected: list[list[Fragment]] = []
     for version in range(FRAGMENTS):
-        pool.start(Weights(pack_weights(policy), version))
+        pool.start(policy, version)
         collected.append(pool.finish())
     pool.close()
     for config, fragments in zip(CONFIGS.values(), zip(*collected)):
@@ -54,7 +53,7 @@ def test_a_killed_runner_is_replaced_and_its_fragment_collected_again() -> None:
         policy.head.weight.data.mul_(3.0)
         if version in (1, 3):
             os.kill(pool.pids()[0], signal.SIGKILL)
-        pool.start(Weights(pack_weights(policy), version))
+        pool.start(policy, version)
         fragments = pool.finish()
         rollout = to_rollout(fragments, copy=True)
         # Both fragments are there, collected with the newest weights.
@@ -71,7 +70,7 @@ def test_a_killed_runner_is_replaced_and_its_fragment_collected_again() -> None:
 def test_a_runner_that_always_dies_ends_the_run_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_rl.runners.pool.MAX_RESTARTS", 1)
     pool, policy = make_pool(EnvConfig("test_pool:DyingEnv"))
-    pool.start(Weights(pack_weights(policy), 0))
+    pool.start(policy, 0)
     with pytest.raises(RunnerError, match="Env runner 0 died 2 times in a row") as caught:
         pool.finish()
     assert "\n" not in str(caught.value)
@@ -80,7 +79,7 @@ def test_a_runner_that_always_dies_ends_the_run_with_one_sentence(monkeypatch: p
 
 def test_an_environments_error_arrives_as_it_was_raised() -> None:
     pool, policy = make_pool(EnvConfig(FailingEnv))
-    pool.start(Weights(pack_weights(policy), 0))
+    pool.start(policy, 0)
     with pytest.raises(EnvError, match="FailingEnv raised in step: ValueError: the simulator fell over"):
         pool.finish()
     pool.close()

@@ -10,7 +10,7 @@ from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
-from lit_rl.runners.transport import Packed, allocate, load_weights, pack
+from lit_rl.runners.transport import Layout, Packed, allocate, pack
 from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
@@ -39,7 +39,8 @@ class Fragment(NamedTuple):
     Attributes:
         rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
             is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
-            `state` [B, ...] before the first step. The parts of nested ones are named by path: "observation/arm".
+            `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
+            path: "observation/arm".
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
             [B, F, *obs], their true next observations.
         episodes: those that ended.
@@ -62,6 +63,7 @@ class EnvRunner:
         rollout_length: T, env steps per environment and fragment.
         seed: of the environments' first resets and of the actions.
         info_metrics: keys of `info` to report for each episode.
+        keep_states: keep the state before every step, [B, T, ...], instead of the first alone.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class EnvRunner:
         rollout_length: int,
         seed: np.random.SeedSequence,
         info_metrics: Sequence[str] = (),
+        keep_states: bool = False,
     ):
         self.policy = policy.eval()
         self.policy_version = 0
@@ -90,12 +93,14 @@ class EnvRunner:
         self._is_init = np.ones(num_envs, np.bool_)
         self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
         self._state = policy.initial_state(num_envs)
+        self._keep_states = keep_states and self._state is not None
+        self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, np.int64)
 
-    def set_weights(self, weights: Packed, version: int) -> None:
-        """Act with these weights from the next step on."""
-        load_weights(self.policy, weights)
+    def set_version(self, version: int, epsilon: float = 0.0) -> None:
+        """Say that the policy's weights are now of this version; act at random with probability `epsilon`."""
+        self.policy.epsilon = epsilon
         self.policy_version = version
 
     def sample(self) -> Fragment:
@@ -115,11 +120,13 @@ class EnvRunner:
         finals: list[tuple[int, int, Tree]] = []
         episodes: list[Episode] = []
         obs, state = self._obs, self._state
-        if state is not None:
+        if state is not None and not self._keep_states:
             map_tree(np.copyto, columns["state"], state)
         for t in range(length):
             if state is not None and self._is_init.any():
                 state = policy.reset_state(state, self._is_init)
+            if self._keep_states:
+                write_step(columns["state"], t, state)
             check_obs(policy, obs, self._lengths, self._resetting)
             action, log_prob, state = policy.sample(obs, state)
             write_step(obs_rows, t, obs)
@@ -164,6 +171,9 @@ class EnvRunner:
         self.policy.rng.bit_generator.state = state["action_rng"]
 
     def _allocate(self) -> Packed:
+        """Memory for a fragment's rows."""
+        if self._layout is not None:
+            return Packed(np.empty(self._layout[0], np.uint8), self._layout[1])
         num_envs, batch = self._num_envs, (self._num_envs, self._rollout_length)
         spec = self.policy.spec
         fields: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -173,7 +183,7 @@ class EnvRunner:
         for path, space in space_leaves(spec.action_space, "action").items():
             fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
         for path, array in iterate(self._state, "state") if self._state is not None else ():
-            fields[path] = (array.dtype.str, array.shape)
+            fields[path] = (array.dtype.str, (*batch, *array.shape[1:]) if self._keep_states else array.shape)
         fields |= {
             "action_log_prob": ("<f4", batch),
             "reward": ("<f4", batch),
@@ -183,7 +193,9 @@ class EnvRunner:
         }
         if self._mode is AutoresetMode.NEXT_STEP:
             fields["mask"] = ("|b1", batch)
-        return allocate(fields)
+        packed = allocate(fields)
+        self._layout = len(packed.buffer), packed.layout
+        return packed
 
     def _after_next_step(self, t: int, done: np.ndarray, mask_rows: np.ndarray, reward_rows: np.ndarray) -> None:
         """NEXT_STEP: the step after an episode's end ignored its action and returned the next episode's first obs."""

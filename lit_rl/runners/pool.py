@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from lit_rl.errors import EnvError, LitRLError, RunnerError
+from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.transport import Packed
+from lit_rl.runners.transport import Packed, copy_weights, load_weights, pack_weights
 
 log = logging.getLogger(__name__)
 
@@ -15,20 +16,19 @@ MakeRunner = Callable[[int, int], EnvRunner]
 MAX_RESTARTS = 5  # of one runner, with no fragment in between
 
 
-class Weights(NamedTuple):
-    """Packed weights of the policy and their version."""
-
-    packed: Packed
-    version: int
-
-
 class Pool(Protocol):
     """What a datamodule needs of its env runners. The learner can work between `start` and `finish`."""
 
     num_restarts: int
 
-    def start(self, weights: Weights) -> None:
-        """Have every runner collect one fragment with these weights."""
+    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+        """Have every runner that has nothing to do collect one fragment.
+
+        Args:
+            policy: by whose weights, as they are now.
+            version: of these weights.
+            epsilon: probability of random actions instead.
+        """
 
     def finish(self) -> list[Fragment]:
         """The fragments of the last `start`, in the order of the runners."""
@@ -48,8 +48,9 @@ class LocalPool:
     def __init__(self, make_runner: MakeRunner):
         self._runner = make_runner(0, 0)
 
-    def start(self, weights: Weights) -> None:
-        self._runner.set_weights(weights.packed, weights.version)
+    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+        copy_weights(policy, self._runner.policy)
+        self._runner.set_version(version, epsilon)
 
     def finish(self) -> list[Fragment]:
         return [self._runner.sample()]
@@ -86,21 +87,26 @@ class RunnerPool:
         self._make_runner = make_runner
         self._incarnations = [0] * num_env_runners
         self._failures = [0] * num_env_runners
-        self._weights: Weights | None = None
-        self._pending: list[Any] = []
+        self._pending: dict[int, Any] = {}  # fragments under way by runner, in the order they were begun
         self.num_restarts = 0
         self._actors = [self._new_actor(runner) for runner in range(num_env_runners)]
 
-    def start(self, weights: Weights) -> None:
-        self._weights = weights
-        reference = self._ray.put(weights)  # one copy for all runners, and for those that replace them
-        self._reference = reference
-        self._pending = [actor.sample.remote(reference) for actor in self._actors]
+    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+        # One copy for all runners, and for those that replace them.
+        self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+        for runner, actor in enumerate(self._actors):
+            if runner not in self._pending:
+                self._pending[runner] = actor.sample.remote(self._reference)
 
     def finish(self) -> list[Fragment]:
-        fragments = [self._finish_one(runner) for runner in range(len(self._actors))]
-        self._pending = []
-        return fragments
+        return [self._finish_one(runner) for runner in range(len(self._actors))]
+
+    def finish_any(self) -> tuple[int, Fragment]:
+        """The fragment that is ready first, of those under way longest if there are several, and its runner."""
+        references = list(self._pending.values())
+        ready = self._ray.wait(references, num_returns=1)[0][0]
+        runner = next(runner for runner, reference in self._pending.items() if reference == ready)
+        return runner, self._finish_one(runner)
 
     def get_state(self) -> list[dict[str, Any]]:
         """Nothing: a resumed run starts its runners' episodes and action noise afresh, with seeds of their own."""
@@ -113,7 +119,7 @@ class RunnerPool:
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
-        self._actors, self._pending = [], []
+        self._actors, self._pending = [], {}
 
     def _finish_one(self, runner: int) -> Fragment:
         exceptions = self._ray.exceptions
@@ -126,6 +132,7 @@ class RunnerPool:
                 self._replace(runner, error)
             else:
                 self._failures[runner] = 0
+                del self._pending[runner]
                 return fragment
 
     def _replace(self, runner: int, error: Exception) -> None:
@@ -161,10 +168,12 @@ class _RunnerActor:
         except LitRLError as error:
             self._error = error
 
-    def sample(self, weights: Weights) -> Fragment:
+    def sample(self, acts_by: tuple[Packed, int, float]) -> Fragment:
         if self._error is not None:
             raise self._error
-        self._runner.set_weights(weights.packed, weights.version)
+        weights, version, epsilon = acts_by
+        load_weights(self._runner.policy, weights)
+        self._runner.set_version(version, epsilon)
         return self._runner.sample()
 
     def pid(self) -> int:

@@ -3,6 +3,7 @@
 Ray passes one large numpy array by shared memory without a copy, 2 to 5 times cheaper than a pickled dict of tensors.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -45,6 +46,13 @@ def pack(arrays: Mapping[str, np.ndarray]) -> Packed:
     return packed
 
 
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copy a module's parameters and buffers into one of the same structure, in place."""
+    with torch.no_grad():
+        old, new = ([*module.parameters(), *module.buffers()] for module in (target, source))
+        torch._foreach_copy_(old, new)
+
+
 def pack_weights(module: torch.nn.Module) -> Packed:
     """A module's parameters and buffers, copied into one buffer on the CPU."""
     return pack({name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()})
@@ -59,4 +67,4 @@ def load_weights(module: torch.nn.Module, weights: Packed) -> None:
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return np.dtype(dtype).itemsize * int(np.prod(shape))
+    return np.dtype(dtype).itemsize * math.prod(shape)

@@ -1,0 +1,130 @@
+"""Env steps/s of SAC on Pendulum-v1 and DQN on CartPole-v1: lit_rl against Stable-Baselines3.
+
+    .venv/bin/pip install -c constraints.txt -e '.[bench]'
+    .venv/bin/python benchmarks/offpolicy_speed.py --rounds 5
+
+Each system runs in a process of its own, in turns, with the same settings and one torch thread. SAC: one environment,
+one update per env step, 2x256 networks, batch 256. DQN: one environment, an update every four env steps, 2x64 network,
+batch 64. The time begins when learning has gone on for a while. Read the ratios: these machines are noisy.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_off_policy.json"
+WARM_UP = {"sac": 600, "dqn": 4_000}  # env steps, of which random: RANDOM
+RANDOM = {"sac": 300, "dqn": 1_000}
+TIMED = {"sac": 1_500, "dqn": 16_000}
+
+
+def lit_rl(task: str) -> float:
+    import lightning as L
+
+    from lit_rl import DQN, MLP, SAC, ReplayDataModule
+
+    begun: list[float] = []
+    warm_up, timed = WARM_UP[task], TIMED[task]
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, algorithm: L.LightningModule, *_: object) -> None:
+            if algorithm.env_steps_done >= warm_up:
+                begun.append(time.perf_counter())
+
+    options = {
+        "max_env_steps": warm_up + timed, "learning_starts": RANDOM[task], "torch_threads": 1, "seed": 0,
+        "env_steps_per_batch": 100 if task == "sac" else 500,
+    }  # fmt: skip
+    if task == "sac":
+        data = ReplayDataModule("Pendulum-v1", buffer_size=1_000_000, batch_size=256, **options)  # type: ignore[arg-type]
+        algorithm = SAC(lr=3e-4)
+    else:
+        data = ReplayDataModule(
+            "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=4, update_to_data=0.25, **options
+        )  # type: ignore[arg-type]
+        algorithm = DQN(
+            lr=1e-3, epsilon=0.05, double=False, target_update_interval=250,
+            network=functools.partial(MLP, hidden_sizes=[64, 64], activation="relu"),
+        )  # type: ignore[assignment]  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.fit(algorithm, data)
+    return timed / (begun[-1] - begun[0])
+
+
+def sb3(task: str) -> float:
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    torch.set_num_threads(1)
+    begun: list[float] = []
+    warm_up, timed = WARM_UP[task], TIMED[task]
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps in (warm_up, warm_up + timed):
+                begun.append(time.perf_counter())
+            return True
+
+    if task == "sac":
+        model = stable_baselines3.SAC(
+            "MlpPolicy", "Pendulum-v1", learning_starts=RANDOM[task], batch_size=256, train_freq=1, device="cpu"
+        )
+    else:
+        model = stable_baselines3.DQN(
+            "MlpPolicy", "CartPole-v1", learning_starts=RANDOM[task], batch_size=64, train_freq=4, learning_rate=1e-3,
+            target_update_interval=1_000, exploration_fraction=0.01, device="cpu",
+        )  # type: ignore[assignment]  # fmt: skip
+    model.learn(warm_up + timed + 8, callback=Clock())
+    return timed / (begun[1] - begun[0])
+
+
+SYSTEMS = {"lit_rl": lit_rl, "SB3": sb3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=list(TIMED), default=list(TIMED))
+    parser.add_argument("--write", action="store_true", help=f"write {OUT.name}")
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "TASK"), help="run one system in this process")
+    args = parser.parse_args()
+    if args.one:
+        warnings.filterwarnings("ignore")
+        print(json.dumps({"env_steps_per_s": SYSTEMS[args.one[0]](args.one[1])}))
+        return
+    results = {}
+    for task in args.tasks:
+        speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+        for number in range(args.rounds):
+            for name in SYSTEMS:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--one", name, task], capture_output=True, text=True, check=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+                speeds[name].append(json.loads(done.stdout.splitlines()[-1])["env_steps_per_s"])
+            ours, theirs = speeds["lit_rl"][-1], speeds["SB3"][-1]
+            print(f"{task} round {number + 1}: lit_rl {ours:.0f}, SB3 {theirs:.0f}: {ours / theirs:.2f}", flush=True)
+        ratios = [ours / theirs for ours, theirs in zip(speeds["lit_rl"], speeds["SB3"])]
+        print(f"{task}: median ratio {statistics.median(ratios):.2f}", flush=True)
+        results[task] = {
+            "env_steps_per_s": {name: [round(speed, 1) for speed in found] for name, found in speeds.items()},
+            "ratios": [round(ratio, 3) for ratio in ratios],
+            "median_ratio": round(statistics.median(ratios), 3),
+        }
+    if args.write:
+        OUT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""Experience replay for off-policy algorithms."""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from tensordict import TensorDict
+
+from lit_rl import distributed
+from lit_rl.checks import check_count, check_flag, check_range
+from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.datamodules.loaders import ReplayLoader
+from lit_rl.envs.make import Wrapper
+from lit_rl.errors import OptionError
+from lit_rl.off_policy import OffPolicy, ReplayStream
+from lit_rl.replay import ReplayBuffer
+from lit_rl.runners.pool import RunnerPool
+from lit_rl.trees import iterate
+
+REPLAY = 2  # what a seed is for: see datamodules.environments
+
+
+class ReplayDataModule(EnvDataModule):
+    """Minibatches drawn from a buffer that env runners fill, for off-policy algorithms such as DQN and SAC.
+
+    Args:
+        env, env_kwargs, wrappers, vectorization: as in `RolloutDataModule`.
+        num_env_runners: Ray actors that step environments, per learner process; 0 steps them in the learner process.
+        num_envs_per_env_runner: environments in each runner.
+        rollout_length: T, env steps per environment between updates.
+        max_env_steps: the budget, summed over learner processes; never exceeded. None: the Trainer's limits alone.
+        buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
+            of each episode another.
+        batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
+            sequence_length` sequences.
+        learning_starts: env steps, over all learner processes, before the first update.
+        random_warmup: whether actions are random until then, instead of the policy's.
+        update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four.
+        n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
+            what the algorithm's paper does: 1, or 3 for Rainbow.
+        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
+            algorithm's paper does: False, or True for Rainbow.
+        priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
+        priority_beta: how far importance weights make up for it when training begins; they do so in full (1) at
+            `max_env_steps`, linearly in between. Without `max_env_steps` it stays.
+        storage_dir: folder for memory-mapped files of observations and actions; None keeps them in memory. They are
+            removed when training ends.
+        checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file. Without
+            it, a resumed run begins with an empty buffer.
+        env_steps_per_batch: env steps of each learner process per Lightning batch: how often metrics are logged.
+        batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
+        prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
+            env steps were taken (needs num_env_runners >= 1).
+        eval_episodes, eval_deterministic, return_window, info_metrics, seed: as in `RolloutDataModule`.
+        ray_address, torch_threads: as in `RolloutDataModule`.
+    """
+
+    def __init__(
+        self,
+        env: str | Callable[..., gym.Env],
+        *,
+        env_kwargs: dict[str, Any] | None = None,
+        wrappers: Sequence[Wrapper] = (),
+        vectorization: str = "sync",
+        num_env_runners: int = 0,
+        num_envs_per_env_runner: int = 1,
+        rollout_length: int = 1,
+        max_env_steps: int | None = None,
+        buffer_size: int = 100_000,
+        batch_size: int = 256,
+        learning_starts: int = 1000,
+        random_warmup: bool = True,
+        update_to_data: float = 1.0,
+        n_step: int | Sequence[int] | None = None,
+        prioritized: bool | None = None,
+        priority_alpha: float = 0.6,
+        priority_beta: float = 0.4,
+        storage_dir: str | None = None,
+        checkpoint_buffer: bool = True,
+        env_steps_per_batch: int = 1000,
+        batches_per_epoch: int = 10,
+        prefetch: int = 0,
+        eval_episodes: int = 10,
+        eval_deterministic: bool = True,
+        return_window: int = 100,
+        info_metrics: Sequence[str] = (),
+        seed: int | None = None,
+        ray_address: str | None = None,
+        torch_threads: int | None = None,
+    ):
+        super().__init__(
+            env,
+            env_kwargs=env_kwargs,
+            wrappers=wrappers,
+            vectorization=vectorization,
+            num_env_runners=num_env_runners,
+            num_envs_per_env_runner=num_envs_per_env_runner,
+            rollout_length=rollout_length,
+            max_env_steps=max_env_steps,
+            prefetch=prefetch,
+            eval_episodes=eval_episodes,
+            eval_deterministic=eval_deterministic,
+            return_window=return_window,
+            info_metrics=info_metrics,
+            seed=seed,
+            ray_address=ray_address,
+            torch_threads=torch_threads,
+        )
+        self.buffer_size = check_count("buffer_size", buffer_size)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.learning_starts = check_count("learning_starts", learning_starts)
+        self.random_warmup = check_flag("random_warmup", random_warmup)
+        self.update_to_data = check_range("update_to_data", update_to_data, 0.0, exclusive_low=True)
+        self.n_step = None if n_step is None else _steps(n_step)
+        self.prioritized = None if prioritized is None else check_flag("prioritized", prioritized)
+        self.priority_alpha = check_range("priority_alpha", priority_alpha, 0.0, 1.0)
+        self.priority_beta = check_range("priority_beta", priority_beta, 0.0, 1.0)
+        self.storage_dir = storage_dir
+        self.checkpoint_buffer = check_flag("checkpoint_buffer", checkpoint_buffer)
+        self.env_steps_per_batch = check_count("env_steps_per_batch", env_steps_per_batch)
+        self.batches_per_epoch = check_count("batches_per_epoch", batches_per_epoch)
+        if batch_size > buffer_size:
+            raise OptionError(f"buffer_size={buffer_size}: expected at least batch_size={batch_size}. Raise it.")
+        if batch_size > learning_starts:
+            raise OptionError(
+                f"learning_starts={learning_starts}: expected at least batch_size={batch_size} env steps. Raise it."
+            )
+        batch, length = self.rollout_shape
+        if buffer_size < 2 * batch * (length + 1):
+            raise OptionError(
+                f"buffer_size={buffer_size}: expected at least {2 * batch * (length + 1)} rows, for {batch} "
+                f"environments and rollout_length={length}. Raise it."
+            )
+        self.buffer: ReplayBuffer | None = None
+        self._staging: Path | None = None
+        self._owed = 0.0  # updates that the env steps taken so far ask for
+        self._stored = 0  # env steps of all ranks since the buffer was empty
+
+    # --- Lightning's hooks --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if not isinstance(self.algorithm, OffPolicy):
+            raise OptionError(
+                f"model={type(self.algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
+                "SAC. Use RolloutDataModule."
+            )
+        budget = self.max_env_steps
+        if budget is not None and self.learning_starts >= budget:
+            raise OptionError(
+                f"learning_starts={self.learning_starts}: expected less than max_env_steps={budget}, or nothing is "
+                "ever learned. Lower it."
+            )
+
+    def train_dataloader(self) -> ReplayLoader:
+        self.set_threads()
+        self.say_if_done()
+        return ReplayLoader(self)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if stage in ("fit", "exception") and self.buffer is not None and self.storage_dir is not None:
+            self.buffer.close()
+            self.buffer = None
+
+    # --- minibatches --------------------------------------------------------------------------------------------
+
+    def stream(self) -> ReplayStream:
+        """The next Lightning batch."""
+        return ReplayStream(self._minibatches)
+
+    def _minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
+        """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
+        end = self.algorithm.env_steps_done + self.env_steps_per_batch * self.attached_trainer.world_size
+        while (
+            self.algorithm.env_steps_done < end and self._budget_left(self.algorithm.env_steps_done) >= self._max_rows
+        ):
+            started = time.perf_counter()
+            self._collect()
+            stream.waited_s += time.perf_counter() - started
+            while self._owed >= 1:
+                self._owed -= 1
+                minibatch = self._draw()
+                yield minibatch
+                if "priority" in minibatch.keys():  # noqa: SIM118
+                    self._full_buffer.update_priorities(minibatch["index"], minibatch["priority"])
+        self.sample_s = stream.waited_s
+        # Said before Lightning looks: it then still validates and saves after this batch.
+        if self._budget_left(self.algorithm.env_steps_done) < self._max_rows:
+            self.attached_trainer.should_stop = True
+
+    def _collect(self) -> None:
+        """Take env steps of the runners into the buffer."""
+        algorithm, num_envs = self._off_policy, self.num_envs_per_env_runner
+        if self.buffer is None:
+            self.buffer = self._make_buffer()
+        env_steps = algorithm.env_steps_done
+        warming_up = env_steps < self.learning_starts
+        epsilon = 1.0 if warming_up and self.random_warmup else algorithm.epsilon_at(env_steps)
+        self.start_runners(epsilon)
+        if self.prefetch:
+            assert isinstance(self._pool, RunnerPool)
+            fragments = [self._pool.finish_any()]
+            self.start_runners(epsilon)
+        else:
+            assert self._pool is not None
+            fragments = list(enumerate(self._pool.finish()))
+        taken = 0
+        for runner, fragment in fragments:
+            rows = fragment.rows.views() | fragment.finals.views()
+            taken += self.buffer.extend(rows, range(runner * num_envs, (runner + 1) * num_envs))
+        self.took([fragment for _, fragment in fragments])
+        if distributed.world_size() > 1:
+            taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
+        algorithm.env_steps += taken
+        self._stored += taken
+        if not warming_up and self._stored >= self.batch_size * distributed.world_size():
+            self._owed += taken / distributed.world_size() * self.update_to_data
+
+    def _draw(self) -> TensorDict:
+        algorithm, buffer = self._off_policy, self._full_buffer
+        length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, self.num_steps, self.beta
+        if length is None:
+            minibatch = buffer.sample(self.batch_size, gamma=gamma, num_steps=steps, beta=beta)
+        else:
+            minibatch = buffer.sample_sequences(
+                self.batch_size // length,
+                length=length,
+                burn_in=algorithm.burn_in,
+                gamma=gamma,
+                num_steps=steps,
+                beta=beta,
+            )
+        return minibatch if algorithm.device.type == "cpu" else minibatch.to(algorithm.device, non_blocking=True)
+
+    @property
+    def num_steps(self) -> tuple[int, int]:
+        """The least and the most rewards to sum."""
+        return self.n_step or (self._off_policy.NUM_STEPS,) * 2
+
+    @property
+    def beta(self) -> float:
+        """The importance weights' exponent now."""
+        if self.max_env_steps is None:
+            return self.priority_beta
+        return self.priority_beta + (1 - self.priority_beta) * min(
+            1.0, self.algorithm.env_steps_done / self.max_env_steps
+        )
+
+    def rollout_metrics(self) -> dict[str, float]:
+        metrics = super().rollout_metrics() | {"replay/transitions": float(len(self._full_buffer))}
+        return metrics | ({"replay/beta": self.beta} if self._prioritizes else {})
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        super().restart()
+        self._owed, self._stored = 0.0, 0
+        if self.buffer is not None:
+            self.buffer.close()
+            self.buffer = None
+
+    def rank_state(self) -> dict[str, Any]:
+        state = super().rank_state() | {"owed": self._owed}
+        if self.checkpoint_buffer and self.buffer is not None:
+            if self._staging is None:
+                self._staging = _staging_folder(Path(self.attached_trainer.default_root_dir))
+            saved = self.buffer.save(self._staging)
+            state["replay"] = saved | {"stored": self._stored, "folder": str(self._staging)}
+        return state
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        super().load_rank_state(state)
+        self._owed, self._stored = state["owed"], 0
+        self.buffer = None
+        self._resumed_from = Path(f"{self.attached_trainer.ckpt_path}.d") / f"rank_{self.attached_trainer.global_rank}"
+
+    def _make_buffer(self) -> ReplayBuffer:
+        policy = self.algorithm.policy
+        assert self.spec is not None
+        self.keep_states = policy.has_memory
+        rank = self.attached_trainer.global_rank
+        storage_dir = None if self.storage_dir is None else Path(self.storage_dir)
+        buffer = ReplayBuffer(
+            self.spec,
+            self.buffer_size,
+            state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
+            priority_alpha=self.priority_alpha if self._prioritizes else None,
+            storage_dir=storage_dir,
+            seed=self._seed_sequence(REPLAY, rank),
+        )
+        if self._resume is not None and "replay" in self._resume:
+            buffer.load(self._resumed_from, self._resume["replay"])
+            self._stored = self._resume["replay"]["stored"]
+        return buffer
+
+    @property
+    def _prioritizes(self) -> bool:
+        return self._off_policy.PRIORITIZED if self.prioritized is None else self.prioritized
+
+    @property
+    def _off_policy(self) -> OffPolicy:
+        algorithm = self.algorithm
+        assert isinstance(algorithm, OffPolicy)  # see setup
+        return algorithm
+
+    @property
+    def _full_buffer(self) -> ReplayBuffer:
+        assert self.buffer is not None
+        return self.buffer
+
+    @property
+    def _max_rows(self) -> int:
+        if self.prefetch:  # one runner's fragment at a time
+            return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
+        return super()._max_rows
+
+    @property
+    def _rows_per_epoch(self) -> int:
+        return self.batches_per_epoch * self.env_steps_per_batch * self.attached_trainer.world_size
+
+
+def _steps(n_step: int | Sequence[int]) -> tuple[int, int]:
+    """`n_step` as the least and the most number of steps."""
+    if isinstance(n_step, list | tuple):
+        if len(n_step) != 2 or check_count("n_step", n_step[0]) > check_count("n_step", n_step[1]):
+            raise OptionError(f"n_step={n_step!r}: expected a whole number, or [low, high].")
+        return int(n_step[0]), int(n_step[1])
+    number = check_count("n_step", n_step)
+    return number, number
+
+
+def _staging_folder(parent: Path) -> Path:
+    """A new folder in which a process keeps what its checkpoints share; those of dead processes are removed."""
+    prefix = f".replay-{socket.gethostname()}-"
+    for old in parent.glob(f"{prefix}*"):
+        pid = old.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

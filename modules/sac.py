@@ -1,0 +1,383 @@
+"""Soft Actor-Critic, for continuous and for discrete actions, and truncated quantile critics."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from lit_rl.checks import check_count, check_flag, check_range
+from lit_rl.distributed import masked_mean
+from lit_rl.distributions import SquashedGaussian
+from lit_rl.errors import OptionError, SpaceError
+from lit_rl.losses import quantile_huber_loss
+from lit_rl.networks import MLP, NetworkFactory, build_network, output_size
+from lit_rl.networks.ensemble import Critics
+from lit_rl.networks.inputs import FlatInput, is_image
+from lit_rl.off_policy import (
+    Follower,
+    OffPolicy,
+    features,
+    next_features,
+    next_observation,
+    set_priority,
+    target_of,
+    weighted_mean,
+)
+from lit_rl.policy import Policy
+from lit_rl.rollout import mask_of
+from lit_rl.schedules import Schedule, check_schedule
+from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree, space_leaves
+
+
+class SAC(OffPolicy):
+    """Soft Actor-Critic with twin critics and automatic temperature: Haarnoja et al. 2018, arXiv:1812.05905.
+
+    For Discrete actions the expectations over actions are exact sums: Christodoulou 2019, arXiv:1910.07207.
+
+    Deviations from the paper: policy, critics and temperature take their gradients from the same weights, in one
+    backward pass (the paper updates the critics first); with `n_step` above 1 the rewards' own entropy bonuses between
+    the first and the last step are left out.
+
+    Reads minibatches as `DQN` does.
+
+    Args:
+        lr: Adam's learning rate, of everything that has none of its own.
+        lr_schedule: "constant", "linear" (to 0 at the datamodule's `max_env_steps`), or points `[[env_step, lr], ...]`,
+            which replace `lr`; the other learning rates keep their ratio to it.
+        actor_lr, critic_lr, alpha_lr: learning rates of the policy, the critics and the temperature; None takes `lr`.
+        gamma: discount per env step; 0.9 to 0.999.
+        tau: how far the target critics move to the critics after every update.
+        initial_alpha: the temperature, the weight of the entropy, when training begins.
+        learn_alpha: whether the temperature is learned; else it stays.
+        target_entropy: what the policy's entropy (nats) is held at by it. "auto" is minus the number of action
+            dimensions; for n discrete actions 0.98 log n.
+        num_critics: critics, whose minimum counts.
+        critic_hidden_sizes: layers of each critic, after the observation's features.
+        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critics' own encoder of
+            observations; None takes vectors as they are, and the default network for images.
+        network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
+        share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone (Yarats et
+            al. 2021, arXiv:1910.01741). None shares one with memory.
+        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
+        sequence_length: steps of each sequence that a network with memory is trained on.
+        burn_in: steps before each sequence that refresh the memory first, without gradients.
+        policy_class: a subclass of `Policy` that chooses actions in its own way.
+        spec: the environment's spaces in plain data; None takes the datamodule's.
+    """
+
+    critics: Critics
+    target: Critics
+
+    def __init__(
+        self,
+        *,
+        lr: float = 3e-4,
+        lr_schedule: Schedule = "constant",
+        actor_lr: float | None = None,
+        critic_lr: float | None = None,
+        alpha_lr: float | None = None,
+        gamma: float = 0.99,
+        tau: float = 0.005,
+        initial_alpha: float = 1.0,
+        learn_alpha: bool = True,
+        target_entropy: float | str = "auto",
+        num_critics: int = 2,
+        critic_hidden_sizes: Sequence[int] = (256, 256),
+        critic_network: NetworkFactory | dict[str, Any] | None = None,
+        network: NetworkFactory | dict[str, Any] | None = None,
+        share_encoder: bool | None = None,
+        max_grad_norm: float | None = None,
+        sequence_length: int = 20,
+        burn_in: int = 0,
+        policy_class: type[Policy] | None = None,
+        spec: dict[str, Any] | None = None,
+    ):
+        if max_grad_norm is not None:
+            max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
+        super().__init__(network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm)
+        lr = check_range("lr", lr, 0.0, exclusive_low=True)
+        lr_schedule = check_schedule("lr_schedule", lr_schedule)
+        for name, rate in (("actor_lr", actor_lr), ("critic_lr", critic_lr), ("alpha_lr", alpha_lr)):
+            if rate is not None:
+                check_range(name, rate, 0.0, exclusive_low=True)
+        gamma = check_range("gamma", gamma, 0.0, 1.0)
+        tau = check_range("tau", tau, 0.0, 1.0, exclusive_low=True)
+        initial_alpha = check_range("initial_alpha", initial_alpha, 0.0, exclusive_low=True)
+        check_flag("learn_alpha", learn_alpha)
+        if target_entropy != "auto":
+            target_entropy = check_range("target_entropy", target_entropy)
+        num_critics = check_count("num_critics", num_critics)
+        critic_hidden_sizes = [check_count("critic_hidden_sizes", size) for size in critic_hidden_sizes]
+        if share_encoder is not None:
+            check_flag("share_encoder", share_encoder)
+        sequence_length = check_count("sequence_length", sequence_length, 2)
+        burn_in = check_count("burn_in", burn_in, 0)
+        self.critic_network = critic_network
+        self.save_hyperparameters(ignore=["network", "critic_network", "policy_class", "spec"])
+
+    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
+        if _has_images(spec.observation_space):
+            return None
+        return functools.partial(MLP, hidden_sizes=[256, 256], activation="relu")
+
+    def build(self, spec: EnvSpec) -> None:
+        hp, action_space = self.hp, spec.action_space
+        self.is_discrete = isinstance(action_space, spaces.Discrete)
+        if self.is_discrete:
+            self.policy = self.make_policy(spec)
+        elif isinstance(action_space, spaces.Box):
+            self.policy = self.make_policy(spec, squash=True, state_dependent_std=True)
+        else:
+            raise SpaceError(
+                f"{type(self).__name__} needs a Box or Discrete action space, got {action_space} from env "
+                f"{spec.env_id!r}. Use PPO."
+            )
+        self.check_memory()
+        if self.policy.has_memory and hp.share_encoder is False:
+            raise OptionError(
+                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
+                "one. Leave it out: policy and critics then share the network."
+            )
+        shares = self.policy.has_memory if hp.share_encoder is None else hp.share_encoder
+        if shares and self.critic_network is not None:
+            raise OptionError("critic_network: expected none, since the critics share the policy's network.")
+        self.critics = self.make_critics(None if shares else self.make_critic_encoder())
+        self.target = target_of(self.critics)
+        # What the target critics read, if that is not an encoder of their own.
+        self.target_policy = target_of(self.policy) if shares else None
+        self.followers = [Follower(self.target, self.critics)]
+        if self.target_policy is not None:
+            self.followers.append(Follower(self.target_policy.encoder, self.policy.encoder))
+        log_alpha = torch.tensor(math.log(hp.initial_alpha))
+        if hp.learn_alpha:
+            self.log_alpha = nn.Parameter(log_alpha)
+        else:
+            self.register_buffer("log_alpha", log_alpha)
+        size = self.policy.distribution.num_outputs
+        auto = 0.98 * math.log(size) if self.is_discrete else -float(size)
+        self.target_entropy = auto if hp.target_entropy == "auto" else hp.target_entropy
+
+    def make_critic_encoder(self) -> nn.Module:
+        """The critics' own encoder of observations."""
+        space = self.policy.input_space
+        if self.critic_network is None and not _has_images(space):
+            return FlatInput(space)
+        return build_network(self.critic_network, space)
+
+    def make_critics(self, encoder: nn.Module | None, num_outputs: int = 1) -> Critics:
+        """Critics that give `num_outputs` numbers for an action."""
+        size = self.policy.distribution.num_outputs
+        return Critics(
+            encoder,
+            num=self.hp.num_critics,
+            num_features=output_size(self.policy.encoder if encoder is None else encoder),
+            num_actions=0 if self.is_discrete else size,
+            hidden_sizes=self.hp.critic_hidden_sizes,
+            output_size=(size if self.is_discrete else 1) * num_outputs,
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        hp = self.hp
+        learned = [(hp.actor_lr, [*self.policy.parameters()]), (hp.critic_lr, [*self.critics.parameters()])]
+        if hp.learn_alpha:
+            learned.append((hp.alpha_lr, [self.log_alpha]))
+        groups: dict[float, list[nn.Parameter]] = {}  # one for each learning rate: a step costs by the group
+        for lr, parameters in learned:
+            groups.setdefault(lr or hp.lr, []).extend(parameters)
+        scaled = [{"params": parameters, "lr_scale": lr / hp.lr} for lr, parameters in groups.items()]
+        return torch.optim.Adam(scaled, lr=hp.lr, fused=True)
+
+    def lr_at(self, env_steps: int) -> float:
+        return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
+
+    def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
+        policy, critics, mask = self.policy, self.critics, mask_of(batch)
+        obs, alpha = batch["observation"], self.log_alpha.detach().exp()
+        feature, next_feature = features(policy, batch)
+        critic_feature = critics.features(policy.inputs(obs), feature)
+        if critics.encoder is None:
+            feature = feature.detach()  # the critics alone train what they share with the policy
+        with torch.no_grad():
+            target = self.value_target(batch, next_feature, alpha)  # [*N, J]
+
+        q = self.q_of(critics(critic_feature, None if self.is_discrete else batch["action"]), batch["action"])
+        critic_loss = self.critic_loss(q, target)
+        actor_loss, log_prob = self.actor_loss(feature, critic_feature.detach(), obs, alpha)
+        loss = weighted_mean(critic_loss, batch) + masked_mean(actor_loss, mask)
+        if self.hp.learn_alpha:
+            loss = loss + masked_mean(self.alpha_loss(log_prob), mask)
+        self.optimize(loss)
+
+        for follow in self.followers:
+            follow(self.hp.tau)
+        with torch.no_grad():
+            td_error = (q.mean((0, -1)) - target.mean(-1)).abs()
+            set_priority(batch, td_error)
+            means = torch.stack([critic_loss, actor_loss, -log_prob, q.mean((0, -1)), td_error]).flatten(1)
+            means = means.mean(1) if mask is None else (means * mask.flatten()).sum(1) / mask.sum()
+        names = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
+        return {**dict(zip(names, means.unbind())), "policy/alpha": alpha}
+
+    def value_target(self, batch: TensorDict, next_feature: Tensor, alpha: Tensor) -> Tensor:
+        """r + gamma^n (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), eqs. 3 and 5: [*N, J]."""
+        policy, next_obs = self.policy, next_observation(batch)
+        given = next_feature if self.target_policy is None else next_features(self.target_policy, batch)
+        feature = self.target.features(policy.inputs(next_obs), given)
+        parameters = policy.action_parameters(next_feature, next_obs)
+        if self.is_discrete:
+            log_probs = torch.log_softmax(parameters, -1)
+            value = self.backup(self.split(self.target(feature)))  # [*N, A, J]
+            next_value = (log_probs.exp().unsqueeze(-1) * (value - alpha * log_probs.unsqueeze(-1))).sum(-2)
+        else:
+            action, log_prob = self.sample(parameters)
+            next_value = self.backup(self.target(feature, action)) - alpha * log_prob.unsqueeze(-1)
+        discount = batch["discount"] * ~batch["next", "terminated"]
+        return batch["next", "reward"].unsqueeze(-1) + discount.unsqueeze(-1) * next_value
+
+    def actor_loss(self, feature: Tensor, critic_feature: Tensor, obs: Tree, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha log pi(a|s) - Q(s, a), eq. 7, and log pi(a|s), each [*N]; for discrete actions their expectations."""
+        parameters = self.policy.action_parameters(feature, obs)
+        if self.is_discrete:
+            log_probs = torch.log_softmax(parameters, -1)
+            with torch.no_grad():
+                q = self.q_value(self.split(self.critics(critic_feature)))
+            probs = log_probs.exp()
+            return (probs * (alpha * log_probs - q)).sum(-1), (probs * log_probs).sum(-1).detach()
+        action, log_prob = self.sample(parameters)
+        q = self.q_value(self.critics(critic_feature, action, frozen=True))
+        return alpha * log_prob - q, log_prob.detach()
+
+    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+        """-log(alpha) (log pi(a|s) + target entropy), [*N]: eq. 17, with log(alpha) in alpha's place.
+
+        The temperature rises while the entropy is below its target.
+        """
+        return -self.log_alpha * (log_prob + self.target_entropy)
+
+    # --- what a variant overrides -------------------------------------------------------------------------------
+
+    def critic_loss(self, q: Tensor, target: Tensor) -> Tensor:
+        """Of all critics together, [*N], for q [K, *N, Z] and target [*N, J]."""
+        return 0.5 * (q - target).square().sum((0, -1))
+
+    def backup(self, q: Tensor) -> Tensor:
+        """What the target critics' [K, *N, Z] say of the next state, [*N, J]: here the minimum."""
+        return q.amin(0)
+
+    def q_value(self, q: Tensor) -> Tensor:
+        """What the policy climbs, [*N], of the critics' [K, *N, Z]."""
+        return q.amin(0).squeeze(-1)
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def sample(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions and log-probabilities, differentiable."""
+        distribution = self.policy.distribution
+        assert isinstance(distribution, SquashedGaussian)
+        shape = (*parameters.shape[:-1], distribution.num_outputs)
+        noise = torch.randn(shape, generator=self.generator).to(parameters.device)
+        return distribution.rsample(parameters, noise)
+
+    def split(self, q: Tensor) -> Tensor:
+        """Discrete actions' outputs [K, *N, A * Z] as [K, *N, A, Z]."""
+        return q.unflatten(-1, (self.policy.distribution.num_outputs, -1))
+
+    def q_of(self, q: Tensor, action: Tensor) -> Tensor:
+        """The outputs for the action taken, [K, *N, Z]."""
+        if not self.is_discrete:
+            return q
+        q = self.split(q)
+        index = action[None, ..., None, None].expand(len(q), *action.shape, 1, q.shape[-1])
+        return q.gather(-2, index).squeeze(-2)
+
+
+class TQC(SAC):
+    """SAC with truncated quantile critics: Kuznetsov et al. 2020, arXiv:2005.04269.
+
+    Each critic learns quantiles of the return; the greatest of all critics' quantiles are left out of the target,
+    against overestimation. The policy climbs the mean of all.
+
+    Args:
+        num_quantiles: of each critic.
+        num_dropped: greatest quantiles left out per critic.
+        lr, lr_schedule, actor_lr, critic_lr, alpha_lr, gamma, tau: see `SAC`, as for all others.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_quantiles: int = 25,
+        num_dropped: int = 2,
+        lr: float = 3e-4,
+        lr_schedule: Schedule = "constant",
+        actor_lr: float | None = None,
+        critic_lr: float | None = None,
+        alpha_lr: float | None = None,
+        gamma: float = 0.99,
+        tau: float = 0.005,
+        initial_alpha: float = 1.0,
+        learn_alpha: bool = True,
+        target_entropy: float | str = "auto",
+        num_critics: int = 2,
+        critic_hidden_sizes: Sequence[int] = (256, 256),
+        critic_network: NetworkFactory | dict[str, Any] | None = None,
+        network: NetworkFactory | dict[str, Any] | None = None,
+        share_encoder: bool | None = None,
+        max_grad_norm: float | None = None,
+        sequence_length: int = 20,
+        burn_in: int = 0,
+        policy_class: type[Policy] | None = None,
+        spec: dict[str, Any] | None = None,
+    ):
+        super().__init__(
+            lr=lr,
+            lr_schedule=lr_schedule,
+            actor_lr=actor_lr,
+            critic_lr=critic_lr,
+            alpha_lr=alpha_lr,
+            gamma=gamma,
+            tau=tau,
+            initial_alpha=initial_alpha,
+            learn_alpha=learn_alpha,
+            target_entropy=target_entropy,
+            num_critics=num_critics,
+            critic_hidden_sizes=critic_hidden_sizes,
+            critic_network=critic_network,
+            network=network,
+            share_encoder=share_encoder,
+            max_grad_norm=max_grad_norm,
+            sequence_length=sequence_length,
+            burn_in=burn_in,
+            policy_class=policy_class,
+            spec=spec,
+        )
+        num_quantiles = check_count("num_quantiles", num_quantiles)
+        num_dropped = check_count("num_dropped", num_dropped, 0)
+        if num_dropped >= num_quantiles:
+            raise OptionError(f"num_dropped={num_dropped}: expected less than num_quantiles={num_quantiles}.")
+        self.save_hyperparameters(ignore=["network", "critic_network", "policy_class", "spec"])
+
+    def make_critics(self, encoder: nn.Module | None, num_outputs: int = 1) -> Critics:
+        return super().make_critics(encoder, self.hp.num_quantiles)
+
+    def critic_loss(self, q: Tensor, target: Tensor) -> Tensor:
+        """Quantile regression of every critic towards the same targets: eq. 9, over Z as a mean."""
+        return quantile_huber_loss(q, target).sum(0) / q.shape[-1]
+
+    def backup(self, q: Tensor) -> Tensor:
+        """All critics' quantiles in order, without the greatest: eq. 7."""
+        pooled = torch.cat(q.unbind(0), -1).sort(-1).values
+        return pooled[..., : pooled.shape[-1] - self.hp.num_dropped * len(q)]
+
+    def q_value(self, q: Tensor) -> Tensor:
+        return q.mean((0, -1))
+
+
+def _has_images(space: Any) -> bool:
+    return any(is_image(leaf) for leaf in space_leaves(space).values())
