@@ -10,6 +10,8 @@ from lit_rl.checks import check_count
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.datamodules.loaders import RolloutLoader
 from lit_rl.envs.make import Wrapper
+from lit_rl.errors import OptionError
+from lit_rl.off_policy import OffPolicy
 from lit_rl.rollout import to_rollout
 
 
@@ -77,6 +79,14 @@ class RolloutDataModule(EnvDataModule):
             torch_threads=torch_threads,
         )
         self.rollouts_per_epoch = check_count("rollouts_per_epoch", rollouts_per_epoch)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and isinstance(self.algorithm, OffPolicy):
+            raise OptionError(
+                f"model={type(self.algorithm).__name__}: RolloutDataModule feeds on-policy algorithms such as PPO. Use "
+                "ReplayDataModule."
+            )
 
     def train_dataloader(self) -> RolloutLoader:
         self.set_threads()

@@ -110,7 +110,8 @@ class Follower:
     """
 
     def __init__(self, target: nn.Module, network: nn.Module):
-        self._target, self._network = list(target.parameters()), list(network.parameters())
+        self._target: list[Tensor] = list(target.parameters())
+        self._network: list[Tensor] = list(network.parameters())
 
     @torch.no_grad()
     def __call__(self, tau: float) -> None:
@@ -149,6 +150,12 @@ def weighted_mean(loss: Tensor, batch: TensorDict) -> Tensor:
     if weight is not None:
         loss = loss * weight.reshape(-1, *[1] * (loss.ndim - 1))
     return masked_mean(loss, mask_of(batch))
+
+
+def row_means(batch: TensorDict, *values: Tensor) -> Tensor:
+    """The mean of each of several values [M] or [S, L] over real rows, to be logged."""
+    mask, table = mask_of(batch), torch.stack(values).flatten(1)
+    return table.mean(1) if mask is None else (table * mask.flatten()).sum(1) / mask.sum()
 
 
 def set_priority(batch: TensorDict, td_error: Tensor) -> None:

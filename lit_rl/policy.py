@@ -170,7 +170,7 @@ class Policy(nn.Module):
         if forward is not None:
             action, log_prob = self.draw(self.distribution, self._parameters_by(forward, obs), deterministic)
             if self.epsilon and not deterministic:
-                action = self._explore(action, obs)
+                action = self._explore(action, obs, len(log_prob))
             return action, log_prob, state
         with torch.inference_mode():
             device = self._device
@@ -186,7 +186,7 @@ class Policy(nn.Module):
         if not self._chooses_as_here:
             self._check_chosen(action, log_prob, len(features))
         if self.epsilon and not deterministic:
-            action = self._explore(action, obs)
+            action = self._explore(action, obs, len(log_prob))
         return action, log_prob, state
 
     def parameters_of(self, obs: Tree) -> np.ndarray:
@@ -366,9 +366,8 @@ class Policy(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _explore(self, action: Tree, obs: Tree) -> Tree:
+    def _explore(self, action: Tree, obs: Tree, batch: int) -> Tree:
         """Some of the actions [B, *action], each with probability `epsilon`, replaced by random legal ones."""
-        batch = len(leaves(action)[0])
         chosen = self.rng.random(batch) < self.epsilon
         if not chosen.any():
             return action

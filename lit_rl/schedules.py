@@ -73,10 +73,8 @@ def check_points(name: str, value: "float | Sequence[Sequence[float]]", high: fl
         OptionError: naming the option and its value.
     """
     if isinstance(value, list | tuple):
-        points = check_schedule(name, value)
-        for _, point in points:
-            check_range(name, point, 0.0, high)
-        return points
+        check_schedule(name, value)
+        return [[step, check_range(name, point, 0.0, high)] for step, point in value]
     return check_range(name, value, 0.0, high)
 
 

@@ -18,6 +18,7 @@ from lit_rl.off_policy import (
     features,
     next_features,
     next_observation,
+    row_means,
     set_priority,
     target_of,
     weighted_mean,
@@ -26,6 +27,8 @@ from lit_rl.policy import Policy
 from lit_rl.q_policy import DISTRIBUTIONAL, QPolicy
 from lit_rl.schedules import Schedule, check_points, check_schedule, value_at
 from lit_rl.spec import EnvSpec
+
+EPSILON = [[0, 1.0], [10_000, 0.05]]  # where it is not set
 
 
 class DQN(OffPolicy):
@@ -108,9 +111,8 @@ class DQN(OffPolicy):
         lr = check_range("lr", lr, 0.0, exclusive_low=True)
         lr_schedule = check_schedule("lr_schedule", lr_schedule)
         gamma = check_range("gamma", gamma, 0.0, 1.0)
-        if epsilon is None:
-            epsilon = 0.0 if noisy else [[0, 1.0], [10_000, 0.05]]
-        epsilon = check_points("epsilon", epsilon, 1.0)
+        if epsilon is not None:
+            epsilon = check_points("epsilon", epsilon, 1.0)
         target_update_interval = check_count("target_update_interval", target_update_interval)
         tau = check_range("tau", tau, 0.0, 1.0, exclusive_low=True)
         check_choice("loss", loss, ("huber", "mse"))
@@ -152,7 +154,10 @@ class DQN(OffPolicy):
         return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
 
     def epsilon_at(self, env_steps: int) -> float:
-        return value_at("epsilon", self.hp.epsilon, env_steps)
+        epsilon = self.hp.epsilon
+        if epsilon is None:
+            epsilon = 0.0 if self.hp.noisy else EPSILON
+        return value_at("epsilon", epsilon, env_steps)
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         hp = self.hp
@@ -171,9 +176,7 @@ class DQN(OffPolicy):
             self.follow(hp.tau)
         with torch.no_grad():
             q = self.policy.expectation(output.unsqueeze(-2)).squeeze(-1)
-            means = torch.stack([loss.detach(), td_error.abs(), q])
-            mask = batch.get("mask", None)
-            means = means.flatten(1).mean(1) if mask is None else (means * mask).sum((1, 2)) / mask.sum()
+            means = row_means(batch, loss, td_error.abs(), q)
         return dict(zip(("loss/value", "value/td_error", "value/q_mean"), means.unbind()))
 
     def next_outputs(self, batch: TensorDict, online: Tensor) -> Tensor:

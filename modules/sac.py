@@ -24,6 +24,7 @@ from lit_rl.off_policy import (
     features,
     next_features,
     next_observation,
+    row_means,
     set_priority,
     target_of,
     weighted_mean,
@@ -217,10 +218,10 @@ class SAC(OffPolicy):
         for follow in self.followers:
             follow(self.hp.tau)
         with torch.no_grad():
-            td_error = (q.mean((0, -1)) - target.mean(-1)).abs()
+            q_mean = q.mean((0, -1))
+            td_error = (q_mean - target.mean(-1)).abs()
             set_priority(batch, td_error)
-            means = torch.stack([critic_loss, actor_loss, -log_prob, q.mean((0, -1)), td_error]).flatten(1)
-            means = means.mean(1) if mask is None else (means * mask.flatten()).sum(1) / mask.sum()
+            means = row_means(batch, critic_loss, actor_loss, -log_prob, q_mean, td_error)
         names = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
         return {**dict(zip(names, means.unbind())), "policy/alpha": alpha}
 

@@ -252,7 +252,7 @@ def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None
 
 def test_a_budget_smaller_than_one_rollout_is_refused(make_trainer) -> None:
     data = RolloutDataModule("CartPole-v1", max_env_steps=100, **SMALL)
-    with pytest.raises(OptionError, match="max_env_steps=100: expected at least one rollout, 128 env steps"):
+    with pytest.raises(OptionError, match="max_env_steps=100: expected at least the 128 env steps"):
         make_trainer().fit(PPO(**QUICK), data)
 
 

@@ -95,6 +95,7 @@ class EnvRunner:
         self._state = policy.initial_state(num_envs)
         self._keep_states = keep_states and self._state is not None
         self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
+        self._no_finals: Packed | None = None  # what no episode's end packs to
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, np.int64)
 
@@ -243,6 +244,8 @@ class EnvRunner:
         return episodes
 
     def _pack_finals(self, finals: list[tuple[int, int, Tree]]) -> Packed:
+        if not finals and self._no_finals is not None:
+            return self._no_finals
         counts = np.bincount([b for b, _, _ in finals], minlength=self._num_envs)
         shape = (self._num_envs, int(counts.max()))
         steps = np.full(shape, -1, np.int64)
@@ -257,7 +260,10 @@ class EnvRunner:
             for column, value in zip(columns.values(), leaves(obs)):
                 column[b, filled[b]] = value
             filled[b] += 1
-        return pack({"final_step": steps, **columns})
+        packed = pack({"final_step": steps, **columns})
+        if not finals:
+            self._no_finals = packed
+        return packed
 
     def _check_finite(self, view: dict[str, np.ndarray]) -> None:
         """Once per fragment, so that it costs nothing per step."""

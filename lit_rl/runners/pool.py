@@ -4,10 +4,12 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from lit_rl.errors import EnvError, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.transport import Packed, copy_weights, load_weights, pack_weights
+from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +49,14 @@ class LocalPool:
 
     def __init__(self, make_runner: MakeRunner):
         self._runner = make_runner(0, 0)
+        self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
-        copy_weights(policy, self._runner.policy)
+        if self._weights is None or self._weights[0] is not policy:
+            tensors = ([*module.parameters(), *module.buffers()] for module in (self._runner.policy, policy))
+            self._weights = policy, *tensors
+        with torch.no_grad():
+            torch._foreach_copy_(*self._weights[1:])
         self._runner.set_version(version, epsilon)
 
     def finish(self) -> list[Fragment]:

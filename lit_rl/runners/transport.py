@@ -46,13 +46,6 @@ def pack(arrays: Mapping[str, np.ndarray]) -> Packed:
     return packed
 
 
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy a module's parameters and buffers into one of the same structure, in place."""
-    with torch.no_grad():
-        old, new = ([*module.parameters(), *module.buffers()] for module in (target, source))
-        torch._foreach_copy_(old, new)
-
-
 def pack_weights(module: torch.nn.Module) -> Packed:
     """A module's parameters and buffers, copied into one buffer on the CPU."""
     return pack({name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()})
