@@ -63,7 +63,7 @@ class ReplayBuffer:
         self._disk = None if storage_dir is None else DiskColumns(storage_dir, capacity, fields)
         columns = self._disk.columns if self._disk else {}
         self._columns = {
-            path: columns[path] if self._disk else np.empty((capacity, *shape), dtype)
+            path: columns[path] if self._disk else np.zeros((capacity, *shape), dtype)
             for path, (dtype, shape) in fields.items()
         }
         self._tensors = {path: torch.from_numpy(column) for path, column in self._columns.items()}
