@@ -24,6 +24,7 @@ from lit_rl.replay import ReplayBuffer
 from lit_rl.runners.pool import RunnerPool
 from lit_rl.trees import iterate
 
+ROUNDING = 1e-6  # of an update
 REPLAY = 2  # what a seed is for: see datamodules.environments
 
 
@@ -140,7 +141,8 @@ class ReplayDataModule(EnvDataModule):
             )
         self.buffer: ReplayBuffer | None = None
         self._staging: Path | None = None
-        self._owed = 0.0  # updates that the env steps taken so far ask for
+        self._learned = 0.0  # env steps of this rank, on average, since updates began
+        self._updates = 0  # made for them
         self._stored = 0  # env steps of all ranks since the buffer was empty
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -190,8 +192,8 @@ class ReplayDataModule(EnvDataModule):
             started = time.perf_counter()
             self._collect()
             stream.waited_s += time.perf_counter() - started
-            while self._owed >= 1:
-                self._owed -= 1
+            while self._updates + 1 <= self._learned * self.update_to_data + ROUNDING:
+                self._updates += 1
                 minibatch = self._draw()
                 yield minibatch
                 if "priority" in minibatch.keys():  # noqa: SIM118
@@ -204,6 +206,12 @@ class ReplayDataModule(EnvDataModule):
     def _collect(self) -> None:
         """Take env steps of the runners into the buffer."""
         algorithm, num_envs = self._off_policy, self.num_envs_per_env_runner
+        length = algorithm.sequence_length
+        if length is not None and self.batch_size < length:
+            raise OptionError(
+                f"batch_size={self.batch_size}: expected at least one sequence, sequence_length={length} rows. Raise "
+                "it."
+            )
         if self.buffer is None:
             self.buffer = self._make_buffer()
         env_steps = algorithm.env_steps_done
@@ -227,7 +235,7 @@ class ReplayDataModule(EnvDataModule):
         algorithm.env_steps += taken
         self._stored += taken
         if not warming_up and self._stored >= self.batch_size * distributed.world_size():
-            self._owed += taken / distributed.world_size() * self.update_to_data
+            self._learned += taken / distributed.world_size()
 
     def _draw(self) -> TensorDict:
         algorithm, buffer = self._off_policy, self._full_buffer
@@ -267,13 +275,13 @@ class ReplayDataModule(EnvDataModule):
 
     def restart(self) -> None:
         super().restart()
-        self._owed, self._stored = 0.0, 0
+        self._learned, self._updates, self._stored = 0.0, 0, 0
         if self.buffer is not None:
             self.buffer.close()
             self.buffer = None
 
     def rank_state(self) -> dict[str, Any]:
-        state = super().rank_state() | {"owed": self._owed}
+        state = super().rank_state() | {"learned": self._learned, "updates": self._updates}
         if self.checkpoint_buffer and self.buffer is not None:
             if self._staging is None:
                 self._staging = _staging_folder(Path(self.attached_trainer.default_root_dir))
@@ -283,7 +291,7 @@ class ReplayDataModule(EnvDataModule):
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
-        self._owed, self._stored = state["owed"], 0
+        self._learned, self._updates, self._stored = state["learned"], state["updates"], 0
         self.buffer = None
         self._resumed_from = Path(f"{self.attached_trainer.ckpt_path}.d") / f"rank_{self.attached_trainer.global_rank}"
 

@@ -85,15 +85,12 @@ class OffPolicy(Algorithm):
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each minibatch of a stream; the means of what it returned."""
-        metrics: dict[str, list[Tensor | float]] = {}
+        metrics: dict[str, list[Tensor]] = {}
         for minibatch in batch:
             for name, value in self.update(minibatch).items():
-                metrics.setdefault(name, []).append(value)
+                metrics.setdefault(name, []).append(torch.as_tensor(value))
             self.updates += 1
-        return {
-            name: torch.stack(values).mean() if isinstance(values[0], Tensor) else sum(values) / len(values)  # type: ignore[arg-type]
-            for name, values in metrics.items()
-        }
+        return {name: torch.stack(values).mean() for name, values in metrics.items()}
 
 
 def target_of(network: Module) -> Module:

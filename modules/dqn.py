@@ -159,12 +159,19 @@ class DQN(OffPolicy):
             epsilon = 0.0 if self.hp.noisy else EPSILON
         return value_at("epsilon", epsilon, env_steps)
 
+    def learn(self, batch: Any) -> dict[str, Tensor | float]:
+        metrics = super().learn(batch)
+        return {**metrics, "policy/epsilon": self.epsilon_at(self.env_steps_done)}
+
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         hp = self.hp
         if hp.noisy:
             set_noise(self.policy, self.generator)
             set_noise(self.target, self.generator)
-        feature, next_feature = features(self.policy, batch)
+        if hp.double:
+            feature, next_feature = features(self.policy, batch)
+        else:
+            feature, next_feature = self.policy.features(batch), None
         outputs = self.policy.distributions(feature)  # [*N, A, Z]
         with torch.no_grad():
             next_outputs = self.next_outputs(batch, next_feature)  # [*N, Z]
@@ -179,20 +186,18 @@ class DQN(OffPolicy):
             means = row_means(batch, loss, td_error.abs(), q)
         return dict(zip(("loss/value", "value/td_error", "value/q_mean"), means.unbind()))
 
-    def next_outputs(self, batch: TensorDict, online: Tensor) -> Tensor:
-        """What the target network says of the next action, [*N, Z].
+    def next_outputs(self, batch: TensorDict, online: Tensor | None) -> Tensor:
+        """What the target network says of the best legal next action, [*N, Z].
 
-        `online` are the network's own features of the next observations.
-
-        The action is the best legal one: by the network (`double`) or by the target network itself.
+        The best by the network itself, whose features of the next observations are `online` (double Q-learning), or
+        else by the target network.
         """
         target = self.target
         outputs = target.distributions(next_features(target, batch))
-        q = (
-            self.policy.expectation(self.policy.distributions(online))
-            if self.hp.double
-            else target.expectation(outputs)
-        )
+        if online is None:
+            q = target.expectation(outputs)
+        else:
+            q = self.policy.expectation(self.policy.distributions(online))
         return _of_action(outputs, target.rule_out(q, next_observation(batch)).argmax(-1))
 
     def losses(self, batch: TensorDict, output: Tensor, next_output: Tensor) -> tuple[Tensor, Tensor]:

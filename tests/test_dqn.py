@@ -83,7 +83,7 @@ def test_targets_by_hand(double: bool, target_values: list, expected: list) -> N
     batch = minibatch()
     output = torch.tensor([1.0, 3.0, 1.0, 6.0])[:, None]  # Q of the actions taken
     with torch.no_grad():
-        next_outputs = algorithm.next_outputs(batch, batch["next", "observation"])
+        next_outputs = algorithm.next_outputs(batch, batch["next", "observation"] if double else None)
     loss, td_error = algorithm.losses(batch, output, next_outputs)
     torch.testing.assert_close(td_error, torch.tensor(expected) - output[:, 0])
     torch.testing.assert_close(loss, 0.5 * td_error.square())
@@ -133,7 +133,7 @@ def test_the_next_action_is_a_legal_one() -> None:
                 policy.head.bias.zero_()
             obs = {"observation": torch.tensor([[1.0], [1.0]]), "action_mask": torch.tensor([[1, 0], [1, 1]])}
             batch = TensorDict({"next": {"observation": obs}}, [2])
-            found = algorithm.next_outputs(batch, obs["observation"])
+            found = algorithm.next_outputs(batch, obs["observation"] if double else None)
         torch.testing.assert_close(found, torch.tensor([[1.0], [3.0]]))
 
 

@@ -319,7 +319,9 @@ def test_critics_can_have_a_network_of_their_own() -> None:
 
 def test_learning_rates_of_the_parts() -> None:
     algorithm = make(lr=1e-3, actor_lr=1e-4, alpha_lr=1e-2)
-    groups = {round(group["lr_scale"], 9): len(group["params"]) for group in algorithm.configure_optimizers().param_groups}
+    groups = {
+        round(group["lr_scale"], 9): len(group["params"]) for group in algorithm.configure_optimizers().param_groups
+    }
     assert groups == {
         0.1: len(list(algorithm.policy.parameters())),
         1.0: len(list(algorithm.critics.parameters())),

@@ -1,0 +1,419 @@
+"""The path env -> runner -> buffer -> minibatch -> algorithm -> priorities and weights, under Trainer."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from envs import FailingEnv, counter_vector
+from gymnasium import spaces
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tensordict import TensorDict
+
+from lit_rl import DQN, PPO, SAC, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
+from lit_rl.errors import CheckpointError, EnvError, OptionError, ReplayError
+
+SMALL: dict[str, Any] = {
+    "learning_starts": 40, "batch_size": 16, "buffer_size": 500, "env_steps_per_batch": 50, "seed": 0,
+}  # fmt: skip
+
+
+class CycleEnv(gym.Env):
+    """Five steps and a truncation, always the same: the reward is 1 for the action t % 2."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 1, (5,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._t = 0
+        return np.eye(5, dtype=np.float32)[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = float(action == self._t % 2)
+        self._t += 1
+        return np.eye(5, dtype=np.float32)[self._t % 5], reward, False, self._t == 5, {}
+
+
+class Watched(DQN):
+    """Notes when updates happen and what they are given."""
+
+    def update(self, batch: TensorDict) -> dict:
+        if not hasattr(self, "seen"):
+            self.seen: list[tuple[int, int]] = []
+            self.batches: list[TensorDict] = []
+        self.seen.append((self.env_steps_done, self.updates_done))
+        self.batches.append(batch.clone())
+        return super().update(batch)
+
+
+def run(make_trainer: Any, algorithm: DQN | SAC, env: Any = CycleEnv, **options: Any) -> ReplayDataModule:
+    data = ReplayDataModule(env, **SMALL | {"max_env_steps": 200} | options)
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    return data
+
+
+# --- the proportion of env steps and updates ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({}, 160),  # one for each of the 200 - 40 env steps
+        ({"update_to_data": 0.25}, 40),
+        ({"update_to_data": 0.3}, 48),
+        ({"update_to_data": 2.5}, 400),
+        ({"update_to_data": 0.25, "rollout_length": 4}, 40),
+        ({"num_envs_per_env_runner": 5, "rollout_length": 4}, 160),
+        ({"learning_starts": 100, "env_steps_per_batch": 33}, 100),
+    ],
+)
+def test_updates_per_env_step_are_what_was_asked_for(options: dict, updates: int, make_trainer) -> None:
+    algorithm = Watched()
+    run(make_trainer, algorithm, **options)
+    assert algorithm.env_steps_done == 200
+    assert algorithm.updates_done == len(algorithm.seen) == updates
+    starts = options.get("learning_starts", 40)
+    rows = options.get("num_envs_per_env_runner", 1) * options.get("rollout_length", 1)
+    ratio = options.get("update_to_data", 1.0)
+    assert all(starts < steps <= 200 for steps, _ in algorithm.seen)
+    for steps, done in algorithm.seen:  # never ahead of the data, and never far behind
+        assert done < (steps - starts) * ratio + 1e-6 <= done + 1 + rows * ratio
+
+
+def test_the_budget_is_never_exceeded(make_trainer) -> None:
+    algorithm = DQN()
+    run(make_trainer, algorithm, max_env_steps=205, num_envs_per_env_runner=4, rollout_length=3)
+    assert algorithm.env_steps_done == 204
+    shape = {"num_envs_per_env_runner": 4, "rollout_length": 3}
+    again = ReplayDataModule(CycleEnv, max_env_steps=10, **SMALL | {"learning_starts": 4, "batch_size": 4}, **shape)
+    with pytest.raises(OptionError, match="max_env_steps=10: expected at least the 12 env steps that are taken at a"):
+        make_trainer().fit(DQN(), again)
+
+
+def test_masked_rows_are_not_counted_and_not_stored(make_trainer) -> None:
+    algorithm = DQN()
+    data = run(
+        make_trainer, algorithm, counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native",
+        num_envs_per_env_runner=3, rollout_length=4,
+    )  # fmt: skip
+    assert 188 < algorithm.env_steps_done <= 200
+    assert len(data.buffer) == algorithm.env_steps_done
+    batch = data.buffer.sample(300)
+    torch.testing.assert_close(batch["next", "observation"], batch["observation"] + 1)
+
+
+def test_actions_are_random_until_learning_starts_and_follow_epsilon_then(make_trainer) -> None:
+    epsilons = []
+
+    class Spy(ReplayDataModule):
+        def start_runners(self, epsilon: float = 0.0) -> None:
+            epsilons.append((self.algorithm.env_steps_done, epsilon))
+            super().start_runners(epsilon)
+
+    for warm_up in (True, False):
+        epsilons.clear()
+        data = Spy(CycleEnv, max_env_steps=100, random_warmup=warm_up, **SMALL)
+        make_trainer(limit_val_batches=0).fit(DQN(epsilon=[[40, 0.5], [90, 0.0]]), data)
+        found = dict(epsilons)
+        assert all(found[step] == (1.0 if warm_up else 0.5) for step in range(40))
+        assert [found[step] for step in (40, 65, 90, 99)] == pytest.approx([0.5, 0.25, 0.0, 0.0])
+
+
+def test_env_steps_are_taken_with_the_newest_weights(make_trainer) -> None:
+    matches = []
+
+    class Spy(ReplayDataModule):
+        def start_runners(self, epsilon: float = 0.0) -> None:
+            super().start_runners(epsilon)
+            mine, theirs = self.algorithm.policy.state_dict(), self._pool._runner.policy.state_dict()
+            matches.append(all(torch.equal(mine[name], theirs[name]) for name in mine))
+
+    make_trainer(limit_val_batches=0).fit(Rainbow(), Spy(CycleEnv, max_env_steps=100, **SMALL))
+    assert len(matches) == 100 and all(matches)
+
+
+def test_training_ends_with_an_evaluation_and_a_checkpoint(make_trainer, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "saved", filename="last", save_on_train_epoch_end=True)
+    data = ReplayDataModule(CycleEnv, max_env_steps=175, batches_per_epoch=2, eval_episodes=2, **SMALL)
+    trainer = make_trainer(callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(DQN(), data)
+    assert trainer.callback_metrics["eval/return_mean"] >= 0
+    assert trainer.current_epoch == 2  # 100 env steps, then 75
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
+    assert int(saved["state_dict"]["env_steps"]) == 175
+
+
+def test_metrics_are_averaged_over_the_updates_of_a_batch_and_documented(make_trainer) -> None:
+    values: list[dict] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    data = ReplayDataModule("Pendulum-v1", max_env_steps=300, prioritized=True, **SMALL)
+    make_trainer(limit_val_batches=0, callbacks=[Keep()]).fit(SAC(max_grad_norm=10.0), data)
+    assert [row["env_steps"] for row in values] == [50.0 * k for k in range(1, 7)]
+    assert {"loss/policy", "loss/value", "policy/alpha", "optim/grad_norm", "replay/beta"} <= values[-1].keys()
+    assert values[-1]["replay/transitions"] == 300 and values[-1]["replay/beta"] == pytest.approx(1.0)
+    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for name in values[-1]:
+        assert f"`{name}`" in documented, f"docs/metrics.md does not define {name}"
+
+
+def test_what_an_environment_raises_ends_training_in_one_sentence(make_trainer) -> None:
+    with pytest.raises(EnvError, match="FailingEnv raised in step"):
+        run(make_trainer, DQN(), FailingEnv)
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------------
+
+
+def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> None:
+    written: list[tuple[list, list]] = []
+
+    class Constant(Watched):
+        def update(self, batch: TensorDict) -> dict:
+            metrics = super().update(batch)
+            batch["priority"] = batch["index"].double()  # any number that can be recognised
+            return metrics
+
+    data = ReplayDataModule(CycleEnv, max_env_steps=120, prioritized=True, priority_alpha=1.0, **SMALL)
+    algorithm = Constant()
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    leaves = data.buffer._tree.leaves
+    for index in torch.cat([batch["index"] for batch in algorithm.batches]).unique().tolist():
+        written.append((leaves[index], index + 1e-6))
+    assert len(written) > 50
+    np.testing.assert_allclose(*zip(*written))
+    assert all(batch["weight"].max() == 1 for batch in algorithm.batches)
+
+
+def test_the_algorithm_says_what_its_paper_does_and_options_come_first(make_trainer) -> None:
+    data = run(make_trainer, Rainbow())
+    assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
+    data = run(make_trainer, Rainbow(), n_step=[2, 4], prioritized=False)
+    assert data.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
+    assert run(make_trainer, DQN()).num_steps == (1, 1)
+
+
+def test_rewards_are_discounted_by_the_algorithms_gamma(make_trainer) -> None:
+    algorithm = Watched(gamma=0.5)
+    run(make_trainer, algorithm, n_step=2)
+    discounts = torch.cat([batch["discount"] for batch in algorithm.batches])
+    assert set(discounts.unique().tolist()) == {0.5, 0.25}
+
+
+def test_memory_gets_sequences_with_burn_in(make_trainer) -> None:
+    algorithm = Watched(network=LSTMNetwork, sequence_length=4, burn_in=2)
+    run(make_trainer, algorithm, max_env_steps=100)
+    batch = algorithm.batches[-1]
+    assert batch["observation"].shape == (4, 4, 5) and batch["burn_in", "observation"].shape == (4, 2, 5)
+    assert batch["state", "h"].shape == (4, 64)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "env", "options"),
+    [
+        (lambda: DQN(double=False), CycleEnv, {}),
+        (lambda: Rainbow(v_min=0.0, v_max=5.0), CycleEnv, {"n_step": [1, 4]}),
+        (lambda: SAC(lr=1e-3), CycleEnv, {"prioritized": True}),
+        (lambda: DQN(network=LSTMNetwork, sequence_length=4, burn_in=2), CycleEnv, {"prioritized": True}),
+        (lambda: DQN(), CycleEnv, {"storage_dir": "rows"}),
+    ],
+    ids=["DQN", "Rainbow", "SAC", "memory", "disk"],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    make: Any, env: Any, options: dict, make_trainer, tmp_path: Path
+) -> None:
+    """Where a checkpoint falls between episodes: these always begin in the same way."""
+    options = SMALL | options | {"rollout_length": 5, "num_envs_per_env_runner": 2, "max_env_steps": 400}
+    options |= {"buffer_size": 150, "batches_per_epoch": 2, "update_to_data": 0.25}
+
+    class Series(L.Callback):
+        def __init__(self) -> None:
+            self.rows: list[dict] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            row = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("time/")}
+            self.rows.append(row)
+
+    def fit(path: str | None = None, **limits: Any) -> tuple[Any, L.Trainer, ReplayDataModule, list]:
+        algorithm, data, series = make(), ReplayDataModule(env, **options), Series()
+        trainer = make_trainer(limit_val_batches=0, callbacks=[series], **limits)
+        trainer.fit(algorithm, data, ckpt_path=path)
+        return algorithm, trainer, data, series.rows
+
+    unbroken, whole_trainer, _, whole = fit()
+    _, trainer, _, first = fit(max_epochs=2)
+    trainer.fit_loop.max_epochs = -1
+    # Saved while the run's own folder of chunks is gone: the checkpoint stands alone.
+    saver = ModelCheckpoint(tmp_path / "half", save_on_train_epoch_end=True, filename="half")
+    algorithm, data = make(), ReplayDataModule(env, **options)
+    make_trainer(limit_val_batches=0, max_epochs=2, callbacks=[saver], enable_checkpointing=True).fit(algorithm, data)
+    path = tmp_path / "half" / "half.ckpt"
+    assert list(Path(f"{path}.d").glob("rank_0/*.pt"))
+    resumed, resumed_trainer, _, second = fit(str(path))
+    assert first + second == whole
+    assert resumed.updates_done == unbroken.updates_done == 90
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    a, b = (t.optimizers[0].state_dict()["state"] for t in (whole_trainer, resumed_trainer))
+    for key in a:
+        for name in a[key]:
+            assert torch.equal(a[key][name], b[key][name])
+
+
+def save(make_trainer: Any, **options: Any) -> tuple[L.Trainer, ReplayDataModule]:
+    data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 200} | options)
+    trainer = make_trainer(limit_val_batches=0, max_epochs=1)
+    files = []
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.save_checkpoint("run.ckpt")
+            files.append({path.name for path in Path("run.ckpt.d/rank_0").glob("*")})
+
+    trainer.callbacks.append(Save())
+    trainer.fit(DQN(), data)
+    trainer.saved_files = files
+    return trainer, data
+
+
+def test_a_checkpoint_holds_its_own_buffer_and_nothing_of_an_earlier_one(make_trainer, tmp_path: Path) -> None:
+    trainer, _ = save(make_trainer)
+    listed = torch.load("run.ckpt", weights_only=True)["lit_rl"]["ranks"][0]["data"]["replay"]
+    assert "folder" not in listed
+    assert {path.name for path in Path("run.ckpt.d/rank_0").glob("*")} == set(listed["files"])
+    assert trainer.saved_files[0] != trainer.saved_files[-1]
+    assert not list(tmp_path.glob(".replay-*"))  # the run's own folder is gone
+    trainer.strategy.remove_checkpoint("run.ckpt")
+    assert not list(Path().glob("run.ckpt*"))
+    assert not list(Path().glob(".run*"))
+
+
+def test_without_checkpoint_buffer_the_resumed_run_fills_an_empty_one(make_trainer) -> None:
+    save(make_trainer, checkpoint_buffer=False)
+    assert not Path("run.ckpt.d").exists()
+    algorithm = Watched()
+    data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 300})
+    make_trainer(limit_val_batches=0).fit(algorithm, data, ckpt_path="run.ckpt")
+    assert len(data.buffer) == 100 and algorithm.env_steps_done == 300
+    assert algorithm.seen[0][0] == 200 + SMALL["batch_size"]  # none before there is a batch
+
+
+def test_a_missing_buffer_is_named_when_resuming(make_trainer) -> None:
+    save(make_trainer)
+    for path in Path("run.ckpt.d/rank_0").glob("*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"replay buffer .*run.ckpt.d/rank_0/.* is missing or damaged"):
+        make_trainer(limit_val_batches=0).fit(
+            DQN(), ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 300}), ckpt_path="run.ckpt"
+        )
+    assert load_policy("run.ckpt").act(np.zeros(5))[0] in (0, 1)  # acting needs no buffer
+
+
+def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(make_trainer)
+    before = Path("run.ckpt").read_bytes(), sorted(Path("run.ckpt.d/rank_0").iterdir())
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr("lit_rl.replay_files.torch.save", full)
+    with pytest.raises(CheckpointError, match=r"Cannot write the replay buffer .* The previous checkpoint is kept"):
+        save(make_trainer)
+    assert before == (Path("run.ckpt").read_bytes(), sorted(Path("run.ckpt.d/rank_0").iterdir()))
+
+
+def test_what_a_dead_process_left_is_removed(make_trainer, tmp_path: Path) -> None:
+    name = socket.gethostname()
+    dead, alive = tmp_path / f".replay-{name}-99999999-x", tmp_path / f".replay-{name}-{os.getppid()}-x"
+    dead.mkdir()
+    alive.mkdir()
+    save(make_trainer)
+    assert not dead.exists() and alive.exists()
+
+
+def test_the_files_of_storage_dir_are_removed_at_the_end(make_trainer, tmp_path: Path) -> None:
+    run(make_trainer, DQN(), storage_dir=str(tmp_path / "rows"))
+    assert not list((tmp_path / "rows").iterdir())
+
+
+def test_a_full_storage_dir_ends_training_with_a_sentence(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ReplayError, match="the disk is full after 0 of buffer_size=500 rows"):
+        run(make_trainer, DQN(), storage_dir="rows")
+    assert not list(Path("rows").iterdir())
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"buffer_size": 10}, "buffer_size=10: expected at least batch_size=16"),
+        ({"learning_starts": 5}, "learning_starts=5: expected at least batch_size=16"),
+        ({"num_envs_per_env_runner": 100, "rollout_length": 10}, "buffer_size=500: expected at least 2200 rows"),
+        ({"update_to_data": 0}, "update_to_data=0: expected a number, above 0"),
+        ({"n_step": 0}, "n_step=0: expected a whole number of at least 1"),
+        ({"n_step": [3, 1]}, "n_step=[3, 1]: expected a whole number, or [low, high]"),
+        ({"prioritized": "yes"}, "prioritized='yes': expected True or False"),
+        ({"priority_alpha": 2.0}, "priority_alpha=2.0"),
+        ({"prefetch": 1}, "prefetch=1: collecting while the learner updates needs num_env_runners"),
+    ],
+)
+def test_options_are_checked(options: dict, message: str) -> None:
+    with pytest.raises(OptionError) as error:
+        ReplayDataModule(CycleEnv, **SMALL | options)
+    assert message in str(error.value)
+
+
+def test_learning_that_would_never_start_is_refused(make_trainer) -> None:
+    with pytest.raises(OptionError, match="learning_starts=200: expected less than max_env_steps=200"):
+        run(make_trainer, DQN(), learning_starts=200)
+
+
+def test_an_on_policy_algorithm_is_refused(make_trainer) -> None:
+    with pytest.raises(OptionError, match=r"model=PPO: ReplayDataModule feeds off-policy .* Use RolloutDataModule"):
+        make_trainer().fit(PPO(), ReplayDataModule(CycleEnv, **SMALL))
+
+
+def test_a_batch_without_a_whole_sequence_is_refused(make_trainer) -> None:
+    with pytest.raises(OptionError, match="batch_size=16: expected at least one sequence, sequence_length=20"):
+        run(make_trainer, DQN(network=LSTMNetwork))
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("network", [None, LSTMNetwork])
+def test_several_runners_fill_one_buffer(prefetch: int, network: Any, make_trainer) -> None:
+    algorithm = Watched(network=network, sequence_length=4)
+    data = run(
+        make_trainer, algorithm, counter_vector, env_kwargs={"mode": "SameStep"}, vectorization="native",
+        num_env_runners=2, num_envs_per_env_runner=3, rollout_length=4, prefetch=prefetch, max_env_steps=240,
+    )  # fmt: skip
+    assert algorithm.env_steps_done == 240 == len(data.buffer)
+    assert 185 <= algorithm.updates_done <= 200
+    batch = data.buffer.sample(300, num_steps=(3, 3))
+    torch.testing.assert_close(batch["observation"] // 100, batch["next", "observation"] // 100)
+    assert len(data.buffer._open) == 6  # every environment of both runners
