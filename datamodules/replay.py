@@ -1,8 +1,6 @@
 """Experience replay for off-policy algorithms."""
 
-import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -284,7 +282,10 @@ class ReplayDataModule(EnvDataModule):
         state = super().rank_state() | {"learned": self._learned, "updates": self._updates}
         if self.checkpoint_buffer and self.buffer is not None:
             if self._staging is None:
-                self._staging = _staging_folder(Path(self.attached_trainer.default_root_dir))
+                trainer = self.attached_trainer
+                folder = Path(trainer.log_dir or trainer.default_root_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._staging = Path(tempfile.mkdtemp(prefix=".replay-", dir=folder))
             saved = self.buffer.save(self._staging)
             state["replay"] = saved | {"stored": self._stored, "folder": str(self._staging)}
         return state
@@ -348,24 +349,3 @@ def _steps(n_step: int | Sequence[int]) -> tuple[int, int]:
         return int(n_step[0]), int(n_step[1])
     number = check_count("n_step", n_step)
     return number, number
-
-
-def _staging_folder(parent: Path) -> Path:
-    """A new folder in which a process keeps what its checkpoints share; those of dead processes are removed."""
-    prefix = f".replay-{socket.gethostname()}-"
-    for old in parent.glob(f"{prefix}*"):
-        pid = old.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

@@ -1,7 +1,6 @@
 """The path env -> runner -> buffer -> minibatch -> algorithm -> priorities and weights, under Trainer."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -332,15 +331,6 @@ def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeyp
     with pytest.raises(CheckpointError, match=r"Cannot write the replay buffer .* The previous checkpoint is kept"):
         save(make_trainer)
     assert before == (Path("run.ckpt").read_bytes(), sorted(Path("run.ckpt.d/rank_0").iterdir()))
-
-
-def test_what_a_dead_process_left_is_removed(make_trainer, tmp_path: Path) -> None:
-    name = socket.gethostname()
-    dead, alive = tmp_path / f".replay-{name}-99999999-x", tmp_path / f".replay-{name}-{os.getppid()}-x"
-    dead.mkdir()
-    alive.mkdir()
-    save(make_trainer)
-    assert not dead.exists() and alive.exists()
 
 
 def test_the_files_of_storage_dir_are_removed_at_the_end(make_trainer, tmp_path: Path) -> None:
