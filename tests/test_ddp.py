@@ -1,5 +1,6 @@
 """Two learner processes: the gradients, weights and counts of one with all the data."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddp_off_policy import CASES
 from envs import counter_vector
 
 from lit_rl import MLP, LSTMNetwork, load_policy
@@ -17,6 +19,7 @@ from lit_rl.runners.env_runner import EnvRunner
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("ddp_script.py")
+OFF_POLICY = Path(__file__).with_name("ddp_off_policy.py")
 
 
 def run(case: str, out: Path, *more: str) -> None:
@@ -60,3 +63,44 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
     assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
+
+
+def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path: Path) -> None:
+    """With memory the ranks hold different numbers of real rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [(0, 1), (0, 2), (1, 2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(OFF_POLICY), "gradients", str(rank), str(size), port, str(tmp_path)],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank, size in ranks
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    one, first, second = (torch.load(tmp_path / f"off-policy-{size}-{rank}.pt") for rank, size in ranks)
+    assert len(one) > 100 and {name.split(",")[0] for name in one} == set(CASES)
+    for name, gradient in one.items():
+        assert torch.isfinite(gradient).all() and torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(gradient, first[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["Rainbow", "TQC"])
+def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path: Path, name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(OFF_POLICY), "train", str(tmp_path), name], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"train-{rank}.pt", weights_only=False) for rank in (0, 1))
+    for key, value in first["weights"].items():
+        assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
+    assert first["stored"] == second["stored"] == 200
+    assert not torch.equal(first["obs"], second["obs"])
+    assert int(first["weights"]["env_steps"]) == 400
+    assert int(first["weights"]["updates"]) == 75  # half of the 150 env steps that each rank took after the warm-up
+    assert first["metrics"]["loss/value"] == second["metrics"]["loss/value"]
+    for rank in (0, 1):
+        assert list((tmp_path / "off-policy.ckpt.d" / f"rank_{rank}").glob("*.pt"))

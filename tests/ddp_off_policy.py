@@ -1,0 +1,105 @@
+"""Off-policy algorithms on two ranks. Started by test_ddp.py.
+
+`gradients <rank> <world size> <port> <folder>`: the gradients of one update of every algorithm, on a share of one
+minibatch. `train <folder> <algorithm>`: a short run of two ranks under Trainer.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from gymnasium import spaces
+from tensordict import TensorDict
+
+from lit_rl import DQN, SAC, TQC, LSTMNetwork, Rainbow, ReplayDataModule
+from lit_rl.off_policy import OffPolicy
+from lit_rl.spec import EnvSpec
+from lit_rl.trees import iterate, nest
+
+OBS = spaces.Box(-1, 1, (3,), np.float32)
+DISCRETE = EnvSpec("Test", OBS, spaces.Discrete(3)).to_dict()
+BOX = EnvSpec("Test", OBS, spaces.Box(-1, 1, (2,), np.float32)).to_dict()
+CASES: dict[str, tuple[type[OffPolicy], dict]] = {
+    "DQN": (DQN, DISCRETE), "Rainbow": (Rainbow, DISCRETE), "SAC": (SAC, BOX), "SAC discrete": (SAC, DISCRETE),
+    "TQC": (TQC, BOX), "TQC discrete": (TQC, DISCRETE),
+}  # fmt: skip
+
+
+def minibatch(algorithm: OffPolicy, spec: dict, memory: bool) -> TensorDict:
+    """Four rows, or four sequences of which the first two are shorter."""
+    g = torch.Generator().manual_seed(1)
+    n = (4, 4) if memory else (4,)
+    action = torch.randint(3, n, generator=g) if spec is DISCRETE else torch.rand(*n, 2, generator=g) * 2 - 1
+    batch: dict[str, Any] = {
+        "observation": torch.randn(*n, 3, generator=g), "action": action, "discount": torch.full(n, 0.9),
+        "weight": torch.rand(4, generator=g),
+        "next": {"reward": torch.randn(n, generator=g), "terminated": torch.rand(n, generator=g) < 0.2},
+    }  # fmt: skip
+    if not memory:
+        batch["next"]["observation"] = torch.randn(*n, 3, generator=g)
+        return TensorDict(batch, [4])
+    state = nest({path: torch.from_numpy(x) for path, x in iterate(algorithm.policy.initial_state(4), "state")})
+    batch |= {
+        **state, "last_observation": torch.randn(4, 3, generator=g), "is_init": torch.zeros(n, dtype=torch.bool),
+        "bootstrap_row": torch.arange(4).expand(n), "mask": torch.arange(4) < torch.tensor([[1], [2], [4], [4]]),
+    }  # fmt: skip
+    return TensorDict(batch, [4])
+
+
+def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
+    if world_size > 1:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    found = {}
+    for name, (kind, spec) in CASES.items():
+        for memory in (False, True):
+            torch.manual_seed(0)
+            algorithm: Any = kind(spec=spec, network=LSTMNetwork if memory else None)
+            algorithm.configure_model()
+            if isinstance(algorithm, SAC):  # noise that depends on the row alone, not on how many there are
+                algorithm.sample = lambda p, a=algorithm: a.policy.distribution.rsample(
+                    p, (p[..., :2] * 1e3).sin().detach()
+                )
+            share = 4 // world_size
+            batch = minibatch(algorithm, spec, memory)[rank * share :][:share]
+            algorithm.optimize = lambda loss: loss.backward()
+            algorithm.update(batch)
+            for parameter, gradient in ((n, p.grad) for n, p in algorithm.named_parameters() if p.requires_grad):
+                if world_size > 1:  # as DDP does
+                    dist.all_reduce(gradient)
+                    gradient /= world_size
+                found[f"{name}, {'memory' if memory else 'rows'}: {parameter}"] = gradient
+    torch.save(found, folder / f"off-policy-{world_size}-{rank}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def train(folder: Path, name: str) -> None:
+    continuous = name in ("SAC", "TQC")
+    data = ReplayDataModule(
+        "Pendulum-v1" if continuous else "CartPole-v1", num_envs_per_env_runner=2, max_env_steps=400, seed=0,
+        learning_starts=100, batch_size=16, buffer_size=500, env_steps_per_batch=50, update_to_data=0.5,
+        eval_episodes=3,
+    )  # fmt: skip
+    kind = CASES[name][0]
+    algorithm = kind()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(algorithm, data)
+    trainer.save_checkpoint(folder / "off-policy.ckpt")
+    first = data.buffer.sample(64)["observation"]
+    state = {"weights": algorithm.state_dict(), "stored": len(data.buffer), "obs": first}
+    torch.save(state | {"metrics": dict(trainer.callback_metrics)}, folder / f"train-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "gradients":
+        gradients(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    else:
+        train(Path(sys.argv[2]), sys.argv[3])
