@@ -74,11 +74,14 @@ def project(probability: Tensor, support: Tensor, reward: Tensor, discount: Tens
     >>> project(torch.tensor([[0.0, 0.0, 1.0]]), support, torch.tensor([0.5]), torch.tensor([0.5]))
     tensor([[0.0000, 0.5000, 0.5000]])
     """
-    low, high, step = support[0], support[-1], support[1] - support[0]
+    low, high, last = support[0], support[-1], len(support) - 1
     moved = (reward.unsqueeze(1) + discount.unsqueeze(1) * support).clamp(low, high)
-    # Share of atom i (last dimension) that falls to atom j: 1 at no distance, 0 at one step or more.
-    share = (1 - (moved.unsqueeze(1) - support.unsqueeze(1)).abs() / step).clamp(min=0)
-    return (share * probability.unsqueeze(1)).sum(-1)
+    place = (moved - low) * (last / (high - low))  # in atoms from the lowest on
+    below = place.long().clamp(max=last - 1)
+    above_share = place - below
+    projected = torch.zeros_like(probability)
+    projected.scatter_add_(1, below, probability * (1 - above_share))
+    return projected.scatter_add_(1, below + 1, probability * above_share)
 
 
 def categorical_td_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -48,13 +48,20 @@ def runs() -> list[Path]:
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
-    steps = data["num_envs_per_env_runner"] * data["rollout_length"]
+    steps = data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1)
+    if config["data"]["class_path"] == "ReplayDataModule":
+        begin = -(-data["batch_size"] // steps) * steps
+        more = ["--data.learning_starts", str(begin), "--data.update_to_data", str(1 / steps)]
+        steps += begin
+    else:
+        more = ["--model.num_epochs", "1"]
     lit_rl(
         "fit", "--config", str(recipe), "--data.max_env_steps", str(steps), "--trainer.enable_progress_bar", "false",
-        "--data.eval_episodes", "1", "--model.num_epochs", "1",
+        "--data.eval_episodes", "1", *more,
     )  # fmt: skip
     (checkpoint,) = Path("runs").rglob("last.ckpt")
-    assert int(torch.load(checkpoint, weights_only=True)["state_dict"]["env_steps"]) == steps
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert int(weights["env_steps"]) == steps and int(weights["updates"]) == 1
     assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RESULTS = sorted((ROOT / "docs" / "results").glob("ppo_*.json"))
+RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+RESULTS = sorted(path for path in (ROOT / "docs" / "results").glob("*.json") if path.stem in RECIPES)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
