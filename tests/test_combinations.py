@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lit_rl import (
     MLP,
     PPO,
+    SAC,
+    TQC,
     EnvSpec,
     EpisodeWriter,
     GRUNetwork,
@@ -25,6 +27,8 @@ from lit_rl import (
     LSTMNetwork,
     MultiInput,
     NatureCNN,
+    Rainbow,
+    ReplayDataModule,
     RolloutDataModule,
     load_policy,
 )
@@ -244,3 +248,43 @@ def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
     assert spec.observation_space == OBSERVATIONS["tuple"]
     for row in table["action/1/x"].to_pylist():
         assert ACTIONS["tuple"][1]["x"].contains(np.array(row, np.float32))
+
+
+OFF_POLICY: dict[str, tuple[Any, str]] = {
+    "Rainbow": (functools.partial(Rainbow, sequence_length=4), "discrete"),
+    "SAC": (functools.partial(SAC, sequence_length=4, critic_hidden_sizes=(8,)), "matrix"),
+    "TQC": (functools.partial(TQC, sequence_length=4, critic_hidden_sizes=(8,), num_quantiles=3), "discrete"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OFF_POLICY)
+@pytest.mark.parametrize("network", ["default", "LSTM"])
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_every_observation_is_learned_from_by_replay(
+    make_trainer: Callable[..., L.Trainer], observation: str, network: str, kind: str
+) -> None:
+    """One update gives every parameter a finite gradient; the checkpoint's policy acts as the trained one."""
+    make, action = OFF_POLICY[kind]
+    torch.manual_seed(0)
+    data = ReplayDataModule(
+        SampleEnv,
+        env_kwargs={"observation_space": OBSERVATIONS[observation], "action_space": ACTIONS[action]},
+        num_envs_per_env_runner=2, rollout_length=8, max_env_steps=48, learning_starts=32, batch_size=16,
+        buffer_size=100, update_to_data=1 / 16, eval_episodes=2, seed=0,
+    )  # fmt: skip
+    algorithm, trainer = make(network=NETWORKS[network], burn_in=2 if network == "LSTM" else 0), make_trainer()
+    optimize, gradients = algorithm.optimize, {}
+
+    def keep(loss: Tensor) -> None:
+        optimize(loss)
+        gradients.update({name: p.grad for name, p in algorithm.named_parameters() if p.requires_grad})
+
+    algorithm.optimize = keep
+    trainer.fit(algorithm, data)
+    assert algorithm.env_steps_done == 48 and algorithm.updates_done == 1 and gradients
+    assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
+    trainer.save_checkpoint("out.ckpt")
+    obs = OBSERVATIONS[observation].sample()
+    given, _ = load_policy("out.ckpt").act(obs)
+    assert ACTIONS[action].contains(given) and str(given) == str(algorithm.policy.act(obs)[0])
