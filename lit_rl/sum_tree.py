@@ -2,7 +2,8 @@
 
 import numpy as np
 
-WIDTH = 128  # children of a node: three levels for two million leaves, and a row of them is one vectorised operation
+WIDTH = 32  # children of a node: a row of them is one vectorised operation
+TOP = 2048  # so many nodes are searched by a running sum over all of them
 
 
 class SumTree:
@@ -15,13 +16,11 @@ class SumTree:
     """
 
     def __init__(self, size: int):
-        self._levels = []  # from the leaves up; each padded to whole rows of children
-        while True:
-            rows = -(-size // WIDTH)
+        rows = -(-size // WIDTH)
+        self._levels = [np.zeros((rows, WIDTH))]  # from the leaves up; each in rows of children
+        while rows * WIDTH > TOP:
+            rows = -(-rows // WIDTH)
             self._levels.append(np.zeros((rows, WIDTH)))
-            if rows == 1:
-                break
-            size = rows
         self.leaves = self._levels[0].reshape(-1)  # a view: change it by `set` alone
 
     @property
@@ -32,19 +31,23 @@ class SumTree:
         """Change the leaves at `index` [N]; where an index is given twice, its last priority counts."""
         self.leaves[index] = priority
         for level, above in zip(self._levels, self._levels[1:]):
-            index = np.unique(index // WIDTH) if len(index) > 1 else index // WIDTH
+            index = index // WIDTH
             above.reshape(-1)[index] = level[index].sum(1)
 
     def find(self, mass: np.ndarray) -> np.ndarray:
         """The leaf in which each `mass` [N] falls, with 0 <= mass < total: that of a running sum over the leaves."""
-        node = np.zeros(len(mass), np.int64)
-        for level in reversed(self._levels):
-            cumulative = level[node].cumsum(1)
-            # A mass that rounding left at a node's very end belongs to its last child that has any.
-            mass = np.minimum(mass, np.nextafter(cumulative[:, -1], 0))
-            child = (cumulative <= mass[:, None]).sum(1)
-            before = np.where(child > 0, cumulative[np.arange(len(node)), child - 1], 0.0)
-            mass, node = mass - before, node * WIDTH + child
+        running = self._levels[-1].reshape(-1).cumsum()
+        # A mass that rounding left at the very end belongs to the last node that has any; so too below.
+        mass = np.minimum(mass, np.nextafter(running[-1], 0))
+        node = running.searchsorted(mass, side="right")
+        mass = mass - np.where(node > 0, running[node - 1], 0.0)
+        row = np.arange(len(mass))
+        for level in reversed(self._levels[:-1]):
+            children = level[node].cumsum(1)
+            mass = np.minimum(mass, np.nextafter(children[:, -1], 0))
+            child = (children <= mass[:, None]).sum(1)
+            mass = mass - np.where(child > 0, children[row, child - 1], 0.0)
+            node = node * WIDTH + child
         return node
 
     def sample(self, num: int, rng: np.random.Generator) -> np.ndarray:

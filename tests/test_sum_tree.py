@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lit_rl.sum_tree import WIDTH, SumTree
+from lit_rl.sum_tree import TOP, WIDTH, SumTree
 
 
-@pytest.mark.parametrize("size", [1, 5, WIDTH, WIDTH + 1, 3 * WIDTH * WIDTH + 7])
+@pytest.mark.parametrize("size", [1, 5, WIDTH, WIDTH + 1, TOP, TOP + 1, 40 * TOP + 7])
 def test_find_is_a_search_in_the_running_sum(size: int) -> None:
     rng = np.random.default_rng(0)
     tree, priority = SumTree(size), np.zeros(size)
