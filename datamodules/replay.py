@@ -1,6 +1,5 @@
 """Experience replay for off-policy algorithms."""
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +137,7 @@ class ReplayDataModule(EnvDataModule):
                 f"environments and rollout_length={length}. Raise it."
             )
         self.buffer: ReplayBuffer | None = None
-        self._staging: Path | None = None
+        self._staging: tempfile.TemporaryDirectory | None = None  # of rows as checkpoints of this run share them
         self._learned = 0.0  # env steps of this rank, on average, since updates began
         self._updates = 0  # made for them
         self._stored = 0  # env steps of all ranks since the buffer was empty
@@ -169,7 +168,7 @@ class ReplayDataModule(EnvDataModule):
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.cleanup()
             self._staging = None
         if stage in ("fit", "exception") and self.buffer is not None and self.storage_dir is not None:
             self.buffer.close()
@@ -285,9 +284,9 @@ class ReplayDataModule(EnvDataModule):
                 trainer = self.attached_trainer
                 folder = Path(trainer.log_dir or trainer.default_root_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                self._staging = Path(tempfile.mkdtemp(prefix=".replay-", dir=folder))
-            saved = self.buffer.save(self._staging)
-            state["replay"] = saved | {"stored": self._stored, "folder": str(self._staging)}
+                self._staging = tempfile.TemporaryDirectory(prefix=".replay-", dir=folder)
+            saved = self.buffer.save(Path(self._staging.name))
+            state["replay"] = saved | {"stored": self._stored, "folder": self._staging.name}
         return state
 
     def load_rank_state(self, state: dict[str, Any]) -> None:

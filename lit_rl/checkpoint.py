@@ -31,10 +31,11 @@ class LitCheckpointIO(CheckpointIO):
         check_plain(checkpoint, "checkpoint")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Files have names of their own, never used again: until the new checkpoint is in place, both sets are there.
-        beside = _attach_replay(checkpoint, target)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         try:
+            # Files have names of their own, never used again: until the new checkpoint is in place, both sets are
+            # there.
+            beside = _attach_replay(checkpoint, target)
             with os.fdopen(handle, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()

@@ -1,6 +1,8 @@
 """The path env -> runner -> buffer -> minibatch -> algorithm -> priorities and weights, under Trainer."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +409,18 @@ def test_several_runners_fill_one_buffer(prefetch: int, network: Any, make_train
     batch = data.buffer.sample(300, num_steps=(3, 3))
     torch.testing.assert_close(batch["observation"] // 100, batch["next", "observation"] // 100)
     assert len(data.buffer._open) == 6  # every environment of both runners
+
+
+def test_a_checkpoint_saved_after_training_leaves_no_other_folder_behind(make_trainer, tmp_path: Path) -> None:
+    code = """
+import lightning as L
+from test_replay_data import SMALL, CycleEnv
+from lit_rl import DQN, ReplayDataModule
+data = ReplayDataModule(CycleEnv, max_env_steps=60, eval_episodes=1, **SMALL)
+trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
+trainer.fit(DQN(), data)
+trainer.save_checkpoint("after.ckpt")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} - {"checkpoints"} == {"after.ckpt", "after.ckpt.d"}

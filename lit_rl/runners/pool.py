@@ -99,11 +99,11 @@ class RunnerPool:
         self._actors = [self._new_actor(runner) for runner in range(num_env_runners)]
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
-        # One copy for all runners, and for those that replace them.
-        self._reference = self._ray.put((pack_weights(policy), version, epsilon))
-        for runner, actor in enumerate(self._actors):
-            if runner not in self._pending:
-                self._pending[runner] = actor.sample.remote(self._reference)
+        idle = [runner for runner in range(len(self._actors)) if runner not in self._pending]
+        if idle:  # one copy for all of them, and for those that replace them
+            self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+        for runner in idle:
+            self._pending[runner] = self._actors[runner].sample.remote(self._reference)
 
     def finish(self) -> list[Fragment]:
         return [self._finish_one(runner) for runner in range(len(self._actors))]
