@@ -142,8 +142,8 @@ class EnvDataModule(L.LightningDataModule):
         self._collected, self._resume = 0, None
         self._episodes.clear()
 
-    def rank_state(self) -> dict[str, Any]:
-        """This rank's part of a checkpoint, in plain data."""
+    def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
+        """This rank's part of a checkpoint, in plain data; with `weights_only`, without what is large."""
         return {
             "seed": self.seed,
             "rollouts": self._collected,

@@ -49,9 +49,9 @@ class ReplayDataModule(EnvDataModule):
         priority_beta: how far importance weights make up for it when training begins; they do so in full (1) at
             `max_env_steps`, linearly in between. Without `max_env_steps` it stays.
         storage_dir: folder for memory-mapped files of observations and actions; None keeps them in memory. They are
-            removed when training ends.
-        checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file. Without
-            it, a resumed run begins with an empty buffer.
+            removed with the datamodule, at the latest when the program ends.
+        checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file, and
+            whether a resumed run takes it from there; else that begins with an empty buffer.
         env_steps_per_batch: env steps of each learner process per Lightning batch: how often metrics are logged.
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
         prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
@@ -80,7 +80,7 @@ class ReplayDataModule(EnvDataModule):
         prioritized: bool | None = None,
         priority_alpha: float = 0.6,
         priority_beta: float = 0.4,
-        storage_dir: str | None = None,
+        storage_dir: str | Path | None = None,
         checkpoint_buffer: bool = True,
         env_steps_per_batch: int = 1000,
         batches_per_epoch: int = 10,
@@ -120,6 +120,8 @@ class ReplayDataModule(EnvDataModule):
         self.prioritized = None if prioritized is None else check_flag("prioritized", prioritized)
         self.priority_alpha = check_range("priority_alpha", priority_alpha, 0.0, 1.0)
         self.priority_beta = check_range("priority_beta", priority_beta, 0.0, 1.0)
+        if not (storage_dir is None or isinstance(storage_dir, str | Path)):
+            raise OptionError(f"storage_dir={storage_dir!r}: expected a folder's path.")
         self.storage_dir = storage_dir
         self.checkpoint_buffer = check_flag("checkpoint_buffer", checkpoint_buffer)
         self.env_steps_per_batch = check_count("env_steps_per_batch", env_steps_per_batch)
@@ -137,9 +139,9 @@ class ReplayDataModule(EnvDataModule):
                 f"environments and rollout_length={length}. Raise it."
             )
         self.buffer: ReplayBuffer | None = None
+        self._resumed_from: Path | None = None  # the folder of a checkpoint's buffer that is not loaded yet
         self._staging: tempfile.TemporaryDirectory | None = None  # of rows as checkpoints of this run share them
-        self._learned = 0.0  # env steps of this rank, on average, since updates began
-        self._updates = 0  # made for them
+        self._owed = 0.0  # updates that env steps ask for and are not made yet
         self._stored = 0  # env steps of all ranks since the buffer was empty
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -170,9 +172,6 @@ class ReplayDataModule(EnvDataModule):
         if self._staging is not None:
             self._staging.cleanup()
             self._staging = None
-        if stage in ("fit", "exception") and self.buffer is not None and self.storage_dir is not None:
-            self.buffer.close()
-            self.buffer = None
 
     # --- minibatches --------------------------------------------------------------------------------------------
 
@@ -182,23 +181,26 @@ class ReplayDataModule(EnvDataModule):
 
     def _minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
         """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
-        end = self.algorithm.env_steps_done + self.env_steps_per_batch * self.attached_trainer.world_size
+        trainer = self.attached_trainer
+        end = self.algorithm.env_steps_done + self.env_steps_per_batch * trainer.world_size
         while (
             self.algorithm.env_steps_done < end and self._budget_left(self.algorithm.env_steps_done) >= self._max_rows
         ):
             started = time.perf_counter()
             self._collect()
             stream.waited_s += time.perf_counter() - started
-            while self._updates + 1 <= self._learned * self.update_to_data + ROUNDING:
-                self._updates += 1
+            while self._owed > 1 - ROUNDING:
+                self._owed -= 1
                 minibatch = self._draw()
                 yield minibatch
                 if "priority" in minibatch.keys():  # noqa: SIM118
                     self._full_buffer.update_priorities(minibatch["index"], minibatch["priority"])
+                if 0 <= trainer.max_steps <= trainer.global_step:
+                    return
         self.sample_s = stream.waited_s
         # Said before Lightning looks: it then still validates and saves after this batch.
         if self._budget_left(self.algorithm.env_steps_done) < self._max_rows:
-            self.attached_trainer.should_stop = True
+            trainer.should_stop = True
 
     def _collect(self) -> None:
         """Take env steps of the runners into the buffer."""
@@ -232,7 +234,7 @@ class ReplayDataModule(EnvDataModule):
         algorithm.env_steps += taken
         self._stored += taken
         if not warming_up and self._stored >= self.batch_size * distributed.world_size():
-            self._learned += taken / distributed.world_size()
+            self._owed += taken / distributed.world_size() * self.update_to_data
 
     def _draw(self) -> TensorDict:
         algorithm, buffer = self._off_policy, self._full_buffer
@@ -265,21 +267,22 @@ class ReplayDataModule(EnvDataModule):
         )
 
     def rollout_metrics(self) -> dict[str, float]:
-        metrics = super().rollout_metrics() | {"replay/transitions": float(len(self._full_buffer))}
+        metrics = super().rollout_metrics()
+        if self.buffer is not None:
+            metrics["replay/transitions"] = float(len(self.buffer))
         return metrics | ({"replay/beta": self.beta} if self._prioritizes else {})
 
     # --- state --------------------------------------------------------------------------------------------------
 
     def restart(self) -> None:
         super().restart()
-        self._learned, self._updates, self._stored = 0.0, 0, 0
-        if self.buffer is not None:
-            self.buffer.close()
-            self.buffer = None
+        self._owed, self._stored, self.buffer, self._resumed_from = 0.0, 0, None, None
 
-    def rank_state(self) -> dict[str, Any]:
-        state = super().rank_state() | {"learned": self._learned, "updates": self._updates}
-        if self.checkpoint_buffer and self.buffer is not None:
+    def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
+        state = super().rank_state() | {"owed": self._owed}
+        if self.buffer is None and self._resumed_from is not None:
+            self.buffer = self._make_buffer()  # nothing was drawn from it yet: it goes on to the next checkpoint
+        if self.checkpoint_buffer and self.buffer is not None and not weights_only:
             if self._staging is None:
                 trainer = self.attached_trainer
                 folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -291,27 +294,36 @@ class ReplayDataModule(EnvDataModule):
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
-        self._learned, self._updates, self._stored = state["learned"], state["updates"], 0
+        self._owed, self._stored = state["owed"], 0
         self.buffer = None
-        self._resumed_from = Path(f"{self.attached_trainer.ckpt_path}.d") / f"rank_{self.attached_trainer.global_rank}"
+        if self.checkpoint_buffer and "replay" in state:
+            trainer = self.attached_trainer
+            self._resumed_from = Path(f"{trainer.ckpt_path}.d") / f"rank_{trainer.global_rank}"
 
     def _make_buffer(self) -> ReplayBuffer:
         policy = self.algorithm.policy
         assert self.spec is not None
         self.keep_states = policy.has_memory
         rank = self.attached_trainer.global_rank
-        storage_dir = None if self.storage_dir is None else Path(self.storage_dir)
-        buffer = ReplayBuffer(
-            self.spec,
-            self.buffer_size,
-            state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
-            priority_alpha=self.priority_alpha if self._prioritizes else None,
-            storage_dir=storage_dir,
-            seed=self._seed_sequence(REPLAY, rank),
-        )
-        if self._resume is not None and "replay" in self._resume:
+        try:
+            buffer = ReplayBuffer(
+                self.spec,
+                self.buffer_size,
+                state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
+                priority_alpha=self.priority_alpha if self._prioritizes else None,
+                storage_dir=self.storage_dir,
+                seed=self._seed_sequence(REPLAY, rank),
+            )
+        except (MemoryError, OSError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise OptionError(
+                f"buffer_size={self.buffer_size}: no room for so many rows: {message}. Lower it."
+            ) from error
+        if self._resumed_from is not None:
+            assert self._resume is not None
             buffer.load(self._resumed_from, self._resume["replay"])
             self._stored = self._resume["replay"]["stored"]
+            self._resumed_from = None
         return buffer
 
     @property

@@ -180,9 +180,14 @@ class Algorithm(L.LightningModule):
                 f"itself. Leave it out and set {type(self).__name__}(max_grad_norm={trainer.gradient_clip_val})."
             )
         if trainer.accumulate_grad_batches != 1:
+            own = (
+                f"{type(self).__name__}(minibatch_size"
+                if "minibatch_size" in self.hparams
+                else "ReplayDataModule(batch_size"
+            )
             raise OptionError(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): expected 1. Set a larger "
-                f"{type(self).__name__}(minibatch_size=...) instead."
+                f"{own}=...) instead."
             )
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise OptionError(f"Trainer(precision={trainer.precision!r}): expected '32-true' or 'bf16-mixed'.")
@@ -290,7 +295,7 @@ class Algorithm(L.LightningModule):
         state = {"rng": rng_state(), "generator": self.generator.get_state(), "algorithm": self.rank_state()}
         datamodule = self._datamodule
         if hasattr(datamodule, "rank_state"):
-            state["data"] = datamodule.rank_state()
+            state["data"] = datamodule.rank_state(weights_only="optimizer_states" not in checkpoint)
         checkpoint[SECTION] = {
             "format": FORMAT,
             "algorithm": type(self).__name__,
@@ -363,14 +368,15 @@ class Algorithm(L.LightningModule):
         for name, value in values.items():
             if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
                 raise DivergedError(
-                    f"{name}={value} after {env_steps} env steps: training has diverged. Lower lr, or normalise "
-                    "rewards (normalize_returns=True). Checkpoints written before are kept."
+                    f"{name}={value} after {env_steps} env steps: training has diverged. Lower lr, or scale "
+                    "the rewards down. Checkpoints written before are kept."
                 )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         shown = ("rollout/return_mean", "time/env_steps_per_s")
         trainer.progress_bar_metrics.update({name: values[name] for name in shown if name in values})
         self._unlogged = values
-        if trainer.loggers and (self.updates_done % trainer.log_every_n_steps == 0 or trainer.should_stop):
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if trainer.loggers and (batches % trainer.log_every_n_steps == 0 or trainer.should_stop):
             self._log_update()
 
     def _log_update(self) -> None:

@@ -40,6 +40,17 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
     raise OptionError(f"{name}={value!r}: expected a whole number of at least {low}.")
 
 
+def check_counts(name: str, values: Any) -> list[int]:
+    """Return `values` if they are a list of whole numbers of at least 1, or an empty one.
+
+    Raises:
+        OptionError: naming the option and its value.
+    """
+    if isinstance(values, list | tuple):
+        return [check_count(name, value) for value in values]
+    raise OptionError(f"{name}={values!r}: expected a list of whole numbers, such as [64, 64].")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`.
 

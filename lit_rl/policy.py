@@ -224,6 +224,18 @@ class Policy(nn.Module):
             return distribution.mode(array), np.zeros(len(array), np.float32)
         return distribution.sample(array, self.rng)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether observations hold an action mask."""
+        return self._masks is not None
+
+    def legal(self, obs: Tree) -> Tensor:
+        """Which outputs of a policy with masks belong to legal actions of the observations, [*B, num_outputs]."""
+        assert self._masks is not None
+        mask = obs[ACTION_MASK]
+        shape = (*leaves(mask)[0].shape[:-1], self.distribution.num_outputs)
+        return self._masks.apply(torch.zeros(shape, device=leaves(mask)[0].device), mask) == 0
+
     # --- what a subclass may override ---------------------------------------------------------------------------
 
     def build_head(self, num_features: int) -> None:

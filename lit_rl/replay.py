@@ -366,6 +366,7 @@ class ReplayBuffer:
             "written": self._written,
             "open": [[env, number, begins] for env, (number, begins) in self._open.items()],
             "max_priority": self._max_priority,
+            "alpha": self._alpha,
             "rng": self.rng.bit_generator.state,
             "files": files,
         }
@@ -391,14 +392,11 @@ class ReplayBuffer:
         self.rng.bit_generator.state = state["rng"]
         self._num_transitions = int(np.count_nonzero(self._flags & TRANSITION))
         if self._tree is not None:
-            known = whole.get("priorities")
             rows = np.flatnonzero(self._flags[:size] & TRANSITION)
-            self._tree.set(rows, self._max_priority**self._alpha if known is None else known.numpy()[rows])
-
-    def close(self) -> None:
-        """Remove the files in `storage_dir`."""
-        if self._disk is not None:
-            self._disk.close()
+            if state["alpha"]:  # what was stored is a priority to the power of it
+                self._tree.set(rows, whole["priorities"].numpy()[rows] ** (self._alpha / state["alpha"]))
+            else:
+                self._tree.set(rows, self._max_priority**self._alpha)
 
     def _saved(self) -> dict[str, np.ndarray]:
         """What is saved row by row."""

@@ -31,11 +31,13 @@ class DiskColumns:
     def __init__(self, storage_dir: str | Path, capacity: int, fields: Mapping[str, tuple[str, tuple[int, ...]]]):
         try:
             Path(storage_dir).mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="replay-", dir=storage_dir))
+            # Gone with this object, at the latest when the program ends.
+            self._temporary = tempfile.TemporaryDirectory(prefix="replay-", dir=storage_dir)
         except OSError as error:
             raise ReplayError(
                 f"storage_dir={str(storage_dir)!r}: {error.strerror}. Name a folder to write to."
             ) from None
+        self._folder = Path(self._temporary.name)
         self._capacity = capacity
         self._reserved = 0
         self.columns: dict[str, np.ndarray] = {}
@@ -69,10 +71,6 @@ class DiskColumns:
                 "buffer_size, and resume from the last checkpoint."
             ) from None
         self._reserved = end
-
-    def close(self) -> None:
-        """Remove the files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Snapshots:
@@ -139,7 +137,9 @@ class Snapshots:
             except Exception as error:  # torch names a dozen kinds of damage
                 message = " ".join(str(error).split())[:200]
                 raise CheckpointError(
-                    f"The checkpoint's replay buffer {folder / name} is missing or damaged: {message}"
+                    f"The checkpoint's replay buffer {folder / name} is missing or damaged: {message}. "
+                    f"Move {folder.parent} along with the checkpoint, or resume with checkpoint_buffer=False and an "
+                    "empty buffer."
                 ) from error
         return whole
 

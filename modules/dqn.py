@@ -7,10 +7,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.checks import check_choice, check_count, check_flag, check_range
+from lit_rl.checks import check_choice, check_count, check_counts, check_flag, check_range
 from lit_rl.errors import OptionError
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
-from lit_rl.networks import NetworkFactory
+from lit_rl.networks import NetworkFactory, check_same_in_training
 from lit_rl.networks.q import set_noise
 from lit_rl.off_policy import (
     Follower,
@@ -125,7 +125,7 @@ class DQN(OffPolicy):
         if v_min >= v_max:
             raise OptionError(f"v_min={v_min}: expected less than v_max={v_max}.")
         sigma0 = check_range("sigma0", sigma0, 0.0, exclusive_low=True)
-        head_hidden_sizes = [check_count("head_hidden_sizes", size) for size in head_hidden_sizes]
+        head_hidden_sizes = check_counts("head_hidden_sizes", head_hidden_sizes)
         sequence_length = check_count("sequence_length", sequence_length, 2)
         burn_in = check_count("burn_in", burn_in, 0)
         self.save_hyperparameters(ignore=["network", "policy_class", "spec"])
@@ -143,6 +143,7 @@ class DQN(OffPolicy):
             hidden_sizes=hp.head_hidden_sizes,
         )
         assert isinstance(policy, QPolicy)
+        check_same_in_training(policy)
         self.policy, self.target = policy, target_of(policy)
         self.follow = Follower(self.target, policy)
         self.check_memory()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
@@ -13,7 +13,14 @@ from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.losses import approximate_kl, ppo_clip, value_loss
-from lit_rl.networks import NetworkFactory, ValueHead, ValueNetwork, build_network, output_size
+from lit_rl.networks import (
+    NetworkFactory,
+    ValueHead,
+    ValueNetwork,
+    build_network,
+    check_same_in_training,
+    output_size,
+)
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.policy import Policy
 from lit_rl.rollout import mask_of, next_values, next_values_with_memory, rows, sequences
@@ -115,7 +122,7 @@ class PPO(Algorithm):
         self.policy = self.make_policy(
             spec, normalize_observations=hp.normalize_observations, state_dependent_std=hp.state_dependent_std
         )
-        check_acts_as_it_learns(self.policy)
+        check_same_in_training(self.policy)
         if hp.burn_in and not self.policy.has_memory:
             raise OptionError(
                 f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
@@ -249,21 +256,6 @@ class PPO(Algorithm):
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         if self.return_normalizer is not None:
             self.return_normalizer.running_return = state["running_return"]
-
-
-def check_acts_as_it_learns(policy: nn.Module) -> None:
-    """Refuse layers that compute something else in training than in acting: no probability ratio would begin at 1.
-
-    Raises:
-        OptionError: naming the layer.
-    """
-    for module in policy.modules():
-        name = type(module).__name__
-        if "BatchNorm" in name or ("Dropout" in name and getattr(module, "p", 0.0) > 0):
-            raise OptionError(
-                f"network: it holds {module}, which computes other features in training than in acting, so that PPO's "
-                "probability ratios are wrong from the first step on. Leave it out (LayerNorm is the same in both)."
-            )
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

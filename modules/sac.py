@@ -10,12 +10,12 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.checks import check_count, check_flag, check_range
+from lit_rl.checks import check_count, check_counts, check_flag, check_range
 from lit_rl.distributed import masked_mean
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.losses import quantile_huber_loss
-from lit_rl.networks import MLP, NetworkFactory, build_network, output_size
+from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
 from lit_rl.networks.inputs import FlatInput, is_image
 from lit_rl.off_policy import (
@@ -34,6 +34,8 @@ from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule, check_schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree, space_leaves
+
+AUTO_ENTROPY = 0.98  # share of a uniform policy's entropy that a discrete one is held at
 
 
 class SAC(OffPolicy):
@@ -57,7 +59,7 @@ class SAC(OffPolicy):
         initial_alpha: the temperature, the weight of the entropy, when training begins.
         learn_alpha: whether the temperature is learned; else it stays.
         target_entropy: what the policy's entropy (nats) is held at by it. "auto" is minus the number of action
-            dimensions; for n discrete actions 0.98 log n.
+            dimensions; for n (legal) discrete actions 0.98 log n.
         num_critics: critics, whose minimum counts.
         critic_hidden_sizes: layers of each critic, after the observation's features.
         critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critics' own encoder of
@@ -114,7 +116,7 @@ class SAC(OffPolicy):
         if target_entropy != "auto":
             target_entropy = check_range("target_entropy", target_entropy)
         num_critics = check_count("num_critics", num_critics)
-        critic_hidden_sizes = [check_count("critic_hidden_sizes", size) for size in critic_hidden_sizes]
+        critic_hidden_sizes = check_counts("critic_hidden_sizes", critic_hidden_sizes)
         if share_encoder is not None:
             check_flag("share_encoder", share_encoder)
         sequence_length = check_count("sequence_length", sequence_length, 2)
@@ -149,6 +151,8 @@ class SAC(OffPolicy):
         if shares and self.critic_network is not None:
             raise OptionError("critic_network: expected none, since the critics share the policy's network.")
         self.critics = self.make_critics(None if shares else self.make_critic_encoder())
+        for network in (self.policy, self.critics):
+            check_same_in_training(network)
         self.target = target_of(self.critics)
         # What the target critics read, if that is not an encoder of their own.
         self.target_policy = target_of(self.policy) if shares else None
@@ -161,7 +165,7 @@ class SAC(OffPolicy):
         else:
             self.register_buffer("log_alpha", log_alpha)
         size = self.policy.distribution.num_outputs
-        auto = 0.98 * math.log(size) if self.is_discrete else -float(size)
+        auto = AUTO_ENTROPY * math.log(size) if self.is_discrete else -float(size)
         self.target_entropy = auto if hp.target_entropy == "auto" else hp.target_entropy
 
     def make_critic_encoder(self) -> nn.Module:
@@ -169,7 +173,13 @@ class SAC(OffPolicy):
         space = self.policy.input_space
         if self.critic_network is None and not _has_images(space):
             return FlatInput(space)
-        return build_network(self.critic_network, space)
+        encoder = build_network(self.critic_network, space)
+        if has_memory(encoder):
+            raise OptionError(
+                f"critic_network={type(encoder).__name__}: expected a network without memory. Give it to "
+                "network=, which the critics then share."
+            )
+        return encoder
 
     def make_critics(self, encoder: nn.Module | None, num_outputs: int = 1) -> Critics:
         """Critics that give `num_outputs` numbers for an action."""
@@ -212,7 +222,7 @@ class SAC(OffPolicy):
         actor_loss, log_prob = self.actor_loss(feature, critic_feature.detach(), obs, alpha)
         loss = weighted_mean(critic_loss, batch) + masked_mean(actor_loss, mask)
         if self.hp.learn_alpha:
-            loss = loss + masked_mean(self.alpha_loss(log_prob), mask)
+            loss = loss + masked_mean(self.alpha_loss(log_prob, self.entropy_target(obs)), mask)
         self.optimize(loss)
 
         for follow in self.followers:
@@ -254,12 +264,18 @@ class SAC(OffPolicy):
         q = self.q_value(self.critics(critic_feature, action, frozen=True))
         return alpha * log_prob - q, log_prob.detach()
 
-    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+    def alpha_loss(self, log_prob: Tensor, target_entropy: Tensor | float) -> Tensor:
         """-log(alpha) (log pi(a|s) + target entropy), [*N]: eq. 17, with log(alpha) in alpha's place.
 
         The temperature rises while the entropy is below its target.
         """
-        return -self.log_alpha * (log_prob + self.target_entropy)
+        return -self.log_alpha * (log_prob + target_entropy)
+
+    def entropy_target(self, obs: Tree) -> Tensor | float:
+        """What the entropy is held at; "auto" counts each observation's legal actions, [*N], if there is a mask."""
+        if not (self.is_discrete and self.policy.has_masks and self.hp.target_entropy == "auto"):
+            return self.target_entropy
+        return AUTO_ENTROPY * self.policy.legal(obs).sum(-1).clamp(min=1).log()
 
     # --- what a variant overrides -------------------------------------------------------------------------------
 

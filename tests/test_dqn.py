@@ -229,6 +229,7 @@ def test_padding_changes_nothing() -> None:
         ({"tau": 0.0}, "tau=0.0: expected a number, above 0"),
         ({"target_update_interval": 0}, "target_update_interval=0"),
         ({"double": "yes"}, "double='yes': expected True or False"),
+        ({"head_hidden_sizes": 64}, "head_hidden_sizes=64: expected a list of whole numbers"),
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:
@@ -240,6 +241,18 @@ def test_options_are_checked(options: dict, message: str) -> None:
 def test_burn_in_needs_memory() -> None:
     with pytest.raises(OptionError, match="burn_in=4: expected a network with memory"):
         DQN(spec=SPEC, burn_in=4).configure_model()
+
+
+def test_layers_that_act_otherwise_than_they_learn_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"network: it holds Batched\(1"):
+        DQN(spec=SPEC, network=Batched).configure_model()
+
+
+class Batched(torch.nn.BatchNorm1d):
+    output_size = 1
+
+    def __init__(self, observation_space: Any):
+        super().__init__(1)
 
 
 def greedy_return(algorithm: DQN, data: ReplayDataModule, make_trainer: Any) -> float:

@@ -1,6 +1,7 @@
 """The replay buffer: what is drawn is what happened, in every autoreset mode, over and over again around the ring."""
 
 import errno
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,8 @@ def test_a_buffer_on_disk_gives_what_one_in_memory_gives(tmp_path: Path) -> None
         for key in ("observation", "action", "index", ("next", "observation"), ("next", "reward")):
             assert torch.equal(a[key], b[key])
     assert list((tmp_path / "buffer").glob("replay-*/*.bin"))
-    disk.close()
+    del disk, buffer, b
+    gc.collect()
     assert not list((tmp_path / "buffer").iterdir())
 
 

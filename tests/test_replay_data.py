@@ -1,5 +1,7 @@
 """The path env -> runner -> buffer -> minibatch -> algorithm -> priorities and weights, under Trainer."""
 
+import csv
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from envs import FailingEnv, counter_vector
 from gymnasium import spaces
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, SAC, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
@@ -320,6 +323,9 @@ def test_a_missing_buffer_is_named_when_resuming(make_trainer) -> None:
             DQN(), ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 300}), ckpt_path="run.ckpt"
         )
     assert load_policy("run.ckpt").act(np.zeros(5))[0] in (0, 1)  # acting needs no buffer
+    data = ReplayDataModule(CycleEnv, checkpoint_buffer=False, **SMALL | {"max_env_steps": 300})
+    make_trainer(limit_val_batches=0).fit(DQN(), data, ckpt_path="run.ckpt")
+    assert len(data.buffer) == 100
 
 
 def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,9 +341,83 @@ def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeyp
     assert before == (Path("run.ckpt").read_bytes(), sorted(Path("run.ckpt.d/rank_0").iterdir()))
 
 
-def test_the_files_of_storage_dir_are_removed_at_the_end(make_trainer, tmp_path: Path) -> None:
-    run(make_trainer, DQN(), storage_dir=str(tmp_path / "rows"))
+def test_the_files_of_storage_dir_are_removed_with_the_datamodule(make_trainer, tmp_path: Path) -> None:
+    data = run(make_trainer, DQN(), storage_dir=str(tmp_path / "rows"))
+    assert list((tmp_path / "rows").iterdir())
+    data.restart()
+    gc.collect()
     assert not list((tmp_path / "rows").iterdir())
+
+
+@pytest.mark.parametrize("storage_dir", [None, "rows"])
+def test_a_checkpoint_after_training_holds_the_buffer_and_a_second_fit_goes_on_with_it(
+    storage_dir: str | None, make_trainer
+) -> None:
+    data = ReplayDataModule(CycleEnv, max_env_steps=200, storage_dir=storage_dir, **SMALL)
+    algorithm, trainer = Watched(), make_trainer(limit_val_batches=0)
+    trainer.fit(algorithm, data)
+    trainer.save_checkpoint("end.ckpt")
+    other = ReplayDataModule(CycleEnv, max_env_steps=300, storage_dir=storage_dir, **SMALL)
+    resumed = Watched()
+    make_trainer(limit_val_batches=0).fit(resumed, other, ckpt_path="end.ckpt")
+    assert len(other.buffer) == 300 and resumed.updates_done == 260
+    data.max_env_steps = 250
+    trainer.fit(algorithm, data)
+    assert len(data.buffer) == 250 and algorithm.updates_done == 210
+
+
+def test_a_resumed_run_with_nothing_to_do_keeps_the_buffer(make_trainer) -> None:
+    save(make_trainer)
+    trainer = make_trainer(limit_val_batches=0, min_epochs=2)
+    trainer.fit(DQN(), ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 200}), ckpt_path="run.ckpt")
+    trainer.save_checkpoint("run.ckpt")
+    again = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 250})
+    make_trainer(limit_val_batches=0).fit(DQN(), again, ckpt_path="run.ckpt")
+    assert len(again.buffer) == 250
+
+
+@pytest.mark.parametrize(("ratio", "updates"), [(0.5, 10), (1.0, 20), (2.0, 40)])
+def test_another_ratio_on_resume_counts_from_there(ratio: float, updates: int, make_trainer) -> None:
+    save(make_trainer)
+    algorithm = DQN()
+    data = ReplayDataModule(CycleEnv, update_to_data=ratio, **SMALL | {"max_env_steps": 220})
+    make_trainer(limit_val_batches=0).fit(algorithm, data, ckpt_path="run.ckpt")
+    assert algorithm.updates_done == 160 + updates
+
+
+def test_another_exponent_on_resume_rescales_the_priorities(make_trainer) -> None:
+    _, data = save(make_trainer, prioritized=True, priority_alpha=0.5)
+    leaves = data.buffer._tree.leaves.copy()
+    again = ReplayDataModule(CycleEnv, prioritized=True, priority_alpha=1.0, **SMALL | {"max_env_steps": 200})
+    trainer = make_trainer(limit_val_batches=0)
+    trainer.fit(DQN(), again, ckpt_path="run.ckpt")
+    trainer.save_checkpoint("again.ckpt")  # loads what was not needed yet
+    np.testing.assert_allclose(again.buffer._tree.leaves, leaves**2)
+
+
+def test_a_checkpoint_of_weights_alone_holds_no_buffer(make_trainer) -> None:
+    trainer, _ = save(make_trainer)
+    trainer.save_checkpoint("weights.ckpt", weights_only=True)
+    assert not Path("weights.ckpt.d").exists()
+
+
+def test_max_steps_ends_in_the_middle_of_a_batch(make_trainer) -> None:
+    algorithm, trainer = DQN(), make_trainer(limit_val_batches=0, max_steps=25)
+    trainer.fit(algorithm, ReplayDataModule(CycleEnv, max_env_steps=200, **SMALL))
+    assert trainer.global_step == algorithm.updates_done == 25
+
+
+def test_loggers_get_every_batch_that_is_due(make_trainer, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="log")
+    data = ReplayDataModule(CycleEnv, max_env_steps=300, update_to_data=0.3, **SMALL)
+    make_trainer(limit_val_batches=0, logger=logger, log_every_n_steps=2).fit(DQN(), data)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [float(row["env_steps"]) for row in rows] == [100.0, 200.0, 300.0]
+
+
+def test_a_policy_that_diverged_is_blamed_and_not_the_environment(make_trainer) -> None:
+    with pytest.raises(EnvError, match="The policy has diverged: lower lr"):
+        run(make_trainer, SAC(lr=1e30), "Pendulum-v1", rollout_length=5)
 
 
 def test_a_full_storage_dir_ends_training_with_a_sentence(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +429,6 @@ def test_a_full_storage_dir_ends_training_with_a_sentence(make_trainer, monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ReplayError, match="the disk is full after 0 of buffer_size=500 rows"):
         run(make_trainer, DQN(), storage_dir="rows")
-    assert not list(Path("rows").iterdir())
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -361,6 +440,7 @@ def test_a_full_storage_dir_ends_training_with_a_sentence(make_trainer, monkeypa
         ({"buffer_size": 10}, "buffer_size=10: expected at least batch_size=16"),
         ({"learning_starts": 5}, "learning_starts=5: expected at least batch_size=16"),
         ({"num_envs_per_env_runner": 100, "rollout_length": 10}, "buffer_size=500: expected at least 2200 rows"),
+        ({"storage_dir": 3}, "storage_dir=3: expected a folder's path"),
         ({"update_to_data": 0}, "update_to_data=0: expected a number, above 0"),
         ({"n_step": 0}, "n_step=0: expected a whole number of at least 1"),
         ({"n_step": [3, 1]}, "n_step=[3, 1]: expected a whole number, or [low, high]"),
@@ -373,6 +453,12 @@ def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(OptionError) as error:
         ReplayDataModule(CycleEnv, **SMALL | options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("storage_dir", [None, "rows"])
+def test_a_buffer_for_which_there_is_no_room_is_named(storage_dir: str | None, make_trainer) -> None:
+    with pytest.raises(OptionError, match=r"buffer_size=10000000000000: no room for so many rows: .* Lower it"):
+        run(make_trainer, DQN(), buffer_size=10**13, storage_dir=storage_dir)
 
 
 def test_learning_that_would_never_start_is_refused(make_trainer) -> None:

@@ -48,6 +48,13 @@ def minibatch(num: int = 8, discrete: bool = False, **more: Any) -> TensorDict:
     )  # fmt: skip
 
 
+class Dropped(torch.nn.Dropout):
+    output_size = 3
+
+    def __init__(self, observation_space: Any):
+        super().__init__()
+
+
 # --- the squashed Gaussian ------------------------------------------------------------------------------------------
 
 
@@ -203,13 +210,26 @@ def test_the_policys_gradient_raises_value_and_entropy() -> None:
 def test_the_temperature_rises_while_the_entropy_is_below_its_target(log_prob: float, rises: bool) -> None:
     algorithm = make()  # two dimensions: the target is -2
     assert algorithm.target_entropy == -2.0
-    algorithm.alpha_loss(torch.tensor([log_prob])).sum().backward()
+    algorithm.alpha_loss(torch.tensor([log_prob]), algorithm.target_entropy).sum().backward()
     assert (algorithm.log_alpha.grad < 0) == rises  # descent raises it where the gradient is negative
 
 
 def test_target_entropy_of_discrete_actions() -> None:
     assert make(spec=DISCRETE).target_entropy == pytest.approx(0.98 * math.log(3))
     assert make(spec=DISCRETE, target_entropy=0.1).target_entropy == 0.1
+
+
+def test_target_entropy_is_that_of_the_legal_actions() -> None:
+    spec = EnvSpec(
+        "Test",
+        spaces.Dict(observation=spaces.Box(-1, 1, (3,), np.float32), action_mask=spaces.MultiBinary(3)),
+        spaces.Discrete(3),
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 1]])
+    obs = {"observation": torch.zeros(3, 3), "action_mask": mask}
+    found = make(spec=spec.to_dict()).entropy_target(obs)
+    torch.testing.assert_close(found, 0.98 * torch.tensor([2.0, 3.0, 1.0]).log())
+    assert make(spec=spec.to_dict(), target_entropy=0.1).entropy_target(obs) == 0.1
 
 
 def test_a_fixed_temperature_stays() -> None:
@@ -338,6 +358,9 @@ def test_learning_rates_of_the_parts() -> None:
         (SAC, {"target_entropy": "high"}, "target_entropy='high': expected a number"),
         (SAC, {"actor_lr": -1.0}, "actor_lr=-1.0"),
         (SAC, {"num_critics": 0}, "num_critics=0"),
+        (SAC, {"critic_hidden_sizes": 5}, "critic_hidden_sizes=5: expected a list of whole numbers"),
+        (SAC, {"critic_network": LSTMNetwork}, "critic_network=LSTMNetwork: expected a network without memory"),
+        (SAC, {"critic_network": Dropped}, "network: it holds Dropped(p=0.5"),
         (SAC, {"network": LSTMNetwork, "share_encoder": False}, "share_encoder=False: LSTMNetwork has memory"),
         (SAC, {"share_encoder": True, "critic_network": small_network}, "critic_network: expected none"),
         (TQC, {"num_quantiles": 3, "num_dropped": 3}, "num_dropped=3: expected less than num_quantiles=3"),

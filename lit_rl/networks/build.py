@@ -184,6 +184,23 @@ def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[st
     return {"name": f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"}
 
 
+def check_same_in_training(network: nn.Module) -> None:
+    """Refuse layers that compute something else in training than in acting.
+
+    No probability ratio would begin at 1, and a target network would not say what the network said.
+
+    Raises:
+        OptionError: naming the layer.
+    """
+    for module in network.modules():
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if drops or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise OptionError(
+                f"network: it holds {module}, which computes other features in training than in acting, so that "
+                "what is learned is not what acts. Leave it out (LayerNorm is the same in both)."
+            )
+
+
 def check_nameable(network: NetworkFactory | dict[str, Any] | None) -> None:
     """Refuse a network that a checkpoint could not name for the program that loads it.
 

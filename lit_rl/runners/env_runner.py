@@ -266,20 +266,27 @@ class EnvRunner:
         return packed
 
     def _check_finite(self, view: dict[str, np.ndarray]) -> None:
-        """Once per fragment, so that it costs nothing per step."""
+        """Once per fragment, so that it costs nothing per step. Named is what was wrong first: the rest follows."""
+        wrong = []
         for name, array in view.items():
             if array.dtype.kind == "f" and not np.isfinite(array.sum()):
                 bad = np.argwhere(~np.isfinite(array))
                 if len(bad):
-                    b, t = int(bad[0][0]), (int(bad[0][1]) if array.ndim > 1 else 0)
-                    name = name.split("/")[0]
-                    in_rows = name in ROWS
-                    where = f"at row {t} of environment {b}" if in_rows else f"of environment {b}"
-                    value = array[b, t] if in_rows else array[b]
-                    raise EnvError(
-                        f"env={self._env.env_id}: {name}={value.tolist()} {where}: expected finite numbers. "
-                        + ("The policy has diverged: lower lr." if name in OF_POLICY else "Mend the environment.")
-                    )
+                    root = name.split("/")[0]
+                    t = int(bad[:, 1].min()) if root in ROWS else self._rollout_length
+                    order = ROWS.index(root) if root in ROWS else 0
+                    wrong.append(((t, order), root, array, bad))
+        if not wrong:
+            return
+        (t, _), root, array, bad = min(wrong, key=lambda found: found[0])
+        in_rows = root in ROWS
+        b = int(bad[bad[:, 1] == t][0][0]) if in_rows else int(bad[0][0])
+        where = f"at row {t} of environment {b}" if in_rows else f"of environment {b}"
+        value = array[b, t] if in_rows else array[b]
+        raise EnvError(
+            f"env={self._env.env_id}: {root}={value.tolist()} {where}: expected finite numbers. "
+            + ("The policy has diverged: lower lr." if root in OF_POLICY else "Mend the environment.")
+        )
 
 
 def write_step(rows: Tree, t: int, values: Tree) -> None:
