@@ -14,6 +14,7 @@ from lit_rl.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+QUICK_RECIPES = {"ppo_cartpole", "ppo_stateless_cartpole_lstm", "rainbow_cartpole", "sac_pendulum"}
 TINY = [
     "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
     "--data.rollouts_per_epoch", "2", "--data.eval_episodes", "1", "--model.minibatch_size", "64",
@@ -42,7 +43,7 @@ def runs() -> list[Path]:
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem == "ppo_pong" else p for p in RECIPES],
+    [p if p.stem in QUICK_RECIPES else pytest.param(p, marks=pytest.mark.slow) for p in RECIPES],
     ids=[path.stem for path in RECIPES],
 )
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:

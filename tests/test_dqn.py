@@ -262,7 +262,9 @@ def greedy_return(algorithm: DQN, data: ReplayDataModule, make_trainer: Any) -> 
     return make_trainer().validate(algorithm, data, verbose=False)[0]["eval/return_mean"]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [part if part == "double" else pytest.param(part, marks=pytest.mark.slow) for part in PARTS]
+)
 def test_learns_to_name_what_it_sees(part: str, make_trainer) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2400, update_to_data=0.25, seed=1, **QUICK)
     epsilon = None if part == "noisy" else 0.2
@@ -270,6 +272,7 @@ def test_learns_to_name_what_it_sees(part: str, make_trainer) -> None:
     assert greedy_return(algorithm, data, make_trainer) == 1.0
 
 
+@pytest.mark.slow
 def test_rainbow_learns_to_name_what_it_sees(make_trainer) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2400, update_to_data=0.25, seed=1, **QUICK)
     algorithm = Rainbow(lr=5e-3, target_update_interval=20, v_min=0.0, v_max=1.0, num_atoms=11)
@@ -277,11 +280,13 @@ def test_rainbow_learns_to_name_what_it_sees(make_trainer) -> None:
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_learns_from_pictures(make_trainer) -> None:
     data = ReplayDataModule(PictureEnv, max_env_steps=1600, update_to_data=0.1, seed=1, **QUICK)
     assert greedy_return(DQN(lr=1e-3, target_update_interval=10, epsilon=0.3), data, make_trainer) == 1.0
 
 
+@pytest.mark.slow
 def test_learns_with_action_masks(make_trainer) -> None:
     data = ReplayDataModule(
         MaskedEnv, env_kwargs={"action_space": spaces.Discrete(4)}, max_env_steps=3000, update_to_data=0.25, seed=1,
@@ -305,6 +310,7 @@ def test_memory_solves_what_needs_memory(network: type, options: dict, make_trai
     assert greedy_return(algorithm, data, make_trainer) > 7.5  # 8 is the best, 4 a guess
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_values_bootstrap_after_truncation(n_step: int, make_trainer) -> None:
     """Reward 1 for ever, cut at 5 steps: the value is 1 / (1 - gamma), not a sum of five rewards."""

@@ -389,20 +389,21 @@ def greedy_return(algorithm: SAC, data: ReplayDataModule, make_trainer: Any) -> 
     return make_trainer().validate(algorithm, data, verbose=False)[0]["eval/return_mean"]
 
 
-@pytest.mark.parametrize("kind", [SAC, TQC])
+@pytest.mark.parametrize("kind", [SAC, pytest.param(TQC, marks=pytest.mark.slow)])
 def test_learns_to_hit_the_target(kind: type[SAC], make_trainer) -> None:
     data = ReplayDataModule(TargetEnv, max_env_steps=2000, update_to_data=0.25, seed=1, **QUICK)
     algorithm = kind(lr=5e-3, network=small_network, tau=0.05, **SMALL)
     assert greedy_return(algorithm, data, make_trainer) > -0.02  # a random policy's is -2/3
 
 
-@pytest.mark.parametrize("kind", [SAC, TQC])
+@pytest.mark.parametrize("kind", [SAC, pytest.param(TQC, marks=pytest.mark.slow)])
 def test_learns_discrete_actions(kind: type[SAC], make_trainer) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2000, update_to_data=0.25, seed=1, **QUICK)
     algorithm = kind(lr=5e-3, network=small_network, target_entropy=0.1, tau=0.05, **SMALL)
     assert greedy_return(algorithm, data, make_trainer) == 1.0
 
 
+@pytest.mark.slow
 def test_learns_with_action_masks(make_trainer) -> None:
     data = ReplayDataModule(
         MaskedEnv, env_kwargs={"action_space": spaces.Discrete(4)}, max_env_steps=3000, update_to_data=0.25, seed=1,
@@ -412,6 +413,7 @@ def test_learns_with_action_masks(make_trainer) -> None:
     assert greedy_return(algorithm, data, make_trainer) > 5.5
 
 
+@pytest.mark.slow
 def test_the_true_value_of_a_reward_for_ever(make_trainer) -> None:
     data = ReplayDataModule(ClockEnv, max_env_steps=2000, update_to_data=0.5, seed=0, prioritized=True, **QUICK)
     algorithm = SAC(lr=5e-3, gamma=0.9, tau=0.2, initial_alpha=1e-4, learn_alpha=False, network=small_network, **SMALL)
