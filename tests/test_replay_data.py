@@ -22,6 +22,8 @@ from tensordict import TensorDict
 from lit_rl import DQN, PPO, SAC, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
 from lit_rl.errors import CheckpointError, EnvError, OptionError, ReplayError
 
+pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac have quick ones over the same path
+
 SMALL: dict[str, Any] = {
     "learning_starts": 40, "batch_size": 16, "buffer_size": 500, "env_steps_per_batch": 50, "seed": 0,
 }  # fmt: skip
@@ -71,7 +73,7 @@ def run(make_trainer: Any, algorithm: DQN | SAC, env: Any = CycleEnv, **options:
         ({}, 160),  # one for each of the 200 - 40 env steps
         ({"update_to_data": 0.25}, 40),
         ({"update_to_data": 0.3}, 48),
-        pytest.param({"update_to_data": 2.5}, 400, marks=pytest.mark.slow),
+        pytest.param({"update_to_data": 2.5}, 400),
         ({"update_to_data": 0.25, "rollout_length": 4}, 40),
         ({"num_envs_per_env_runner": 5, "rollout_length": 4}, 160),
         ({"learning_starts": 100, "env_steps_per_batch": 33}, 100),
@@ -198,7 +200,6 @@ def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> N
     assert all(batch["weight"].max() == 1 for batch in algorithm.batches)
 
 
-@pytest.mark.slow
 def test_the_algorithm_says_what_its_paper_does_and_options_come_first(make_trainer) -> None:
     data = run(make_trainer, Rainbow())
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
@@ -228,7 +229,7 @@ def test_memory_gets_sequences_with_burn_in(make_trainer) -> None:
 @pytest.mark.parametrize(
     ("make", "env", "options"),
     [
-        pytest.param(lambda: DQN(double=False), CycleEnv, {}, marks=pytest.mark.slow),
+        pytest.param(lambda: DQN(double=False), CycleEnv, {}),
         (lambda: Rainbow(v_min=0.0, v_max=5.0), CycleEnv, {"n_step": [1, 4]}),
         (lambda: SAC(lr=1e-3), CycleEnv, {"prioritized": True}),
         pytest.param(
@@ -237,7 +238,7 @@ def test_memory_gets_sequences_with_burn_in(make_trainer) -> None:
             {"prioritized": True},
             marks=pytest.mark.slow,
         ),
-        pytest.param(lambda: DQN(), CycleEnv, {"storage_dir": "rows"}, marks=pytest.mark.slow),
+        pytest.param(lambda: DQN(), CycleEnv, {"storage_dir": "rows"}),
     ],
     ids=["DQN", "Rainbow", "SAC", "memory", "disk"],
 )
@@ -382,7 +383,6 @@ def test_a_resumed_run_with_nothing_to_do_keeps_the_buffer(make_trainer) -> None
     assert len(again.buffer) == 250
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "updates"), [(0.5, 10), (1.0, 20), (2.0, 40)])
 def test_another_ratio_on_resume_counts_from_there(ratio: float, updates: int, make_trainer) -> None:
     save(make_trainer)
@@ -487,7 +487,6 @@ def test_a_batch_without_a_whole_sequence_is_refused(make_trainer) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("prefetch", [0, 1])
 @pytest.mark.parametrize("network", [None, LSTMNetwork])
@@ -504,7 +503,6 @@ def test_several_runners_fill_one_buffer(prefetch: int, network: Any, make_train
     assert len(data.buffer._open) == 6  # every environment of both runners
 
 
-@pytest.mark.slow
 def test_a_checkpoint_saved_after_training_leaves_no_other_folder_behind(make_trainer, tmp_path: Path) -> None:
     code = """
 import lightning as L
