@@ -396,7 +396,8 @@ def test_learns_to_hit_the_target(kind: type[SAC], make_trainer) -> None:
     assert greedy_return(algorithm, data, make_trainer) > -0.02  # a random policy's is -2/3
 
 
-@pytest.mark.parametrize("kind", [SAC, pytest.param(TQC, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [SAC, TQC])
 def test_learns_discrete_actions(kind: type[SAC], make_trainer) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2000, update_to_data=0.25, seed=1, **QUICK)
     algorithm = kind(lr=5e-3, network=small_network, target_entropy=0.1, tau=0.05, **SMALL)
