@@ -43,16 +43,16 @@ def lit_rl(task: str) -> float:
         "env_steps_per_batch": 100 if task == "sac" else 500,
     }  # fmt: skip
     if task == "sac":
-        data = ReplayDataModule("Pendulum-v1", buffer_size=1_000_000, batch_size=256, **options)  # type: ignore[arg-type]
+        data = ReplayDataModule("Pendulum-v1", buffer_size=1_000_000, batch_size=256, **options)
         algorithm = SAC(lr=3e-4)
     else:
         data = ReplayDataModule(
             "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=4, update_to_data=0.25, **options
-        )  # type: ignore[arg-type]
+        )
         algorithm = DQN(
             lr=1e-3, epsilon=0.05, double=False, target_update_interval=250,
             network=functools.partial(MLP, hidden_sizes=[64, 64], activation="relu"),
-        )  # type: ignore[assignment]  # fmt: skip
+        )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Clock()],
@@ -84,7 +84,7 @@ def sb3(task: str) -> float:
         model = stable_baselines3.DQN(
             "MlpPolicy", "CartPole-v1", learning_starts=RANDOM[task], batch_size=64, train_freq=4, learning_rate=1e-3,
             target_update_interval=1_000, exploration_fraction=0.01, device="cpu",
-        )  # type: ignore[assignment]  # fmt: skip
+        )  # fmt: skip
     model.learn(warm_up + timed + 8, callback=Clock())
     return timed / (begun[1] - begun[0])
 

@@ -105,6 +105,23 @@ class Algorithm(L.LightningModule):
         """A new policy of the class and with the network the user asked for."""
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
 
+    def check_memory(self) -> None:
+        """Refuse options that the policy's network, with memory or without, cannot have.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        hp = self.hp
+        if hp.burn_in and not self.policy.has_memory:
+            raise OptionError(
+                f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
+            )
+        if self.policy.has_memory and hp.get("share_encoder") is False:
+            raise OptionError(
+                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
+                "one. Leave it out: policy and critic then share the network."
+            )
+
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> None:
         """One gradient step on `loss`: backward (all-reduced over ranks), clip, step."""
         if optimizer is None:

@@ -46,6 +46,12 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * mask).sum() / mean_count.clamp(min=1.0)
 
 
+def row_means(mask: Tensor | None, *values: Tensor) -> Tensor:
+    """The mean of each of several values [*N] over this rank's real rows, to be logged."""
+    table = torch.stack(values).flatten(1)
+    return table.mean(1) if mask is None else (table * mask.flatten()).sum(1) / mask.sum().clamp(min=1)
+
+
 def rank_mean(x: Tensor) -> Tensor:
     """The average of `x` over ranks, in place."""
     return all_reduce_sum(x).div_(world_size())

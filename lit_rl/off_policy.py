@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import masked_mean
-from lit_rl.errors import OptionError
 from lit_rl.policy import Policy
 from lit_rl.rollout import mask_of
 from lit_rl.trees import Tree, map_tree
@@ -71,17 +70,6 @@ class OffPolicy(Algorithm):
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""
         return 0.0
-
-    def check_memory(self) -> None:
-        """Refuse options of memory without memory.
-
-        Raises:
-            OptionError: naming the option.
-        """
-        if self.burn_in and not self.policy.has_memory:
-            raise OptionError(
-                f"burn_in={self.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
-            )
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each minibatch of a stream; the means of what it returned."""
@@ -149,10 +137,10 @@ def weighted_mean(loss: Tensor, batch: TensorDict) -> Tensor:
     return masked_mean(loss, mask_of(batch))
 
 
-def row_means(batch: TensorDict, *values: Tensor) -> Tensor:
-    """The mean of each of several values [M] or [S, L] over real rows, to be logged."""
-    mask, table = mask_of(batch), torch.stack(values).flatten(1)
-    return table.mean(1) if mask is None else (table * mask.flatten()).sum(1) / mask.sum()
+def of_action(outputs: Tensor, action: Tensor) -> Tensor:
+    """What outputs [*N, A, Z] for all actions say of one action each [*N], [*N, Z]."""
+    index = action[..., None, None].expand(*action.shape, 1, outputs.shape[-1])
+    return outputs.gather(-2, index).squeeze(-2)
 
 
 def set_priority(batch: TensorDict, td_error: Tensor) -> None:

@@ -85,11 +85,6 @@ class ReplayBuffer:
         """Transitions that can be drawn."""
         return self._num_transitions
 
-    def columns(self) -> list[np.ndarray]:
-        """All arrays that grow with the capacity."""
-        tree = [] if self._tree is None else [self._tree.leaves]
-        return [*self._saved().values(), *tree]
-
     # --- writing ------------------------------------------------------------------------------------------------
 
     def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int]) -> int:

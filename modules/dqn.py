@@ -8,6 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.checks import check_choice, check_count, check_counts, check_flag, check_range
+from lit_rl.distributed import row_means
 from lit_rl.errors import OptionError
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
 from lit_rl.networks import NetworkFactory, check_same_in_training
@@ -18,13 +19,14 @@ from lit_rl.off_policy import (
     features,
     next_features,
     next_observation,
-    row_means,
+    of_action,
     set_priority,
     target_of,
     weighted_mean,
 )
 from lit_rl.policy import Policy
 from lit_rl.q_policy import DISTRIBUTIONAL, QPolicy
+from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule, check_points, check_schedule, value_at
 from lit_rl.spec import EnvSpec
 
@@ -176,7 +178,7 @@ class DQN(OffPolicy):
         outputs = self.policy.distributions(feature)  # [*N, A, Z]
         with torch.no_grad():
             next_outputs = self.next_outputs(batch, next_feature)  # [*N, Z]
-        output = _of_action(outputs, batch["action"])
+        output = of_action(outputs, batch["action"])
         loss, td_error = self.losses(batch, output, next_outputs)
         self.optimize(weighted_mean(loss, batch))
         set_priority(batch, td_error)
@@ -184,7 +186,7 @@ class DQN(OffPolicy):
             self.follow(hp.tau)
         with torch.no_grad():
             q = self.policy.expectation(output.unsqueeze(-2)).squeeze(-1)
-            means = row_means(batch, loss, td_error.abs(), q)
+            means = row_means(mask_of(batch), loss, td_error.abs(), q)
         return dict(zip(("loss/value", "value/td_error", "value/q_mean"), means.unbind()))
 
     def next_outputs(self, batch: TensorDict, online: Tensor | None) -> Tensor:
@@ -199,7 +201,7 @@ class DQN(OffPolicy):
             q = target.expectation(outputs)
         else:
             q = self.policy.expectation(self.policy.distributions(online))
-        return _of_action(outputs, target.rule_out(q, next_observation(batch)).argmax(-1))
+        return of_action(outputs, target.rule_out(q, next_observation(batch)).argmax(-1))
 
     def losses(self, batch: TensorDict, output: Tensor, next_output: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row and its TD error, [*N]; `output` and `next_output` are the actions' own, [*N, Z]."""
@@ -280,9 +282,3 @@ class Rainbow(DQN):
             policy_class=policy_class,
             spec=spec,
         )
-
-
-def _of_action(outputs: Tensor, action: Tensor) -> Tensor:
-    """What outputs [*N, A, Z] say of one action each [*N], [*N, Z]."""
-    index = action[..., None, None].expand(*action.shape, 1, outputs.shape[-1])
-    return outputs.gather(-2, index).squeeze(-2)

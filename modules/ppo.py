@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count, check_flag, check_range
-from lit_rl.distributed import masked_mean, standardize
+from lit_rl.distributed import masked_mean, row_means, standardize
 from lit_rl.errors import OptionError
 from lit_rl.losses import approximate_kl, ppo_clip, value_loss
 from lit_rl.networks import (
@@ -123,15 +123,7 @@ class PPO(Algorithm):
             spec, normalize_observations=hp.normalize_observations, state_dependent_std=hp.state_dependent_std
         )
         check_same_in_training(self.policy)
-        if hp.burn_in and not self.policy.has_memory:
-            raise OptionError(
-                f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
-            )
-        if self.policy.has_memory and hp.share_encoder is False:
-            raise OptionError(
-                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
-                "one. Leave it out: policy and critic then share the network."
-            )
+        self.check_memory()
         if self.shares_encoder:
             self.critic = ValueHead(output_size(self.policy.encoder))
         else:
@@ -185,8 +177,7 @@ class PPO(Algorithm):
         loss = masked_mean(policy_loss + hp.value_coef * critic_loss - hp.entropy_coef * entropy, mask)
         with torch.no_grad():
             clipped = ((log_ratio.exp() - 1).abs() > hp.clip).float()
-            terms = torch.stack([policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped]).flatten(1)
-            terms = terms.mean(1) if mask is None else (terms * mask.flatten()).sum(1) / mask.sum().clamp(min=1)
+            terms = row_means(mask, policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped)
         return loss, terms
 
     @property

@@ -11,20 +11,20 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.checks import check_count, check_counts, check_flag, check_range
-from lit_rl.distributed import masked_mean
+from lit_rl.distributed import masked_mean, row_means
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.losses import quantile_huber_loss
 from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
-from lit_rl.networks.inputs import FlatInput, is_image
+from lit_rl.networks.inputs import FlatInput, has_images
 from lit_rl.off_policy import (
     Follower,
     OffPolicy,
     features,
     next_features,
     next_observation,
-    row_means,
+    of_action,
     set_priority,
     target_of,
     weighted_mean,
@@ -33,7 +33,7 @@ from lit_rl.policy import Policy
 from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule, check_schedule
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, space_leaves
+from lit_rl.trees import Tree
 
 AUTO_ENTROPY = 0.98  # share of a uniform policy's entropy that a discrete one is held at
 
@@ -125,7 +125,7 @@ class SAC(OffPolicy):
         self.save_hyperparameters(ignore=["network", "critic_network", "policy_class", "spec"])
 
     def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
-        if _has_images(spec.observation_space):
+        if has_images(spec.observation_space):
             return None
         return functools.partial(MLP, hidden_sizes=[256, 256], activation="relu")
 
@@ -142,11 +142,6 @@ class SAC(OffPolicy):
                 f"{spec.env_id!r}. Use PPO."
             )
         self.check_memory()
-        if self.policy.has_memory and hp.share_encoder is False:
-            raise OptionError(
-                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
-                "one. Leave it out: policy and critics then share the network."
-            )
         shares = self.policy.has_memory if hp.share_encoder is None else hp.share_encoder
         if shares and self.critic_network is not None:
             raise OptionError("critic_network: expected none, since the critics share the policy's network.")
@@ -171,7 +166,7 @@ class SAC(OffPolicy):
     def make_critic_encoder(self) -> nn.Module:
         """The critics' own encoder of observations."""
         space = self.policy.input_space
-        if self.critic_network is None and not _has_images(space):
+        if self.critic_network is None and not has_images(space):
             return FlatInput(space)
         encoder = build_network(self.critic_network, space)
         if has_memory(encoder):
@@ -231,7 +226,7 @@ class SAC(OffPolicy):
             q_mean = q.mean((0, -1))
             td_error = (q_mean - target.mean(-1)).abs()
             set_priority(batch, td_error)
-            means = row_means(batch, critic_loss, actor_loss, -log_prob, q_mean, td_error)
+            means = row_means(mask, critic_loss, actor_loss, -log_prob, q_mean, td_error)
         names = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
         return {**dict(zip(names, means.unbind())), "policy/alpha": alpha}
 
@@ -309,9 +304,7 @@ class SAC(OffPolicy):
         """The outputs for the action taken, [K, *N, Z]."""
         if not self.is_discrete:
             return q
-        q = self.split(q)
-        index = action[None, ..., None, None].expand(len(q), *action.shape, 1, q.shape[-1])
-        return q.gather(-2, index).squeeze(-2)
+        return of_action(self.split(q), action.expand(len(q), *action.shape))
 
 
 class TQC(SAC):
@@ -394,7 +387,3 @@ class TQC(SAC):
 
     def q_value(self, q: Tensor) -> Tensor:
         return q.mean((0, -1))
-
-
-def _has_images(space: Any) -> bool:
-    return any(is_image(leaf) for leaf in space_leaves(space).values())

@@ -94,7 +94,7 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path:
         [sys.executable, str(OFF_POLICY), "train", str(tmp_path), name], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"train-{rank}.pt", weights_only=False) for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1))
     for key, value in first["weights"].items():
         assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
     assert first["stored"] == second["stored"] == 200

@@ -183,11 +183,12 @@ def test_an_environment_that_starts_anew_begins_a_new_chain() -> None:
 def test_observations_are_stored_once() -> None:
     image = spaces.Box(0, 255, (84, 84, 4), np.uint8)
     buffer = ReplayBuffer(EnvSpec("Images", image, spaces.Discrete(4)), 200)
-    per_row = sum(column.nbytes for column in buffer.columns()) / 200
+    per_row = sum(column.nbytes for column in buffer._saved().values()) / 200
     assert per_row < 84 * 84 * 4 + 30
     vector = EnvSpec("Vectors", spaces.Box(-1, 1, (17,), np.float32), spaces.Box(-1, 1, (6,), np.float32))
     million = ReplayBuffer(vector, 1_000_000, priority_alpha=0.6)
-    assert sum(column.nbytes for column in million.columns()) <= 180e6
+    columns = [*million._saved().values(), million._tree.leaves]
+    assert sum(column.nbytes for column in columns) <= 180e6
 
 
 def test_a_fragment_that_does_not_fit_is_refused() -> None:

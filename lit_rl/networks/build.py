@@ -22,8 +22,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
-from lit_rl.networks.inputs import is_image
-from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree, space_leaves
+from lit_rl.networks.inputs import has_images, is_image
+from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 
@@ -49,8 +49,7 @@ def default_network(observation_space: gym.Space) -> nn.Module:
     they are too small for it; for a Dict or Tuple with images in it MultiInput.
     """
     if children(observation_space) is not None:
-        images = any(is_image(leaf) for leaf in space_leaves(observation_space).values())
-        return NETWORKS["MultiInput" if images else "MLP"](observation_space)
+        return NETWORKS["MultiInput" if has_images(observation_space) else "MLP"](observation_space)
     if is_image(observation_space):
         nature: Any = NETWORKS["NatureCNN"]
         small = sorted(observation_space.shape or ())[-2] < nature.SMALLEST

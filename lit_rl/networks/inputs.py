@@ -147,6 +147,11 @@ def is_image(space: gym.Space) -> bool:
     return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
 
 
+def has_images(space: gym.Space) -> bool:
+    """Whether any part of a space looks like images."""
+    return any(is_image(leaf) for leaf in space_leaves(space).values())
+
+
 def class_counts(space: gym.Space) -> list[int]:
     """How many values each discrete part of a space has; empty for Box and MultiBinary."""
     if isinstance(space, spaces.Discrete):

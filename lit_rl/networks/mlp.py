@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_rl.checks import check_choice, check_count, check_flag
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.build import NetworkFactory, build_network, built_in, has_memory, output_size
-from lit_rl.networks.inputs import FlatInput, is_image
+from lit_rl.networks.inputs import FlatInput, has_images, is_image
 from lit_rl.trees import Tree, children, find, space_leaves
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
@@ -79,7 +79,7 @@ class MLP(nn.Module):
         embedding_size: int | None = None,
     ):
         super().__init__()
-        if children(observation_space) and any(is_image(leaf) for leaf in space_leaves(observation_space).values()):
+        if children(observation_space) and has_images(observation_space):
             raise SpaceError(f"MLP cannot read the images in {observation_space}: use network=MultiInput.")
         self.input = FlatInput(observation_space, embedding_size)
         self.layers, self.output_size = dense(self.input.output_size, hidden_sizes, activation, layer_norm, init)
