@@ -1,5 +1,6 @@
 """What every datamodule with environments does: make them, run them, evaluate in them."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,11 +18,15 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count, check_flag
 from lit_rl.datamodules.loaders import EpisodeLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import OptionError
+from lit_rl.errors import EnvFailure, OptionError
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
-from lit_rl.runners.pool import LocalPool, Pool, RunnerPool
+from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.ledger import Ledger
+from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
 from lit_rl.spec import EnvSpec
 
+log = logging.getLogger(__name__)
+TRY_OUTS = 3  # of an environment that raises, before training
 SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
 RUNNERS, EVALUATION = 0, 1
@@ -55,6 +60,8 @@ class EnvDataModule(L.LightningDataModule):
         info_metrics: Sequence[str],
         seed: int | None,
         ray_address: str | None,
+        placement: Placement | None,
+        fault_tolerance: FaultTolerance | None,
         torch_threads: int | None,
     ):
         super().__init__()
@@ -78,10 +85,14 @@ class EnvDataModule(L.LightningDataModule):
         self.seed = None if seed is None else check_count("seed", seed, 0)
         self._seed_given = seed is not None
         self.ray_address = ray_address
+        self.placement = placement or Placement()
+        self.fault_tolerance = fault_tolerance or FaultTolerance()
         self.torch_threads = None if torch_threads is None else check_count("torch_threads", torch_threads)
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
+        self.ledger = Ledger()
         self._pool: Pool | None = None
+        self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=check_count("return_window", return_window))
         self._resume: dict[str, Any] | None = None
@@ -91,8 +102,12 @@ class EnvDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self._seed_given:
             self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
-        if self.spec is None:
-            self.spec = self.env.spec()
+        for tries_left in reversed(range(TRY_OUTS if self.fault_tolerance.max_restarts else 1)):
+            try:
+                self.spec = self.spec or self.env.spec()
+            except EnvFailure:
+                if not tries_left:
+                    raise
         if stage == "fit":
             self._check_budget()
 
@@ -113,6 +128,7 @@ class EnvDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         if self._pool is not None:
+            self._runner_states = self._pool.get_state()  # a checkpoint may still be written
             self._pool.close()
             self._pool = None
 
@@ -130,7 +146,9 @@ class EnvDataModule(L.LightningDataModule):
         present = ~table.isnan()
         sums = distributed.all_reduce_sum(torch.stack([table.nan_to_num().sum(0), present.sum(0).double()]))
         total, count = sums.tolist()
-        return {f"rollout/{name}_mean": t / n for name, t, n in zip(names, total, count) if n}
+        metrics = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, total, count) if n}
+        discarded = torch.tensor(float(self.ledger.discarded.total()))
+        return metrics | {"rollout/discarded_steps": float(distributed.all_reduce_sum(discarded))}
 
     @property
     def num_restarts(self) -> int:
@@ -139,7 +157,7 @@ class EnvDataModule(L.LightningDataModule):
 
     def restart(self) -> None:
         """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
-        self._collected, self._resume = 0, None
+        self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
         self._episodes.clear()
 
     def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
@@ -147,17 +165,21 @@ class EnvDataModule(L.LightningDataModule):
         return {
             "seed": self.seed,
             "rollouts": self._collected,
+            "ledger": self.ledger.state(),
             "episodes": [[e.return_, e.length, dict(e.info)] for e in self._episodes],
-            "runners": [] if self._pool is None else self._pool.get_state(),
+            "runners": self._runner_states if self._pool is None else self._pool.get_state(),
         }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Go on from what `rank_state` returned."""
         self._collected = state["rollouts"]
+        if "ledger" in state:  # absent from checkpoints of before 0.5
+            self.ledger.load(state["ledger"])
         if not self._seed_given:
             self.seed = state["seed"]
         self._episodes.clear()
         self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
+        self._runner_states = state["runners"]
         self._resume = state
 
     def start_runners(self, epsilon: float = 0.0) -> None:
@@ -167,11 +189,31 @@ class EnvDataModule(L.LightningDataModule):
         algorithm = self.algorithm
         self._pool.start(algorithm.policy, algorithm.updates_done, epsilon)
 
-    def took(self, fragments: Sequence[Fragment]) -> None:
-        """Count fragments that runners collected."""
+    def took(self, fragments: Sequence[tuple[int, Fragment]]) -> None:
+        """Count what runners collected, and say what they survived."""
         self._collected += 1
-        for fragment in fragments:
+        for runner, fragment in fragments:
             self._episodes.extend(fragment.episodes)
+            for failure in fragment.failures:
+                log.warning("Env runner %d: %s", runner, failure)
+
+    def resize(self, num_env_runners: int) -> None:
+        """Have so many env runners from now on, also while training. New ones join when they are ready.
+
+        Args:
+            num_env_runners: at least 1, of a datamodule that has been made with env runners.
+
+        Raises:
+            OptionError: for a number that cannot be.
+        """
+        if check_count("num_env_runners", num_env_runners, 0) and not self.num_env_runners:
+            raise OptionError(
+                f"resize(num_env_runners={num_env_runners}): this datamodule steps its environments in the learner "
+                "process. Make it with num_env_runners of at least 1."
+            )
+        self.num_env_runners = check_count("num_env_runners", num_env_runners)
+        if isinstance(self._pool, RunnerPool):
+            self._pool.resize(num_env_runners)
 
     def say_if_done(self) -> None:
         """Where the budget is spent before anything is done, end the run and say so."""
@@ -222,10 +264,12 @@ class EnvDataModule(L.LightningDataModule):
         description, network = self.algorithm.policy.describe(), self.algorithm.network
         policy_class = self.algorithm.policy_class
         env, seed = self.env, self.seed
-        keep_states = self.keep_states
+        keep_states, num_env_runners = self.keep_states, self.num_env_runners
         num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
 
-        def make_runner(runner: int, incarnation: int) -> EnvRunner:
+        faults = self.fault_tolerance
+
+        def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
             key = (RUNNERS, rank, runner, incarnation, start)
             return EnvRunner(
                 env,
@@ -235,14 +279,26 @@ class EnvDataModule(L.LightningDataModule):
                 seed=np.random.SeedSequence(seed, spawn_key=key),
                 info_metrics=info_metrics,
                 keep_states=keep_states,
+                faults=faults,
+                watchdog=watchdog,
+                replayable=not num_env_runners,
             )
 
-        if self.num_env_runners:
+        if num_env_runners:
             self._connect_ray()
-            return RunnerPool(make_runner, self.num_env_runners)
-        pool = LocalPool(make_runner)
+            return RunnerPool(make_runner, num_env_runners, self.ledger, faults, self.placement)
+        pool = LocalPool(make_runner, self.ledger)
         if self._resume is not None and self._resume["runners"]:
-            pool.set_state(self._resume["runners"])
+            restarted = pool.set_state(self._resume["runners"])
+            if restarted:
+                log.warning(
+                    "Resumed: %d of the %d episodes under way begin afresh, since their environment (env=%s, "
+                    "vectorization=%s) does not come to the same observation again.",
+                    restarted,
+                    num_envs,
+                    env.env_id,
+                    env.vectorization,
+                )
         return pool
 
     def _connect_ray(self) -> None:

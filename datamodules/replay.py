@@ -18,7 +18,8 @@ from lit_rl.envs.make import Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy, ReplayStream
 from lit_rl.replay import ReplayBuffer
-from lit_rl.runners.pool import RunnerPool
+from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.pool import Placement, RunnerPool
 from lit_rl.trees import iterate
 
 ROUNDING = 1e-6  # of an update
@@ -57,7 +58,7 @@ class ReplayDataModule(EnvDataModule):
         prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
             env steps were taken (needs num_env_runners >= 1).
         eval_episodes, eval_deterministic, return_window, info_metrics, seed: as in `RolloutDataModule`.
-        ray_address, torch_threads: as in `RolloutDataModule`.
+        ray_address, placement, fault_tolerance, torch_threads: as in `RolloutDataModule`.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class ReplayDataModule(EnvDataModule):
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
         ray_address: str | None = None,
+        placement: Placement | None = None,
+        fault_tolerance: FaultTolerance | None = None,
         torch_threads: int | None = None,
     ):
         super().__init__(
@@ -109,6 +112,8 @@ class ReplayDataModule(EnvDataModule):
             info_metrics=info_metrics,
             seed=seed,
             ray_address=ray_address,
+            placement=placement,
+            fault_tolerance=fault_tolerance,
             torch_threads=torch_threads,
         )
         self.buffer_size = check_count("buffer_size", buffer_size)
@@ -219,16 +224,16 @@ class ReplayDataModule(EnvDataModule):
         self.start_runners(epsilon)
         if self.prefetch:
             assert isinstance(self._pool, RunnerPool)
-            fragments = [self._pool.finish_any()]
+            fragments = distributed.together(self._pool.finish_any, algorithm.device)
             self.start_runners(epsilon)
         else:
             assert self._pool is not None
-            fragments = list(enumerate(self._pool.finish()))
+            fragments = distributed.together(self._pool.finish, algorithm.device)
         taken = 0
         for runner, fragment in fragments:
             rows = fragment.rows.views() | fragment.finals.views()
             taken += self.buffer.extend(rows, range(runner * num_envs, (runner + 1) * num_envs))
-        self.took([fragment for _, fragment in fragments])
+        self.took(fragments)
         if distributed.world_size() > 1:
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
         algorithm.env_steps += taken

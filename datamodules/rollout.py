@@ -6,13 +6,16 @@ from typing import Any
 import gymnasium as gym
 from tensordict import TensorDict
 
+from lit_rl import distributed
 from lit_rl.checks import check_count
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.datamodules.loaders import RolloutLoader
 from lit_rl.envs.make import Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
-from lit_rl.rollout import to_rollout
+from lit_rl.rollout import mask_of, padded, to_rollout
+from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.pool import Placement
 
 
 class RolloutDataModule(EnvDataModule):
@@ -36,6 +39,8 @@ class RolloutDataModule(EnvDataModule):
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
         seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
         ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
+        placement: what Ray reserves for an env runner, and where it puts it.
+        fault_tolerance: which failures of env runners and environments are survived, and how often.
         torch_threads: of the learner process; None takes 1 for a small network, else what the runners leave.
     """
 
@@ -58,6 +63,8 @@ class RolloutDataModule(EnvDataModule):
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
         ray_address: str | None = None,
+        placement: Placement | None = None,
+        fault_tolerance: FaultTolerance | None = None,
         torch_threads: int | None = None,
     ):
         super().__init__(
@@ -76,6 +83,8 @@ class RolloutDataModule(EnvDataModule):
             info_metrics=info_metrics,
             seed=seed,
             ray_address=ray_address,
+            placement=placement,
+            fault_tolerance=fault_tolerance,
             torch_threads=torch_threads,
         )
         self.rollouts_per_epoch = check_count("rollouts_per_epoch", rollouts_per_epoch)
@@ -100,9 +109,13 @@ class RolloutDataModule(EnvDataModule):
     def finish_rollout(self) -> TensorDict:
         """The rollout that was begun."""
         assert self._pool is not None
-        fragments = self._pool.finish()
+        device = self.algorithm.device
+        fragments = distributed.together(self._pool.finish, device)
         self.took(fragments)
-        return to_rollout(fragments, copy=bool(self.num_env_runners))
+        rollout = to_rollout([fragment for _, fragment in fragments], copy=bool(self.num_env_runners))
+        has_mask = int(mask_of(rollout) is not None)
+        most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
+        return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
 
     def rollouts_left(self, env_steps: int) -> int:
         """How many whole rollouts the budget still has room for."""

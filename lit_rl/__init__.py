@@ -16,6 +16,7 @@ _PUBLIC = {
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "EpisodeWriter": "lit_rl.callbacks",
+    "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
     "ImpalaResNet": "lit_rl.networks",
     "load_policy": "lit_rl.loading",
@@ -23,6 +24,7 @@ _PUBLIC = {
     "MLP": "lit_rl.networks",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
+    "Placement": "lit_rl.runners.pool",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
     "QPolicy": "lit_rl.q_policy",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from lit_rl.policy import Policy as Policy
     from lit_rl.q_policy import QPolicy as QPolicy
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
+    from lit_rl.runners.faults import FaultTolerance as FaultTolerance
+    from lit_rl.runners.pool import Placement as Placement
     from lit_rl.spec import EnvSpec as EnvSpec
 
 

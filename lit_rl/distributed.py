@@ -1,10 +1,16 @@
 """What learner ranks tell each other. Each function is the identity in a single process."""
 
+from collections.abc import Callable
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lit_rl.errors import RunnerError
+
+Result = TypeVar("Result")
 
 
 class Vote(IntEnum):
@@ -32,6 +38,33 @@ def vote(choice: Vote, device: torch.device) -> Vote:
     votes = torch.tensor(int(choice), device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return Vote(int(votes))
+
+
+def together(function: Callable[[], Result], device: torch.device) -> Result:
+    """What `function` returns. If it raises on one rank, all ranks raise: else the others would wait for ever.
+
+    Raises:
+        RunnerError: if it raised on another rank.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    if greatest([int(error is not None)], device) == [1] and error is None:
+        raise RunnerError("Another learner process could not collect env steps and ended the run: see its error.")
+    if error is not None:
+        raise error
+    return result
+
+
+def greatest(numbers: list[int], device: torch.device) -> list[int]:
+    """The greatest of all ranks' numbers, each by itself."""
+    if world_size() == 1:
+        return numbers
+    found = torch.tensor(numbers, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:

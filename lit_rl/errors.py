@@ -19,6 +19,10 @@ class EnvError(LitRLError, RuntimeError):
     """An environment could not be made, or gave something it must not give."""
 
 
+class EnvFailure(EnvError):
+    """What an environment's own code raised: another try may go well."""
+
+
 def env_error(env_id: str, what: str, error: Exception) -> Exception:
     """What an environment raised, as one sentence that names it; an error that already is one, unchanged."""
     if isinstance(error, LitRLError):
@@ -27,7 +31,7 @@ def env_error(env_id: str, what: str, error: Exception) -> Exception:
     if not message:  # a bare assert: its source line is what there is to read
         frames = traceback.extract_tb(error.__traceback__)
         message = (frames[-1].line if frames else "") or "no message"
-    return EnvError(f"env={env_id} {what}: {type(error).__name__}: {message}")
+    return EnvFailure(f"env={env_id} {what}: {type(error).__name__}: {message}")
 
 
 class RunnerError(LitRLError, RuntimeError):

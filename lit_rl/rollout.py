@@ -35,7 +35,10 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     """
     parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
     width = max(part["final_step"].shape[1] for part in parts)
+    has_mask = any("mask" in part for part in parts)
     for part in parts:
+        if has_mask and "mask" not in part:
+            part["mask"] = np.ones_like(part["is_init"])
         missing = width - part["final_step"].shape[1]
         for name in [name for name in part if missing and name.startswith("final_")]:
             part[name] = _pad(part[name], missing, -1 if name == "final_step" else 0)
@@ -49,6 +52,23 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     next_ = {name: columns.pop(name) for name in NEXT}
     next_["done"] = next_["terminated"] | next_["truncated"]
     return TensorDict({**nest(columns), "next": next_}, [batch])
+
+
+def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
+    """A rollout [B] with rows added that are no transitions, up to `num_envs`; with a `mask` if it needs one.
+
+    Ranks whose env runners gave different numbers of rows then make equally many minibatches of them.
+    """
+    missing = num_envs - len(rollout)
+    if not missing and not masked:
+        return rollout
+    if mask_of(rollout) is None:
+        rollout["mask"] = torch.ones_like(rollout["is_init"])
+    if not missing:
+        return rollout
+    nothing = rollout[:1].apply(torch.zeros_like).expand(missing).clone()
+    nothing["final_step"].fill_(-1)
+    return torch.cat([rollout, nothing])
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:

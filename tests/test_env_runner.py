@@ -20,6 +20,7 @@ from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, next_values, to_rollout
 from lit_rl.runners.env_runner import EnvRunner, Fragment
 from lit_rl.runners.episodes import play
+from lit_rl.runners.faults import FaultTolerance
 from lit_rl.spec import EnvSpec
 
 NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4
@@ -190,7 +191,7 @@ def test_info_metrics_are_read_at_the_last_step_in_every_mode() -> None:
     ],
 )
 def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str]) -> None:
-    runner = make_runner(EnvConfig(FailingEnv, {"how": how}), num_envs=2)
+    runner = make_runner(EnvConfig(FailingEnv, {"how": how}), num_envs=2, faults=FaultTolerance(max_restarts=0))
     with pytest.raises(EnvError) as caught:
         [runner.sample() for _ in range(2)]
     assert all(word in str(caught.value) for word in words), caught.value

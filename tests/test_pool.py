@@ -1,7 +1,10 @@
-"""Env runners as Ray actors: the same transitions, replaced when they die."""
+"""Env runners as Ray actors: the same transitions, replaced when they die, stall or raise."""
 
+import ctypes
 import os
 import signal
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,80 +12,175 @@ from envs import CounterEnv, FailingEnv
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import EnvError, RunnerError
+from lit_rl.errors import RunnerError
 from lit_rl.policy import Policy
-from lit_rl.rollout import to_rollout
+from lit_rl.rollout import count_rows, to_rollout
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.pool import RunnerPool
+from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.ledger import Ledger
+from lit_rl.runners.pool import Placement, RunnerPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
-def make_pool(*configs: EnvConfig) -> tuple[RunnerPool, Policy]:
+def make_pool(*configs: EnvConfig, ledger: Ledger | None = None, **faults: Any) -> tuple[RunnerPool, Policy]:
     """A runner for each config, all with one policy."""
     policy = Policy(configs[0].spec())
+    tolerance = FaultTolerance(**faults)
 
-    def make_runner(runner: int, incarnation: int) -> EnvRunner:
-        seed = np.random.SeedSequence(0, spawn_key=(runner, incarnation))
-        own = Policy(policy.spec)
-        return EnvRunner(configs[runner], own, num_envs=NUM_ENVS, rollout_length=LENGTH, seed=seed)
+    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
+        return EnvRunner(
+            configs[runner % len(configs)],
+            Policy(policy.spec),
+            num_envs=NUM_ENVS,
+            rollout_length=LENGTH,
+            seed=np.random.SeedSequence(0, spawn_key=(runner, incarnation)),
+            faults=tolerance,
+            watchdog=watchdog,
+        )
 
-    return RunnerPool(make_runner, len(configs)), policy
+    return RunnerPool(make_runner, len(configs), ledger or Ledger(), tolerance), policy
+
+
+def collect(pool: RunnerPool, policy: Policy, version: int = 0) -> list[tuple[int, Fragment]]:
+    pool.start(policy, version)
+    return pool.finish()
 
 
 def test_every_transition_is_exact_through_ray_in_every_autoreset_mode() -> None:
-    pool, policy = make_pool(*CONFIGS.values())
+    ledger = Ledger()
+    pool, policy = make_pool(*CONFIGS.values(), ledger=ledger)
     collected: list[list[Fragment]] = []
     for version in range(FRAGMENTS):
-        pool.start(policy, version)
-        collected.append(pool.finish())
+        collected.append([fragment for _, fragment in collect(pool, policy, version)])
     pool.close()
+    real = 0
     for config, fragments in zip(CONFIGS.values(), zip(*collected)):
         offsets = list(range(NUM_ENVS)) if config.vectorization == "native" else [0] * NUM_ENVS
         rollouts = [to_rollout([fragment], copy=True) for fragment in fragments]
         check_rollouts(rollouts, offsets)
         check_episodes(list(fragments), offsets)
+        real += sum(count_rows(rollout) for rollout in rollouts)
         assert [fragment.policy_version for fragment in fragments] == list(range(FRAGMENTS))
         rollouts[0]["observation"].add_(1.0)  # Ray's own memory is read-only, the rollout's is not
+    assert (ledger.delivered, ledger.executed) == (real, real)  # reset rows are no env steps
 
 
-def test_a_killed_runner_is_replaced_and_its_fragment_collected_again() -> None:
-    pool, policy = make_pool(EnvConfig("CartPole-v1"), EnvConfig("CartPole-v1"))
-    seen = []
-    for version in range(4):
-        policy.head.weight.data.mul_(3.0)
-        if version in (1, 3):
-            os.kill(pool.pids()[0], signal.SIGKILL)
-        pool.start(policy, version)
-        fragments = pool.finish()
-        rollout = to_rollout(fragments, copy=True)
-        # Both fragments are there, collected with the newest weights.
-        assert [f.policy_version for f in fragments] == [version, version]
+def test_a_killed_runner_is_replaced_while_the_other_goes_on() -> None:
+    ledger = Ledger()
+    pool, policy = make_pool(EnvConfig("CartPole-v1"), EnvConfig("CartPole-v1"), ledger=ledger)
+    first = collect(pool, policy)
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    alone, version = 0, 1
+    while True:
+        policy.head.weight.data.mul_(1.5)
+        fragments = collect(pool, policy, version)
+        rollout = to_rollout([fragment for _, fragment in fragments], copy=True)
+        # Whoever collected, did so with the newest weights.
+        assert all(fragment.policy_version == version for _, fragment in fragments)
         log_prob, _ = policy.evaluate(rollout)
         np.testing.assert_allclose(log_prob.detach(), rollout["action_log_prob"], atol=1e-5)
-        seen.append(fragments[0].rows.views()["observation"][:, 0])
-    assert pool.num_restarts == 2
+        if len(fragments) == 2:
+            break
+        assert [runner for runner, _ in fragments] == [1]  # nobody waited for the other
+        alone, version = alone + 1, version + 1
+        policy.head.weight.data.clamp_(-1, 1)
+        time.sleep(0.05)
+    assert alone and pool.num_restarts == 1
     # A new incarnation has seeds of its own: it does not replay its predecessor's first episodes.
-    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[1], seen[3])
+    a, b = (fragments[0][1].rows.views()["observation"][:, 0] for fragments in (first, fragments))
+    assert not np.array_equal(a, b)
+    assert ledger.executed == ledger.delivered + ledger.discarded["died"]
     pool.close()
 
 
-def test_a_runner_that_always_dies_ends_the_run_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.runners.pool.MAX_RESTARTS", 1)
-    pool, policy = make_pool(EnvConfig("test_pool:DyingEnv"))
+def test_what_a_dead_runner_had_executed_is_known() -> None:
+    ledger = Ledger()
+    pool, policy = make_pool(EnvConfig("test_pool:DyingEnv"), ledger=ledger, max_restarts=1)
     pool.start(policy, 0)
-    with pytest.raises(RunnerError, match="Env runner 0 died 2 times in a row") as caught:
+    with pytest.raises(RunnerError, match=r"Env runner 0 is given up \(failure 2, max_restarts=1 in 600 s\)") as caught:
         pool.finish()
-    assert "\n" not in str(caught.value)
+    assert "died (in step)" in str(caught.value) and "\n" not in str(caught.value)
+    assert dict(ledger.discarded) == {"died": 2 * NUM_ENVS}  # each executed one whole step
     pool.close()
 
 
-def test_an_environments_error_arrives_as_it_was_raised() -> None:
-    pool, policy = make_pool(EnvConfig(FailingEnv))
+def test_an_environment_that_always_raises_ends_the_run_with_its_own_error_soon() -> None:
+    started = time.monotonic()
+    pool, policy = make_pool(EnvConfig(FailingEnv, {"at": 2}), max_restarts=5)
     pool.start(policy, 0)
-    with pytest.raises(EnvError, match="FailingEnv raised in step: ValueError: the simulator fell over"):
+    with pytest.raises(RunnerError, match="FailingEnv raised in step: ValueError: the simulator fell over") as caught:
         pool.finish()
+    assert "failure 6, more than max_restarts=5 in 600 s allows" in str(caught.value)
+    assert time.monotonic() - started < 60
     pool.close()
+
+
+def test_training_goes_on_without_a_runner_that_is_given_up() -> None:
+    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(FailingEnv, {"at": 2}), max_restarts=0)
+    assert [runner for runner, _ in collect(pool, policy)] == [0]
+    assert [runner for runner, _ in collect(pool, policy)] == [0] and pool.num_runners == 1
+    pool.close()
+    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(FailingEnv, {"at": 2}), max_restarts=0, min_healthy=2)
+    with pytest.raises(RunnerError, match="Runners left: 1 of 2, min_healthy=2"):
+        collect(pool, policy)
+    pool.close()
+
+
+@pytest.mark.parametrize(("where", "restarts"), [("step", 0), ("reset", 0), ("spin", 1)])
+def test_a_stalled_runner_is_ended_and_replaced(where: str, restarts: int) -> None:
+    ledger = Ledger()
+    pool, policy = make_pool(
+        EnvConfig(CounterEnv),
+        EnvConfig("test_pool:StallingEnv", {"where": where}),
+        ledger=ledger,
+        step_timeout_s=2.0,
+        reset_timeout_s=2.0,
+        max_restarts=restarts,
+    )
+    longest = 0.0
+    while pool.num_runners == 2:  # the stalling one stalls again after it was replaced
+        started = time.monotonic()
+        fragments = collect(pool, policy)
+        longest = max(longest, time.monotonic() - started)
+        assert [runner for runner, _ in fragments] == [0]
+    assert 1.5 < longest < 4 and pool.num_restarts == restarts
+    assert ledger.discarded["stalled"] >= (restarts + 1) * NUM_ENVS
+    pool.close()
+
+
+def test_a_runner_that_hangs_otherwise_is_ended_by_the_limit_of_a_fragment() -> None:
+    ledger = Ledger()
+    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(CounterEnv), ledger=ledger, sample_timeout_s=2.0)
+    os.kill(pool.pids()[1], signal.SIGSTOP)
+    started = time.monotonic()
+    assert [runner for runner, _ in collect(pool, policy)] == [0]
+    assert 1.5 < time.monotonic() - started < 5 and pool.num_restarts == 1
+    pool.close()
+
+
+def test_runners_are_added_and_taken_away() -> None:
+    ledger = Ledger()
+    pool, policy = make_pool(EnvConfig(CounterEnv), ledger=ledger)
+    pool.resize(2)
+    while len(found := collect(pool, policy)) < 2:
+        time.sleep(0.1)
+    assert [runner for runner, _ in found] == [0, 1]
+    pool.start(policy, 1)
+    time.sleep(1.0)
+    pool.resize(1)
+    assert [runner for runner, _ in pool.finish()] == [0]
+    assert ledger.discarded["unread"] == NUM_ENVS * LENGTH  # nobody took the other's fragment
+    pool.close()
+
+
+def test_a_resource_that_ray_must_have_is_asked_for() -> None:
+    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
+        raise AssertionError("no node has it")
+
+    faults, placement = FaultTolerance(init_timeout_s=1.0, max_restarts=0), Placement(resources={"simulator": 1})
+    with pytest.raises(RunnerError, match="was not made within twice init_timeout_s=1"):
+        RunnerPool(make_runner, 1, Ledger(), faults, placement)
 
 
 class DyingEnv(CounterEnv):
@@ -94,4 +192,25 @@ class DyingEnv(CounterEnv):
         self.steps += 1
         if self.steps == 2:
             os._exit(1)
+        return super().step(action)
+
+
+class StallingEnv(CounterEnv):
+    """Never comes back from its third step, or from its second reset; "spin" holds the interpreter meanwhile."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self._where, self._count = where, 0
+
+    def reset(self, **kwargs: Any) -> tuple:
+        if self._where == "reset" and self._episode == 0:
+            time.sleep(3600)
+        return super().reset(**kwargs)
+
+    def step(self, action: int) -> tuple:
+        self._count += 1
+        if self._count == 3 and self._where == "step":
+            time.sleep(3600)
+        if self._count == 3 and self._where == "spin":
+            ctypes.PyDLL(None).sleep(3600)  # a PyDLL does not let go of the interpreter
         return super().step(action)

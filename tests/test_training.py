@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
 
-from lit_rl import PPO, EnvStepsProgressBar, RolloutDataModule, load_policy
+from lit_rl import PPO, EnvStepsProgressBar, FaultTolerance, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import DivergedError, EnvError, OptionError
 from lit_rl.runners.episodes import play
@@ -345,7 +345,8 @@ def test_a_run_that_fails_closes_its_environments(make_trainer) -> None:
         def close(self) -> None:
             closed.append(True)
 
-    data = RolloutDataModule(Closing, max_env_steps=512, **SMALL)
+    faults = FaultTolerance(max_restarts=0)
+    data = RolloutDataModule(Closing, max_env_steps=512, fault_tolerance=faults, **SMALL)
     with pytest.raises(EnvError, match="the simulator fell over"):
         make_trainer(limit_val_batches=0).fit(PPO(**QUICK), data)
     assert len(closed) == 1 + 4  # the one that was tried out, and the four that were stepped

@@ -1,42 +1,85 @@
-"""Stepping environments one after the other with little in between."""
+"""Stepping environments one after the other, with little in between, and rebuilding one that fails."""
 
-from typing import Any
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import iterate
+from gymnasium.vector.utils import concatenate, create_empty_array, iterate
+
+
+class Begin(NamedTuple):
+    """From what an episode can be begun again.
+
+    Attributes:
+        seed: of the environment's seeded reset, which began this episode or an earlier one.
+        rng: state of the environment's `np_random` before the reset that began this episode; None: the seeded one did.
+    """
+
+    seed: int | None
+    rng: dict[str, Any] | None
 
 
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
-    """gymnasium's SyncVectorEnv with a shorter `step` in autoreset mode SAME_STEP, for observations that are arrays.
+    """gymnasium's SyncVectorEnv whose environments fail, and can be begun again, one by one; for autoreset SAME_STEP.
 
     Returns what gymnasium's returns, in fresh arrays. On eight CartPoles a step takes 130 us instead of 190:
     observations are written once instead of three times, and discrete actions are Python ints, which environments
     check faster.
+
+    Attributes:
+        recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
+            seed of the one that is made in its place, or raises. None lets errors out.
+        on_reset: told before and after each reset within a step, by True and False.
+        failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
+            say nothing.
+        begins: of each environment, how its episode under way began.
     """
 
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], *, autoreset_mode: AutoresetMode):
+        super().__init__(env_fns, autoreset_mode=autoreset_mode)
+        self._makers = env_fns
+        self.recover: Callable[[int, str, Exception], int] | None = None
+        self.on_reset: Callable[[bool], None] = lambda begins: None
+        self.failed: list[int] = []
+        self.begins = [Begin(None, None)] * self.num_envs
+        self._as_array = isinstance(self._observations, np.ndarray)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        found: Any = super().reset(seed=seed, options=options)
+        if seed is not None and not isinstance(seed, int):
+            self.begins = [Begin(number, None) for number in seed]
+        return found
+
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        if self.autoreset_mode is not AutoresetMode.SAME_STEP or not isinstance(self._observations, np.ndarray):
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             return super().step(actions)
-        if isinstance(self.single_action_space, gym.spaces.Discrete):
-            actions = np.asarray(actions).tolist()
-        elif not isinstance(actions, np.ndarray):
-            actions = list(iterate(self.action_space, actions))
-        obs = np.empty_like(self._observations)
+        obs: Any = np.empty_like(self._observations) if self._as_array else [None] * self.num_envs
         rewards, terminations, truncations = [], [], []
         infos: dict[str, Any] = {}
-        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            env_obs, reward, terminated, truncated, info = env.step(action)
+        self.failed = []
+        for i, action in enumerate(self._each(actions)):
+            try:
+                env_obs, reward, terminated, truncated, info = self.envs[i].step(action)
+            except Exception as error:
+                env_obs, info = self._rebuild(i, "step", error)
+                reward, terminated, truncated = 0.0, False, False
+                self.failed.append(i)
             if terminated or truncated:
-                infos = self._add_info(infos, {"final_obs": env_obs, "final_info": info}, i)
-                env_obs, info = env.reset()
+                infos = self._add_info(infos, {"final_obs": copy.deepcopy(env_obs), "final_info": info}, i)
+                env_obs, info = self._next_episode(i)
             if info:
                 infos = self._add_info(infos, info, i)
             obs[i] = env_obs
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
+        if not self._as_array:
+            space = self.single_observation_space
+            obs = concatenate(space, obs, create_empty_array(space, self.num_envs))
         return (
             obs,
             np.array(rewards, np.float64),
@@ -44,3 +87,60 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             np.array(truncations, np.bool_),
             infos,
         )
+
+    def begin_again(self, i: int, begin: Begin, actions: Any) -> Any:
+        """Bring environment i to where an episode was after some actions [n, ...]; returns the observation there.
+
+        That is the one it gave then if all that is random in it comes from its `np_random`.
+        """
+        env = self.envs[i]
+        obs, _ = env.reset(seed=begin.seed)
+        if begin.rng is not None:
+            env.unwrapped.np_random.bit_generator.state = begin.rng
+            obs, _ = env.reset()
+        for action in self._each(actions):
+            obs = env.step(action)[0]
+        self.begins[i] = begin
+        return obs
+
+    def new_episode(self, i: int, seed: int) -> Any:
+        """The first observation of an episode of environment i that is seeded anew."""
+        self.begins[i] = Begin(seed, None)
+        return self.envs[i].reset(seed=seed)[0]
+
+    def _each(self, actions: Any) -> Iterable[Any]:
+        """A batch's actions one by one, as an environment takes them."""
+        if isinstance(self.single_action_space, gym.spaces.Discrete):
+            return np.asarray(actions).tolist()
+        return actions if isinstance(actions, np.ndarray) else iterate(self.action_space, actions)
+
+    def _next_episode(self, i: int) -> tuple[Any, dict[str, Any]]:
+        env = self.envs[i]
+        bit_generator = getattr(env.unwrapped.np_random, "bit_generator", None)
+        self.begins[i] = Begin(self.begins[i].seed, getattr(bit_generator, "state", None))
+        self.on_reset(True)
+        try:
+            found = env.reset()
+        except Exception as error:
+            found = self._rebuild(i, "reset", error)
+        self.on_reset(False)
+        return found
+
+    def _rebuild(self, i: int, what: str, error: Exception) -> tuple[Any, dict[str, Any]]:
+        """A new environment in the place of one that raised: its first observation and info."""
+        while True:
+            if self.recover is None:
+                raise error
+            seed = self.recover(i, what, error)
+            with contextlib.suppress(Exception):  # what failed may fail to close
+                self.envs[i].close()
+            try:
+                self.envs[i] = self._makers[i]()
+                self.on_reset(True)
+                found = self.envs[i].reset(seed=seed)
+            except Exception as again:
+                what, error = "reset", again
+            else:
+                self.on_reset(False)
+                self.begins[i] = Begin(seed, None)
+                return found

@@ -1,20 +1,28 @@
 """Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
 
+import contextlib
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import EnvError, env_error
+from lit_rl.envs.vector import Begin, SyncVectorEnv
+from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.policy import Policy
+from lit_rl.runners.faults import BACKOFF_S, IDLE, INIT, RESET, STEP, FaultTolerance, Restarts, Watchdog
+from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
 from lit_rl.runners.transport import Layout, Packed, allocate, pack
 from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
 OF_POLICY = ("action", "action_log_prob", "state")
+LONGEST_REPLAY = 100_000  # env steps: a longer episode is not kept for being begun again
 
 
 class Episode(NamedTuple):
@@ -42,19 +50,27 @@ class Fragment(NamedTuple):
             `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
             path: "observation/arm".
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
-            [B, F, *obs], their true next observations.
+            [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
         episodes: those that ended.
         policy_version: version of the weights that acted.
+        entry: where its env steps went.
+        failures: what environments raised, and was survived.
     """
 
     rows: Packed
     finals: Packed
     episodes: list[Episode]
     policy_version: int
+    entry: Entry
+    failures: Sequence[str] = ()
 
 
 class EnvRunner:
     """Collects fragments [B, T] from `num_envs` environments.
+
+    An environment that raises is rebuilt alone, with a seed of its own; the others' episodes go on. Its episode ends by
+    truncation before the step that failed, whose row is masked. (With vectorization "async" or "native" all are
+    rebuilt, and the fragment is begun anew.)
 
     Args:
         env: how to make the environments.
@@ -64,6 +80,9 @@ class EnvRunner:
         seed: of the environments' first resets and of the actions.
         info_metrics: keys of `info` to report for each episode.
         keep_states: keep the state before every step, [B, T, ...], instead of the first alone.
+        faults: how many failures of environments are survived.
+        watchdog: what is told of every phase.
+        replayable: keep what `get_state` needs of the episodes under way.
     """
 
     def __init__(
@@ -76,6 +95,9 @@ class EnvRunner:
         seed: np.random.SeedSequence,
         info_metrics: Sequence[str] = (),
         keep_states: bool = False,
+        faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
+        watchdog: Watchdog | None = None,
+        replayable: bool = False,
     ):
         self.policy = policy.eval()
         self.policy_version = 0
@@ -83,21 +105,34 @@ class EnvRunner:
         self._num_envs = num_envs
         self._rollout_length = rollout_length
         self._info_metrics = tuple(info_metrics)
-        self._envs = env.make_vector(num_envs)
-        self._mode = autoreset_mode(self._envs)
-        check_spaces(self._envs, policy)
-        env_seed, action_seed = seed.spawn(2)
-        policy.rng = np.random.default_rng(action_seed)
-        seeds = [int(child.generate_state(1)[0]) for child in env_seed.spawn(num_envs)]
-        self._obs = policy.as_rows(reset(self._envs, env, seeds)[0])
-        self._is_init = np.ones(num_envs, np.bool_)
-        self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
-        self._state = policy.initial_state(num_envs)
-        self._keep_states = keep_states and self._state is not None
+        self._restarts = Restarts(faults)
+        self._faults = faults
+        self._watchdog = watchdog or Watchdog()
+        self._keep_states = keep_states and policy.has_memory
         self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
         self._no_finals: Packed | None = None  # what no episode's end packs to
-        self._returns = np.zeros(num_envs)
-        self._lengths = np.zeros(num_envs, np.int64)
+        self._accounted = 0  # env steps in fragments so far
+        self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
+        self._failures: list[str] = []
+        self._unproven: set[int] = set()  # environments that were rebuilt and did not make a step since
+        env_seed, action_seed = seed.spawn(2)
+        self._seeds = env_seed.spawn(num_envs)
+        policy.rng = np.random.default_rng(action_seed)
+        self._envs: Any
+        self._obs: Tree
+        self._state: Tree
+        self._is_init: np.ndarray
+        self._resetting: np.ndarray
+        self._returns: np.ndarray
+        self._lengths: np.ndarray
+        try:
+            self._make_envs([_number(child) for child in self._seeds])
+        except EnvFailure as error:
+            self._rebuild_all(error)
+        self._history: list[list[dict[str, np.ndarray]] | None] | None = None
+        if replayable and isinstance(self._envs, SyncVectorEnv):
+            # Of each environment, the actions of its episode under way; None if those are too many.
+            self._history = [[] for _ in range(num_envs)]
 
     def set_version(self, version: int, epsilon: float = 0.0) -> None:
         """Say that the policy's weights are now of this version; act at random with probability `epsilon`."""
@@ -108,8 +143,20 @@ class EnvRunner:
         """Step every environment `rollout_length` times.
 
         Raises:
-            EnvError: if the environment raises, or gives a reward or an observation that is not finite.
+            EnvError: if environments raise more often than is survived, or give a reward or an observation that is not
+                finite.
         """
+        while True:
+            try:
+                return self._collect()
+            except EnvFailure as error:
+                if isinstance(self._envs, SyncVectorEnv):  # rebuilds one itself: then there is no hope
+                    raise
+                self._rebuild_all(error)
+            finally:
+                self._watchdog.enter(IDLE)
+
+    def _collect(self) -> Fragment:
         length, policy, envs = self._rollout_length, self.policy, self._envs
         rows = self._allocate()
         view = rows.views()
@@ -120,6 +167,8 @@ class EnvRunner:
         is_init_rows, mask_rows = view["is_init"], view.get("mask")
         finals: list[tuple[int, int, Tree]] = []
         episodes: list[Episode] = []
+        failed: list[tuple[int, int]] = []
+        watchdog, sync = self._watchdog, isinstance(envs, SyncVectorEnv)
         obs, state = self._obs, self._state
         if state is not None and not self._keep_states:
             map_tree(np.copyto, columns["state"], state)
@@ -134,6 +183,7 @@ class EnvRunner:
             write_step(action_rows, t, action)
             log_prob_rows[:, t] = log_prob
             is_init_rows[:, t] = self._is_init
+            watchdog.enter(STEP)
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
             except Exception as error:
@@ -144,10 +194,16 @@ class EnvRunner:
             truncated_rows[:, t] = truncated
             self._returns += reward
             self._lengths += 1
+            watchdog.executed += self._num_envs if mask_rows is None else int((~self._resetting).sum())
             done = terminated | truncated
             self._is_init = done
             if mask_rows is not None:
                 self._after_next_step(t, done, mask_rows, reward_rows)
+            elif sync and envs.failed:
+                self._after_failure(t, envs.failed, view)
+                failed += [(b, t) for b in envs.failed]
+            if self._unproven:
+                self._unproven = self._unproven.intersection(envs.failed) if sync else set()
             if done.any():
                 ended = np.flatnonzero(done)
                 episodes += self._finish(ended, info)
@@ -156,20 +212,157 @@ class EnvRunner:
             obs = next_obs
         self._obs, self._state = obs, state
         map_tree(np.copyto, columns["last_observation"], obs)
-        packed_finals = self._pack_finals(finals)
+        packed_finals = self._pack_finals(finals, failed)
         self._check_finite(view | packed_finals.views())
-        return Fragment(rows, packed_finals, episodes, self.policy_version)
+        if self._history is not None:
+            self._keep_history(view)
+        delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())
+        entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded))
+        fragment = Fragment(rows, packed_finals, episodes, self.policy_version, entry, tuple(self._failures))
+        self._accounted = watchdog.executed
+        self._discarded.clear()
+        self._failures.clear()
+        return fragment
 
     def close(self) -> None:
         self._envs.close()
 
     def get_state(self) -> dict[str, Any]:
-        """The action noise's generator, as plain data. Episodes under way are not kept: they start afresh."""
-        return {"action_rng": self.policy.rng.bit_generator.state}
+        """The action noise's generator and, if `replayable`, the episodes under way, as plain data and tensors."""
+        state: dict[str, Any] = {"action_rng": self.policy.rng.bit_generator.state}
+        if self._history is None:
+            return state
+        arrays = dict(iterate(self._obs, "observation"))
+        if self._state is not None:
+            arrays |= iterate(self._state, "state")
+        arrays |= {"is_init": self._is_init, "return": self._returns, "length": self._lengths}
+        state["arrays"] = {path: torch.from_numpy(np.array(array)) for path, array in arrays.items()}
+        state["begins"] = [list(begin) for begin in self._envs.begins]
+        state["actions"] = [
+            None
+            if parts is None
+            else {p: torch.from_numpy(np.concatenate([x[p] for x in parts])) for p in parts[0]}
+            if parts
+            else {}
+            for parts in self._history
+        ]
+        return state
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` returned."""
+    def set_state(self, state: dict[str, Any]) -> int:
+        """Go on from what `get_state` returned; returns how many episodes could not, and start afresh.
+
+        Each environment is reset as it was when its episode began, and given the episode's actions again. If it then
+        observes what it did, it goes on.
+        """
         self.policy.rng.bit_generator.state = state["action_rng"]
+        arrays = {path: tensor.numpy() for path, tensor in state.get("arrays", {}).items()}
+        if self._history is None or len(arrays.get("length", ())) != self._num_envs:
+            return self._num_envs
+        saved = nest(arrays)
+        restarted = 0
+        for b, (begin, actions) in enumerate(zip(state["begins"], state["actions"])):
+            goes_on = actions is not None and self._begin_again(b, Begin(*begin), actions, saved["observation"])
+            if not goes_on:
+                obs = self.policy.as_rows(self._envs.new_episode(b, _number(self._seeds[b].spawn(1)[0])))
+                map_tree(lambda rows, x, b=b: put(rows, b, x), self._obs, obs)
+                restarted += 1
+                continue
+            map_tree(lambda rows, x, b=b: put(rows, b, x[b]), self._obs, saved["observation"])
+            if self._state is not None:
+                map_tree(lambda rows, x, b=b: put(rows, b, x[b]), self._state, saved["state"])
+            self._is_init[b], self._returns[b], self._lengths[b] = (
+                saved[k][b] for k in ("is_init", "return", "length")
+            )
+            self._history[b] = [{path: tensor.numpy() for path, tensor in actions.items()}] if actions else []
+        return restarted
+
+    def _begin_again(self, b: int, begin: Begin, actions: dict[str, torch.Tensor], saved: Tree) -> bool:
+        """Whether environment b is where an episode was after some actions."""
+        policy = self.policy
+        try:
+            taken = nest({path: tensor.numpy() for path, tensor in actions.items()})
+            obs = self._envs.begin_again(b, begin, policy.to_env(taken["action"]) if taken else [])
+        except Exception:  # whatever it raised: it does not go on from there
+            return False
+        return all(np.array_equal(x, y[b]) for x, y in zip(leaves(policy.as_rows(obs)), leaves(saved)))
+
+    def _keep_history(self, view: dict[str, np.ndarray]) -> None:
+        """Add a fragment's actions to those of the episodes under way."""
+        assert self._history is not None
+        paths = [path for path in view if path == "action" or path.startswith("action/")]
+        is_init, length = view["is_init"], self._rollout_length
+        for b in range(self._num_envs):
+            begins = np.flatnonzero(is_init[b])
+            first = int(begins[-1]) if len(begins) else 0
+            kept = [] if len(begins) else self._history[b]
+            if self._is_init[b]:
+                self._history[b] = []
+            elif kept is None or self._lengths[b] > LONGEST_REPLAY:
+                self._history[b] = None
+            else:
+                kept.append({path: view[path][b, first:length].copy() for path in paths})
+                self._history[b] = kept
+
+    def _make_envs(self, seeds: list[int]) -> None:
+        """Environments at their first observations."""
+        num_envs, policy = self._num_envs, self.policy
+        self._watchdog.enter(INIT)
+        self._envs = self._env.make_vector(num_envs)
+        self._mode = autoreset_mode(self._envs)
+        check_spaces(self._envs, policy)
+        if isinstance(self._envs, SyncVectorEnv):
+            self._envs.recover = self._recover
+            self._envs.on_reset = lambda begins: self._watchdog.enter(RESET if begins else STEP)
+        self._watchdog.enter(RESET)
+        self._obs = policy.as_rows(reset(self._envs, self._env, seeds)[0])
+        self._watchdog.enter(IDLE)
+        self._is_init = np.ones(num_envs, np.bool_)
+        self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
+        self._state = policy.initial_state(num_envs)
+        self._returns = np.zeros(num_envs)
+        self._lengths = np.zeros(num_envs, np.int64)
+
+    def _recover(self, b: int, what: str, error: Exception) -> int:
+        """Environment b raised: the seed of the one in its place."""
+        if b not in self._unproven:
+            self._restarts.went_well()
+        self._unproven.add(b)
+        self._survive(env_error(self._env.env_id, f"raised in {what}", error), f"Environment {b} is")
+        self._watchdog.enter(INIT)
+        return _number(self._seeds[b].spawn(1)[0])
+
+    def _rebuild_all(self, error: EnvFailure) -> None:
+        """Begin again with new environments; the fragment so far is discarded."""
+        if not self._unproven:
+            self._restarts.went_well()
+        self._unproven = set(range(self._num_envs))
+        while True:
+            self._survive(error, f"All {self._num_envs} environments are")
+            lost = self._watchdog.executed - self._accounted - self._discarded.total()
+            if lost:
+                self._discarded["env_error"] += lost
+            with contextlib.suppress(Exception):  # what failed may fail to close, or was never made
+                self._envs.close()
+            try:
+                self._make_envs([_number(child.spawn(1)[0]) for child in self._seeds])
+                return
+            except EnvFailure as again:
+                error = again
+
+    def _survive(self, error: Exception, who: str) -> None:
+        """Count a failure, and wait before the next try; raises if the budget is spent."""
+        self._watchdog.enter(IDLE)
+        wait = self._restarts.failed()
+        if wait is None or not isinstance(error, EnvFailure):
+            if not self._faults.max_restarts or not isinstance(error, EnvFailure):
+                raise error
+            raise EnvFailure(
+                f"{error} That was failure {self._restarts.total}, more than {self._restarts.budget} allows. Mend the "
+                "environment, or raise fault_tolerance.max_restarts."
+            ) from error
+        self._failures.append(f"{error} {who} rebuilt.")
+        if wait > BACKOFF_S:  # the first in a row costs nobody anything
+            time.sleep(wait)
 
     def _allocate(self) -> Packed:
         """Memory for a fragment's rows."""
@@ -209,6 +402,16 @@ class EnvRunner:
         self._is_init = was_reset
         self._resetting = done
 
+    def _after_failure(self, t: int, failed: list[int], view: dict[str, np.ndarray]) -> None:
+        """SAME_STEP: of these environments the step was none. Their episodes end by truncation before it."""
+        self._is_init = self._is_init.copy()  # it is what says which episodes ended
+        for b in failed:
+            if t and self._lengths[b] > 1:
+                view["truncated"][b, t - 1] = True
+            view["is_init"][b, t] = False
+            self._is_init[b], self._returns[b], self._lengths[b] = True, 0.0, 0
+        self._discarded["env_error"] += len(failed)
+
     def _after_episode_end(
         self,
         t: int,
@@ -243,8 +446,8 @@ class EnvRunner:
         self._lengths[ended] = 0
         return episodes
 
-    def _pack_finals(self, finals: list[tuple[int, int, Tree]]) -> Packed:
-        if not finals and self._no_finals is not None:
+    def _pack_finals(self, finals: list[tuple[int, int, Tree]], failed: list[tuple[int, int]]) -> Packed:
+        if not (finals or failed) and self._no_finals is not None:
             return self._no_finals
         counts = np.bincount([b for b, _, _ in finals], minlength=self._num_envs)
         shape = (self._num_envs, int(counts.max()))
@@ -260,8 +463,11 @@ class EnvRunner:
             for column, value in zip(columns.values(), leaves(obs)):
                 column[b, filled[b]] = value
             filled[b] += 1
+        if failed:
+            columns["mask"] = np.ones((self._num_envs, self._rollout_length), np.bool_)
+            columns["mask"][tuple(zip(*failed))] = False
         packed = pack({"final_step": steps, **columns})
-        if not finals:
+        if not (finals or failed):
             self._no_finals = packed
         return packed
 
@@ -287,6 +493,14 @@ class EnvRunner:
             f"env={self._env.env_id}: {root}={value.tolist()} {where}: expected finite numbers. "
             + ("The policy has diverged: lower lr." if root in OF_POLICY else "Mend the environment.")
         )
+
+
+def _number(seed: np.random.SeedSequence) -> int:
+    return int(seed.generate_state(1)[0])
+
+
+def put(rows: np.ndarray, b: int, values: Any) -> None:
+    rows[b] = values
 
 
 def write_step(rows: Tree, t: int, values: Tree) -> None:

@@ -1,27 +1,46 @@
-"""This rank's env runners: in this process, or as Ray actors that are replaced when they die."""
+"""This rank's env runners: in this process, or as Ray actors that are replaced when they die or stall."""
 
 import logging
+import os
+import socket
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from lit_rl.errors import EnvError, LitRLError, RunnerError
+from lit_rl.checks import check_choice, check_range
+from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Restarts, Watchdog
+from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
 log = logging.getLogger(__name__)
 
-# (runner, incarnation) -> a new EnvRunner. An incarnation has a seed of its own.
-MakeRunner = Callable[[int, int], EnvRunner]
-MAX_RESTARTS = 5  # of one runner, with no fragment in between
+KILL_S = 2.0  # a killed process is gone by then
+# (runner, incarnation, watchdog) -> a new EnvRunner. An incarnation has a seed of its own.
+MakeRunner = Callable[[int, int, Watchdog], EnvRunner]
 
 
 class Pool(Protocol):
-    """What a datamodule needs of its env runners. The learner can work between `start` and `finish`."""
+    """What a datamodule needs of its env runners. The learner can work between `start` and `finish`.
 
+    Attributes:
+        ledger: where the env steps went.
+        num_restarts: runners that were replaced, and environments that were rebuilt.
+        num_runners: those that are not given up.
+    """
+
+    ledger: Ledger
     num_restarts: int
+
+    @property
+    def num_runners(self) -> int: ...
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
         """Have every runner that has nothing to do collect one fragment.
@@ -32,8 +51,8 @@ class Pool(Protocol):
             epsilon: probability of random actions instead.
         """
 
-    def finish(self) -> list[Fragment]:
-        """The fragments of the last `start`, in the order of the runners."""
+    def finish(self) -> list[tuple[int, Fragment]]:
+        """The fragments of the last `start`, each after its runner's number: at least one."""
 
     def get_state(self) -> list[dict[str, Any]]:
         """The runners' states as plain data."""
@@ -45,10 +64,12 @@ class Pool(Protocol):
 class LocalPool:
     """One env runner in this process; nothing of Ray is imported."""
 
-    num_restarts = 0
+    num_runners = 1
 
-    def __init__(self, make_runner: MakeRunner):
-        self._runner = make_runner(0, 0)
+    def __init__(self, make_runner: MakeRunner, ledger: Ledger):
+        self.ledger = ledger
+        self.num_restarts = 0
+        self._runner = make_runner(0, 0, Watchdog())
         self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
@@ -59,133 +80,364 @@ class LocalPool:
             torch._foreach_copy_(*self._weights[1:])
         self._runner.set_version(version, epsilon)
 
-    def finish(self) -> list[Fragment]:
-        return [self._runner.sample()]
+    def finish(self) -> list[tuple[int, Fragment]]:
+        fragment = self._runner.sample()
+        self.ledger.deliver(0, 0, fragment.entry)
+        self.num_restarts += len(fragment.failures)
+        return [(0, fragment)]
 
     def get_state(self) -> list[dict[str, Any]]:
         return [self._runner.get_state()]
 
-    def set_state(self, states: list[dict[str, Any]]) -> None:
-        """Go on from what `get_state` returned."""
-        self._runner.set_state(states[0])
+    def set_state(self, states: list[dict[str, Any]]) -> int:
+        """Go on from what `get_state` returned; returns how many episodes could not."""
+        return self._runner.set_state(states[0])
 
     def close(self) -> None:
         self._runner.close()
 
 
+@dataclass
+class _Slot:
+    """A runner's place.
+
+    Attributes:
+        actor: its process; None while it waits to be replaced.
+        incarnation: how many came before in this place.
+        heartbeat: what its process writes, if that is on this machine.
+        ready: Ray's reference to its being made; None once it is.
+        fragment: that of the fragment under way.
+        since: when `ready` or `fragment` began.
+        size: env steps of its last fragment.
+        restart_at: when it may be replaced.
+        given_up: why it is not replaced any more.
+    """
+
+    restarts: Restarts
+    actor: Any = None
+    incarnation: int = 0
+    heartbeat: Heartbeat | None = None
+    ready: Any = None
+    fragment: Any = None
+    since: float = 0.0
+    size: int = 0
+    restart_at: float = field(default_factory=time.monotonic)
+    given_up: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What Ray reserves for a runner, and where it puts it.
+
+    Attributes:
+        num_cpus: of the node it runs on.
+        resources: Ray's custom resources, such as {"simulator": 1}.
+        strategy: "SPREAD" over the cluster's nodes, or Ray's "DEFAULT".
+    """
+
+    num_cpus: float = 0.0
+    resources: dict[str, float] | None = None
+    strategy: str = "DEFAULT"
+
+    def __post_init__(self) -> None:
+        check_range("placement.num_cpus", self.num_cpus, 0.0)
+        check_choice("placement.strategy", self.strategy, ("DEFAULT", "SPREAD"))
+        for name, amount in (self.resources or {}).items():
+            check_range(f"placement.resources[{name!r}]", amount, 0.0)
+
+
 class RunnerPool:
-    """`num_env_runners` Ray actors. One that dies is replaced, and its fragment collected again.
+    """Ray actors. One that dies, stalls or raises is replaced while the others' fragments are learned from.
+
+    A replacement is made in the background; it collects from the `start` after the one in which it is ready, so with
+    the newest weights. Only if no runner is left is it waited for.
 
     Args:
         make_runner: makes a runner inside its actor.
         num_env_runners: how many.
+        ledger: where env steps are written down.
+        faults: what is survived.
+        placement: of the actors.
 
     Raises:
-        EnvError: if an environment cannot be made or raises; the runner's own error, unchanged.
-        RunnerError: if a runner dies `MAX_RESTARTS` times without a fragment in between.
+        EnvError: if an environment gives what it must not give; the runner's own error, unchanged.
+        RunnerError: if fewer runners than `min_healthy` are left; with what ended the last one.
     """
 
-    def __init__(self, make_runner: MakeRunner, num_env_runners: int):
+    def __init__(
+        self,
+        make_runner: MakeRunner,
+        num_env_runners: int,
+        ledger: Ledger,
+        faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
+        placement: Placement = Placement(),
+    ):
         import ray
 
+        self.ledger = ledger
+        self.num_restarts = 0
         self._ray = ray
         # A task that ran is never run again in secret (max_task_retries=0): this pool decides.
-        self._actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_RunnerActor)
+        options: dict[str, Any] = {"num_cpus": placement.num_cpus, "resources": dict(placement.resources or {})}
+        options |= {"scheduling_strategy": placement.strategy, "max_restarts": 0, "max_task_retries": 0}
+        self._actor_class = ray.remote(**options)(_RunnerActor)
         self._make_runner = make_runner
-        self._incarnations = [0] * num_env_runners
-        self._failures = [0] * num_env_runners
-        self._pending: dict[int, Any] = {}  # fragments under way by runner, in the order they were begun
-        self.num_restarts = 0
-        self._actors = [self._new_actor(runner) for runner in range(num_env_runners)]
+        self._faults = faults
+        self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
+        self._reference: Any = None
+        self._slots: list[_Slot] = []
+        self.resize(num_env_runners)
+        self._wait(all_of=True)
+
+    @property
+    def num_runners(self) -> int:
+        return sum(not slot.given_up for slot in self._slots)
+
+    def resize(self, num_env_runners: int) -> None:
+        """Add runners, which join when they are ready, or take away the last ones."""
+        while len(self._slots) > num_env_runners:
+            slot = self._slots.pop()
+            self._stop(len(self._slots), slot, "unread")
+        while len(self._slots) < num_env_runners:
+            self._slots.append(_Slot(Restarts(self._faults)))
+            self._restart_due()
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
-        idle = [runner for runner in range(len(self._actors)) if runner not in self._pending]
-        if idle:  # one copy for all of them, and for those that replace them
-            self._reference = self._ray.put((pack_weights(policy), version, epsilon))
-        for runner in idle:
-            self._pending[runner] = self._actors[runner].sample.remote(self._reference)
+        self._restart_due()
+        self._welcome()
+        idle = [slot for slot in self._slots if slot.actor is not None and slot.ready is None and slot.fragment is None]
+        if not idle and self._reference is not None and any(slot.fragment for slot in self._slots):
+            return
+        # One copy for all of them, and for those that join while no other is left.
+        self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+        for slot in idle:
+            self._begin_fragment(slot)
 
-    def finish(self) -> list[Fragment]:
-        return [self._finish_one(runner) for runner in range(len(self._actors))]
+    def finish(self) -> list[tuple[int, Fragment]]:
+        found: list[tuple[int, Fragment]] = []
+        while not found or self._under_way():
+            found += self._collect(num_returns=max(1, len(self._under_way())))
+        return sorted(found, key=lambda pair: pair[0])
 
-    def finish_any(self) -> tuple[int, Fragment]:
-        """The fragment that is ready first, of those under way longest if there are several, and its runner."""
-        references = list(self._pending.values())
-        ready = self._ray.wait(references, num_returns=1)[0][0]
-        runner = next(runner for runner, reference in self._pending.items() if reference == ready)
-        return runner, self._finish_one(runner)
+    def finish_any(self) -> list[tuple[int, Fragment]]:
+        """The fragment that is ready first, of those under way longest if there are several, after its runner."""
+        found: list[tuple[int, Fragment]] = []
+        while not found:
+            found = self._collect(num_returns=1)
+        return found
 
     def get_state(self) -> list[dict[str, Any]]:
         """Nothing: a resumed run starts its runners' episodes and action noise afresh, with seeds of their own."""
         return []
 
     def pids(self) -> list[int]:
-        """The runners' process ids."""
-        return self._ray.get([actor.pid.remote() for actor in self._actors])
+        """The process ids of the runners that are there."""
+        actors = [slot.actor for slot in self._slots if slot.actor is not None and slot.ready is None]
+        return self._ray.get([actor.pid.remote() for actor in actors])
 
     def close(self) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors, self._pending = [], {}
+        self.resize(0)
+        self._folder.cleanup()
 
-    def _finish_one(self, runner: int) -> Fragment:
-        exceptions = self._ray.exceptions
+    # --- fragments ----------------------------------------------------------------------------------------------
+
+    def _under_way(self) -> dict[Any, int]:
+        """References to fragments under way and their runners, the oldest first."""
+        slots = [(slot.since, runner, slot) for runner, slot in enumerate(self._slots) if slot.fragment is not None]
+        return {slot.fragment: runner for _, runner, slot in sorted(slots, key=lambda entry: entry[:2])}
+
+    def _begin_fragment(self, slot: _Slot) -> None:
+        slot.fragment, slot.since = slot.actor.sample.remote(self._reference), time.monotonic()
+
+    def _collect(self, num_returns: int) -> list[tuple[int, Fragment]]:
+        """Fragments that became ready, waiting for `num_returns` of them or until a runner's time is over."""
+        under_way = self._under_way()
+        if not under_way:
+            self._wait(all_of=False)
+            return []
+        slots = self._slots
+        left = min(slots[runner].since for runner in under_way.values()) + self._faults.sample_timeout_s
+        timeout = max(left - time.monotonic(), 0.0)
+        ready, _ = self._ray.wait(list(under_way), num_returns=num_returns, timeout=timeout)
+        found = []
+        for reference in ready:
+            runner = under_way[reference]
+            fragment = self._take(runner)
+            if fragment is not None:
+                found.append((runner, fragment))
+        now = time.monotonic()
+        for runner in self._under_way().values():
+            if now - slots[runner].since > self._faults.sample_timeout_s:
+                limit = f"sample_timeout_s={self._faults.sample_timeout_s:g}"
+                self._failed(runner, "stalled", f"gave no fragment within {limit}{self._doing(runner)}")
+        return found
+
+    def _take(self, runner: int) -> Fragment | None:
+        """A runner's fragment that is ready; None if the runner failed."""
+        slot, exceptions = self._slots[runner], self._ray.exceptions
+        try:
+            fragment: Fragment = self._ray.get(slot.fragment)
+        except exceptions.RayTaskError as error:
+            cause = _cause(error)
+            if not isinstance(cause, EnvFailure):
+                raise cause from None
+            slot.fragment = None
+            self._give_up(runner, "env_error", f"failed: {str(cause).rstrip('.')}")
+            return None
+        except exceptions.RayError as error:  # died, unreachable, or its fragment was lost with its node
+            self._failed(runner, *self._why(runner, error))
+            return None
+        slot.fragment, slot.size = None, fragment.entry.end - fragment.entry.start
+        slot.restarts.went_well()
+        self.ledger.deliver(runner, slot.incarnation, fragment.entry)
+        self.num_restarts += len(fragment.failures)
+        return fragment
+
+    # --- life and death -----------------------------------------------------------------------------------------
+
+    def _wait(self, all_of: bool) -> None:
+        """Wait until a runner, or all of them, is ready, and have it collect if there are weights to collect with."""
         while True:
-            try:
-                fragment = self._ray.get(self._pending[runner])
-            except exceptions.RayTaskError as error:
-                raise _cause(error) from None
-            except exceptions.RayError as error:  # died, unreachable, or its fragment was lost with its node
-                self._replace(runner, error)
+            self._restart_due()
+            references = [slot.ready for slot in self._slots if slot.ready is not None]
+            if references:
+                self._ray.wait(references, num_returns=len(references) if all_of else 1, timeout=BACKOFF_S)
+                self._welcome()
             else:
-                self._failures[runner] = 0
-                del self._pending[runner]
-                return fragment
+                time.sleep(BACKOFF_S / 10)
+            waiting = [slot for slot in self._slots if not slot.given_up and (slot.actor is None or slot.ready)]
+            ready = [slot for slot in self._slots if slot.actor is not None and slot.ready is None]
+            if ready and (not all_of or not waiting):
+                for slot in ready if self._reference is not None else ():
+                    if slot.fragment is None:
+                        self._begin_fragment(slot)
+                return
 
-    def _replace(self, runner: int, error: Exception) -> None:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        self._failures[runner] += 1
-        if self._failures[runner] > MAX_RESTARTS:
-            raise RunnerError(
-                f"Env runner {runner} died {self._failures[runner]} times in a row without collecting a fragment: "
-                f"{reason} Run with num_env_runners=0 to see why."
-            ) from None
-        self._incarnations[runner] += 1
+    def _welcome(self) -> None:
+        """Let runners that are ready join; see to those that cannot be made."""
+        exceptions = self._ray.exceptions
+        for runner, slot in enumerate(self._slots):
+            if slot.ready is None:
+                continue
+            done, _ = self._ray.wait([slot.ready], timeout=0)
+            if not done:
+                # A process takes its time to begin: the limit is counted once more for that.
+                if time.monotonic() - slot.since > 2 * self._faults.init_timeout_s:
+                    limit = f"init_timeout_s={self._faults.init_timeout_s:g}"
+                    self._failed(runner, "stalled", f"was not made within twice {limit}{self._doing(runner)}")
+                continue
+            try:
+                self._ray.get(slot.ready)
+            except exceptions.RayTaskError as error:
+                cause = _cause(error)
+                if not isinstance(cause, EnvFailure):
+                    raise cause from None
+                self._failed(runner, "env_error", f"cannot be made: {str(cause).rstrip('.')}")
+            except exceptions.RayError as error:
+                self._failed(runner, *self._why(runner, error))
+            else:
+                slot.ready = None
+
+    def _failed(self, runner: int, reason: str, what: str) -> None:
+        """A runner is of no use any more: replace it later, or give it up."""
+        slot = self._slots[runner]
+        wait = slot.restarts.failed()
+        if wait is None:
+            self._give_up(runner, reason, what)
+            return
+        self._stop(runner, slot, reason)
+        slot.incarnation += 1
+        slot.restart_at = time.monotonic() + wait
         self.num_restarts += 1
-        log.warning("Env runner %d died and is replaced (restart %d): %s", runner, self._incarnations[runner], reason)
-        self._ray.kill(self._actors[runner])
-        self._actors[runner] = self._new_actor(runner)
-        self._pending[runner] = self._actors[runner].sample.remote(self._reference)
+        log.warning("Env runner %d %s. It is replaced (restart %d).", runner, what, slot.incarnation)
+        self._restart_due()
 
-    def _new_actor(self, runner: int) -> Any:
-        return self._actor_class.remote(self._make_runner, runner, self._incarnations[runner])
+    def _give_up(self, runner: int, reason: str, what: str) -> None:
+        slot = self._slots[runner]
+        self._stop(runner, slot, reason)
+        slot.given_up = what
+        left, wanted = self.num_runners, self._faults.min_healthy
+        total = slot.restarts.total
+        times = f" (failure {total}, {slot.restarts.budget})" if total else ""
+        if left < min(wanted, len(self._slots)):
+            raise RunnerError(
+                f"Env runner {runner} is given up{times}: it {what}. Runners left: {left} of {len(self._slots)}, "
+                f"min_healthy={wanted}. Run with num_env_runners=0 to see why."
+            ) from None
+        log.warning("Env runner %d is given up%s: it %s. Training goes on with %d.", runner, times, what, left)
+
+    def _restart_due(self) -> None:
+        now = time.monotonic()
+        for runner, slot in enumerate(self._slots):
+            if slot.actor is None and not slot.given_up and now >= slot.restart_at:
+                path = Path(self._folder.name) / f"{runner}.{slot.incarnation}"
+                slot.heartbeat = Heartbeat.create(path)
+                address = f"{socket.gethostname()}:{path}"
+                slot.actor = self._actor_class.remote(
+                    self._make_runner, runner, slot.incarnation, self._faults, address
+                )
+                slot.ready, slot.since = slot.actor.ready.remote(), time.monotonic()
+
+    def _stop(self, runner: int, slot: _Slot, reason: str) -> None:
+        """End a runner's process; what it executed and did not deliver is written down."""
+        if slot.actor is None:
+            return
+        self._ray.kill(slot.actor)
+        if slot.fragment is not None:
+            self._ray.wait([slot.fragment], timeout=KILL_S)  # until then it may go on stepping
+        incarnation, heartbeat = slot.incarnation, slot.heartbeat
+        accounted = self.ledger.accounted(runner, incarnation)
+        executed = 0 if heartbeat is None else heartbeat.executed
+        if executed < accounted:  # on another machine, where nobody can ask any more
+            executed, reason = accounted + (slot.size if slot.fragment is not None else 0), "unknown"
+        self.ledger.discard(runner, incarnation, executed, reason)
+        (Path(self._folder.name) / f"{runner}.{incarnation}").unlink(missing_ok=True)
+        slot.actor = slot.ready = slot.fragment = slot.heartbeat = None
+
+    def _why(self, runner: int, error: Exception) -> tuple[str, str]:
+        """The reason for the ledger, and in words, why Ray lost a runner."""
+        slot, faults = self._slots[runner], self._faults
+        phase = "idle" if slot.heartbeat is None else slot.heartbeat.phase
+        limit = {"init": faults.init_timeout_s, "reset": faults.reset_timeout_s, "step": faults.step_timeout_s}.get(
+            phase
+        )
+        if limit is not None and time.monotonic() - slot.since >= limit:
+            return "stalled", f"took longer than {phase}_timeout_s={limit:g} and was ended"
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return "died", f"died{self._doing(runner)}: {reason.rstrip('.')}"
+
+    def _doing(self, runner: int) -> str:
+        heartbeat = self._slots[runner].heartbeat
+        phase = "idle" if heartbeat is None else heartbeat.phase
+        return "" if phase == "idle" else f" (in {phase})"
 
 
 class _RunnerActor:
     """An EnvRunner in a process of its own, that ends with the process that made it."""
 
-    def __init__(self, make_runner: MakeRunner, runner: int, incarnation: int):
-        import torch
-
+    def __init__(self, make_runner: MakeRunner, runner: int, incarnation: int, faults: FaultTolerance, beats: str):
         torch.set_num_threads(1)
+        host, _, path = beats.partition(":")
+        on_this_machine = host == socket.gethostname() and os.path.exists(path)
+        watchdog = Watchdog(faults, Heartbeat(Path(path)) if on_this_machine else None)
         # An actor whose constructor raises is a dead actor to Ray: keep the error for the first call instead.
         self._error: Exception | None = None
         try:
-            self._runner = make_runner(runner, incarnation)
+            self._runner = make_runner(runner, incarnation, watchdog)
         except LitRLError as error:
             self._error = error
 
-    def sample(self, acts_by: tuple[Packed, int, float]) -> Fragment:
+    def ready(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def sample(self, acts_by: tuple[Packed, int, float]) -> Fragment:
         weights, version, epsilon = acts_by
         load_weights(self._runner.policy, weights)
         self._runner.set_version(version, epsilon)
         return self._runner.sample()
 
     def pid(self) -> int:
-        import os
-
         return os.getpid()
 
 

@@ -1,0 +1,145 @@
+"""What is survived, how often, and how long anything may take."""
+
+import mmap
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lit_rl.checks import check_count, check_range
+
+BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # before the first restart, and at most
+
+
+@dataclass(frozen=True)
+class FaultTolerance:
+    """How env runners' failures are survived: dead and stalled processes, environments that raise.
+
+    Attributes:
+        max_restarts: of one runner (or of environments in it) within `restart_window_s`; 0 ends training at the first
+            failure. A runner that fails more often is given up.
+        restart_window_s: seconds.
+        min_healthy: training goes on while so many runners of a learner process are not given up.
+        init_timeout_s: for making a runner's environments.
+        reset_timeout_s: for one reset.
+        step_timeout_s: for one step of all environments of a runner.
+        sample_timeout_s: for one fragment, whatever takes the time.
+
+    The four limits hold for runners in processes of their own (`num_env_runners` of at least 1): a process that takes
+    longer is killed, even in compiled code, and replaced. What stalls the learner's own process cannot be survived.
+    """
+
+    max_restarts: int = 5
+    restart_window_s: float = 600.0
+    min_healthy: int = 1
+    init_timeout_s: float = 120.0
+    reset_timeout_s: float = 60.0
+    step_timeout_s: float = 30.0
+    sample_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_count("fault_tolerance.max_restarts", self.max_restarts, 0)
+        check_count("fault_tolerance.min_healthy", self.min_healthy)
+        for name in ("restart_window_s", "init_timeout_s", "reset_timeout_s", "step_timeout_s", "sample_timeout_s"):
+            check_range(f"fault_tolerance.{name}", getattr(self, name), 0.0, exclusive_low=True)
+
+
+class Restarts:
+    """Counts one runner's failures against its budget.
+
+    Attributes:
+        total: failures so far.
+    """
+
+    def __init__(self, faults: FaultTolerance):
+        self._faults = faults
+        self._times: deque[float] = deque()
+        self._in_a_row = 0
+        self.total = 0
+
+    def failed(self) -> float | None:
+        """Count a failure: seconds to wait before the restart, or None if the budget is spent.
+
+        The wait doubles from `BACKOFF_S` with every failure in a row.
+        """
+        now = time.monotonic()
+        self.total += 1
+        self._times.append(now)
+        while now - self._times[0] > self._faults.restart_window_s:
+            self._times.popleft()
+        self._in_a_row += 1
+        if len(self._times) > self._faults.max_restarts:
+            return None
+        return min(BACKOFF_S * 2.0 ** (self._in_a_row - 1), LONGEST_BACKOFF_S)
+
+    def went_well(self) -> None:
+        """Something was done since: the next wait is a short one again."""
+        self._in_a_row = 0
+
+    @property
+    def budget(self) -> str:
+        """In words."""
+        return f"max_restarts={self._faults.max_restarts} in {self._faults.restart_window_s:g} s"
+
+
+PHASES = ("idle", "init", "reset", "step")
+
+
+class Heartbeat:
+    """Two numbers that a runner's process writes and that outlive it: env steps executed, and what it was doing.
+
+    Args:
+        path: of a file, that of `create` or of the process that reads.
+    """
+
+    SIZE = 16
+
+    def __init__(self, path: Path):
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), self.SIZE)
+        self._numbers = np.frombuffer(self._memory, np.int64)
+
+    @classmethod
+    def create(cls, path: Path) -> "Heartbeat":
+        path.write_bytes(bytes(cls.SIZE))
+        return cls(path)
+
+    @property
+    def executed(self) -> int:
+        return int(self._numbers[0])
+
+    @property
+    def phase(self) -> str:
+        return PHASES[int(self._numbers[1])]
+
+    def write(self, executed: int, phase: int) -> None:
+        self._numbers[0] = executed
+        self._numbers[1] = phase
+
+
+class Watchdog:
+    """Ends this process when a phase takes too long, whatever holds the interpreter: the kernel's alarm does it.
+
+    One that was given no limits does nothing, as in the learner's own process.
+    """
+
+    def __init__(self, faults: FaultTolerance | None = None, heartbeat: Heartbeat | None = None):
+        self.executed = 0
+        self._heartbeat = heartbeat
+        self._limits = None
+        if faults is not None:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+            self._limits = (0.0, faults.init_timeout_s, faults.reset_timeout_s, faults.step_timeout_s)
+
+    def enter(self, phase: int) -> None:
+        """A phase begins: an index of `PHASES`."""
+        if self._heartbeat is not None:
+            self._heartbeat.write(self.executed, phase)
+        if self._limits is not None:
+            signal.setitimer(signal.ITIMER_REAL, self._limits[phase])
+
+
+IDLE, INIT, RESET, STEP = range(4)

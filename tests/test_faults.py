@@ -1,0 +1,267 @@
+"""Environments that raise: rebuilt alone, every env step accounted for. No Ray needed."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from envs import CounterEnv, SampleEnv
+from gymnasium import spaces
+
+from lit_rl import DQN, PPO, FaultTolerance, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl.envs.make import EnvConfig
+from lit_rl.errors import EnvError, EnvFailure, OptionError, RunnerError
+from lit_rl.policy import Policy
+from lit_rl.rollout import next_observation, padded, rows, to_rollout
+from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.faults import BACKOFF_S, Heartbeat, Restarts
+from lit_rl.runners.ledger import Entry, Ledger
+from lit_rl.spec import EnvSpec
+
+MANY = FaultTolerance(max_restarts=1_000_000)
+SPEC = EnvSpec("Sometimes", spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+
+
+class BreaksAt(CounterEnv):
+    """CounterEnv of one long episode, whose observation tells which copy it is; raises at given steps of copy 0.
+
+    obs = 1000 * copy + 100 * episode + t.
+    """
+
+    made = 0
+
+    def __init__(self, at: tuple[int, ...] = (), where: str = "step"):
+        super().__init__()
+        self.copy, BreaksAt.made = BreaksAt.made, BreaksAt.made + 1
+        self._at, self._where = at, where
+
+    def _obs(self) -> np.ndarray:
+        return super()._obs() + 1000 * self.copy
+
+    def reset(self, **kwargs: Any) -> tuple:
+        if self._where == "reset" and self._episode + 1 in self._at and self.copy == 0:
+            raise AssertionError
+        return super().reset(**kwargs)
+
+    def step(self, action: int) -> tuple:
+        if self._where == "step" and self._episode == 1 and self._t in self._at and self.copy == 0:
+            raise ValueError("the simulator fell over")
+        return super().step(action)
+
+
+def runner_of(env: EnvConfig, num_envs: int = 2, length: int = 6, **options: Any) -> EnvRunner:
+    spec = env.spec() if env.env_kwargs.get("step", 0.0) == 0.0 else SPEC
+    policy = Policy(spec, network=options.pop("network", None))
+    BreaksAt.made = 0
+    return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0), **options)
+
+
+def test_an_environment_that_raises_is_rebuilt_alone_and_its_episode_cut() -> None:
+    # Episodes of 2, 3 and 4 steps. Environment 0 raises at the second step of its second episode: in row 3.
+    runner = runner_of(EnvConfig(BreaksAt, {"at": (1,)}))
+    fragment = runner.sample()
+    rollout = to_rollout([fragment], copy=False)
+    obs, next_obs = rollout["observation"].squeeze(-1), next_observation(rollout).squeeze(-1)
+    assert obs.tolist() == [[0, 1, 100, 101, 2000, 2001], [1000, 1001, 1100, 1101, 1102, 1200]]
+    assert next_obs[0].tolist() == [1, 2, 101, 2000, 2001, 2002]  # of row 3, which is masked, it says nothing
+    assert next_obs[1].tolist() == [1001, 1002, 1101, 1102, 1103, 1201]
+    assert rollout["mask"].tolist() == [[True, True, True, False, True, True], [True] * 6]
+    assert rollout["next", "terminated"].tolist() == [[False, True, *[False] * 3, True], [False, True, *[False] * 4]]
+    assert rollout["next", "truncated"].tolist() == [[False, False, True, *[False] * 3], [*[False] * 4, True, False]]
+    assert rollout["is_init"].tolist() == [
+        [True, False, True, False, True, False],
+        [True, False, True, False, False, True],
+    ]
+    assert sorted(e.length for e in fragment.episodes) == [2, 2, 2, 3]  # the cut one is no finished episode
+    assert fragment.entry == Entry(0, 12, 11, {"env_error": 1})
+    assert len(fragment.failures) == 1 and "ValueError: the simulator fell over" in fragment.failures[0]
+    again = runner.sample()
+    assert again.entry == Entry(12, 24, 12, {}) and "mask" not in again.finals.views()
+
+
+def test_a_failure_at_a_fragments_first_row_leaves_the_last_one_as_it_was() -> None:
+    runner = runner_of(EnvConfig(BreaksAt, {"at": (1,)}), num_envs=1, length=3)
+    first, second = (to_rollout([runner.sample()], copy=False) for _ in range(2))
+    assert first["observation"].flatten().tolist() == [0, 1, 100] and first.get("mask", None) is None
+    assert first["last_observation"].item() == 101 and not first["next", "done"][0, 2]
+    assert second["observation"].flatten().tolist() == [101, 1000, 1001]
+    assert second["mask"].tolist() == [[False, True, True]] and second["is_init"].tolist() == [[False, True, False]]
+
+
+def test_a_reset_that_raises_costs_no_env_step() -> None:
+    runner = runner_of(EnvConfig(BreaksAt, {"at": (1,), "where": "reset"}), num_envs=1)
+    fragment = runner.sample()
+    rollout = to_rollout([fragment], copy=False)
+    assert rollout["observation"].flatten().tolist() == [0, 1, 1000, 1001, 1100, 1101]
+    assert next_observation(rollout).flatten().tolist() == [1, 2, 1001, 1002, 1101, 1102]
+    assert fragment.entry == Entry(0, 6, 6, {}) and "raised in reset: AssertionError" in fragment.failures[0]
+
+
+class Sometimes(SampleEnv):
+    """Raises in a step or a reset with a given probability, from a generator of its own."""
+
+    def __init__(self, step: float, reset: float, observation_space: Any = None):
+        super().__init__(observation_space or spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+        self._step, self._reset = step, reset
+        self.first: list[float] = []
+
+    rng = np.random.default_rng(0)
+
+    def reset(self, **kwargs: Any) -> tuple:
+        if self.rng.random() < self._reset:
+            raise OSError("no reset")
+        return super().reset(**kwargs)
+
+    def step(self, action: int) -> tuple:
+        if self.rng.random() < self._step:
+            raise OSError("no step")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "native"])
+@pytest.mark.parametrize("network", [None, LSTMNetwork])
+def test_every_env_step_is_delivered_once_or_discarded_with_a_reason(
+    vectorization: str, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", lambda seconds: None)
+    options = {"step": 0.02, "reset": 0.05}
+    env, spec = EnvConfig("test_faults:Sometimes", options), SPEC
+    if vectorization == "native":
+        env = EnvConfig("test_faults:sometimes_vector", options, vectorization="native")
+    seeds, ledger = np.random.SeedSequence(1), Ledger()
+    policy = Policy(spec, network=network)
+    runner = EnvRunner(env, policy, num_envs=4, rollout_length=8, seed=seeds, faults=MANY)
+    failures = 0
+    for _ in range(60):
+        fragment = runner.sample()
+        failures += len(fragment.failures)
+        ledger.deliver(0, 0, fragment.entry)
+        rollout = to_rollout([fragment], copy=False)
+        mask = rollout.get("mask", torch.ones(4, 8, dtype=torch.bool))
+        assert int(mask.sum()) == fragment.entry.delivered
+        log_prob, _ = policy.evaluate(rollout)
+        torch.testing.assert_close(log_prob[mask], rollout["action_log_prob"][mask], atol=1e-5, rtol=0)
+    assert failures > 20 and ledger.discarded["env_error"] > 10
+    assert ledger.executed == runner._watchdog.executed
+    firsts = rollout["observation"][:, 0, 0]
+    assert len(set(firsts.tolist())) == 4
+
+
+def sometimes_vector(num_envs: int, **options: float) -> Any:
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    return SyncVectorEnv([lambda: Sometimes(**options)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def test_rebuilt_environments_never_begin_as_another_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", lambda seconds: None)
+    runner = runner_of(EnvConfig("test_faults:Sometimes", {"step": 0.3, "reset": 0.0}), num_envs=4, faults=MANY)
+    begins = []
+    for _ in range(50):
+        view = runner.sample().rows.views()
+        begins += view["observation"][view["is_init"]][:, 0].tolist()
+    assert len(begins) > 100 and len(set(begins)) == len(begins)
+
+
+@pytest.mark.parametrize("max_restarts", [0, 3])
+def test_the_budget_ends_what_fails_too_often(max_restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", slept.append)
+    env = EnvConfig("test_faults:Sometimes", {"step": 1.0, "reset": 0.0})
+    faults = FaultTolerance(max_restarts=max_restarts)
+    runner = EnvRunner(env, Policy(SPEC), num_envs=1, rollout_length=9, seed=np.random.SeedSequence(0), faults=faults)
+    with pytest.raises(EnvFailure, match="raised in step: OSError: no step") as caught:
+        runner.sample()
+    assert ("more than max_restarts=3 in 600 s allows" in str(caught.value)) == bool(max_restarts)
+    assert slept == ([1.0, 2.0] if max_restarts else [])  # the first is for nothing, then the wait doubles
+
+
+def test_the_budget_forgets_failures_of_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lit_rl.runners.faults.time.monotonic", lambda: now[0])
+    restarts = Restarts(FaultTolerance(max_restarts=2, restart_window_s=10.0))
+    assert [restarts.failed(), restarts.failed()] == [BACKOFF_S, 2 * BACKOFF_S]
+    now[0] = 11.0
+    restarts.went_well()
+    assert [restarts.failed(), restarts.failed(), restarts.failed()] == [BACKOFF_S, 2 * BACKOFF_S, None]
+    assert restarts.total == 5
+
+
+def test_the_ledger_refuses_gaps_and_repeats() -> None:
+    ledger = Ledger()
+    ledger.deliver(0, 0, Entry(0, 10, 9, {"env_error": 1}))
+    for entry in (Entry(0, 10, 10, {}), Entry(12, 20, 8, {}), Entry(10, 20, 9, {})):
+        with pytest.raises(RunnerError, match="after step 10"):
+            ledger.deliver(0, 0, entry)
+    assert ledger.discard(0, 0, 14, "died") == 4
+    ledger.deliver(0, 1, Entry(0, 5, 5, {}))
+    assert (ledger.delivered, dict(ledger.discarded), ledger.executed) == (14, {"env_error": 1, "died": 4}, 19)
+
+
+def test_a_heartbeat_is_read_by_others(tmp_path: Any) -> None:
+    mine = Heartbeat.create(tmp_path / "beat")
+    Heartbeat(tmp_path / "beat").write(7, 2)
+    assert (mine.executed, mine.phase) == (7, "reset")
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "PPO with memory", "DQN", "DQN with memory"])
+def test_training_goes_on_past_failures(algorithm: str, make_trainer: Callable, caplog: Any) -> None:
+    env = {"env": "test_faults:Sometimes", "env_kwargs": {"step": 0.03, "reset": 0.03}, "fault_tolerance": MANY}
+    network = LSTMNetwork if "memory" in algorithm else None
+    if "PPO" in algorithm:
+        module: Any = PPO(minibatch_size=32, num_epochs=1, network=network)
+        data: Any = RolloutDataModule(rollout_length=16, max_env_steps=1024, seed=0, **env)
+    else:
+        module = DQN(network=network, sequence_length=8)
+        data = ReplayDataModule(
+            rollout_length=4, max_env_steps=600, learning_starts=64, batch_size=32, buffer_size=200, seed=0,
+            update_to_data=0.25, **env,
+        )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        make_trainer(limit_val_batches=0).fit(module, data)
+    ledger = data.ledger
+    assert ledger.discarded["env_error"] > 3 and ledger.delivered == module.env_steps_done > 500
+    assert "raised in step: OSError: no step Environment" in caplog.text
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_restarts": -1}, "fault_tolerance.max_restarts=-1: expected a whole number of at least 0"),
+        ({"min_healthy": 0}, "fault_tolerance.min_healthy=0"),
+        ({"step_timeout_s": 0}, "fault_tolerance.step_timeout_s=0: expected a number, above 0"),
+        ({"sample_timeout_s": float("inf")}, "fault_tolerance.sample_timeout_s=inf"),
+    ],
+)
+def test_limits_that_cannot_be_are_named(options: dict, words: str) -> None:
+    with pytest.raises(OptionError, match=words.replace(".", r"\.")):
+        FaultTolerance(**options)
+
+
+def test_only_env_runners_in_processes_of_their_own_can_be_added() -> None:
+    data = RolloutDataModule("CartPole-v1")
+    with pytest.raises(OptionError, match="steps its environments in the learner process"):
+        data.resize(2)
+
+
+def test_a_step_that_gives_what_it_must_not_give_is_no_failure_to_survive() -> None:
+    env = EnvConfig("envs:FailingEnv", {"how": "nan reward", "at": 3})
+    with pytest.raises(EnvError, match="reward=nan") as caught:
+        runner_of(env, faults=MANY).sample()
+    assert not isinstance(caught.value, EnvFailure)
+
+
+def test_rollouts_of_unequal_ranks_are_filled_up_with_rows_that_do_not_count() -> None:
+    space = spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(3))
+    env = EnvConfig("test_faults:Sometimes", {"step": 0.0, "reset": 0.0, "observation_space": space})
+    runner = runner_of(env, num_envs=2, network=LSTMNetwork)
+    rollout = to_rollout([runner.sample()], copy=False)
+    filled = padded(rollout, 5, masked=True)
+    assert filled.batch_size == (5,) and filled["mask"].sum(1).tolist() == [6, 6, 0, 0, 0]
+    assert torch.equal(filled["observation", "a"][:2], rollout["observation", "a"])
+    assert (filled["final_step"][2:] == -1).all() and len(rows(filled, "action", "mask")) == 30
+    assert filled["state", "h"].shape[0] == 5
+    assert padded(rollout, 2, masked=False) is rollout

@@ -1,0 +1,173 @@
+"""A run that was stopped and resumed is the unbroken one, bit for bit."""
+
+import contextlib
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from envs import CounterEnv, MaskedEnv, RepeatPreviousEnv
+from gymnasium import spaces
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_rl import DQN, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl.envs.make import EnvConfig
+from lit_rl.policy import Policy
+from lit_rl.runners.env_runner import EnvRunner
+
+ON_POLICY = {"num_envs_per_env_runner": 3, "rollout_length": 16, "rollouts_per_epoch": 2, "max_env_steps": 480}
+OFF_POLICY = {
+    "num_envs_per_env_runner": 2, "rollout_length": 2, "env_steps_per_batch": 40, "batches_per_epoch": 2,
+    "max_env_steps": 400, "learning_starts": 60, "batch_size": 32, "buffer_size": 300,
+}  # fmt: skip
+PPO_OPTIONS = {"minibatch_size": 16, "num_epochs": 2, "normalize_observations": True, "normalize_returns": True}
+CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "PPO": lambda: (PPO(**PPO_OPTIONS), RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY)),
+    "PPO with memory": lambda: (
+        PPO(minibatch_size=16, num_epochs=1, network=LSTMNetwork),
+        RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY),
+    ),
+    "PPO, nested actions, masks": lambda: (
+        PPO(minibatch_size=16, num_epochs=1),
+        RolloutDataModule(
+            MaskedEnv,
+            env_kwargs={"action_space": spaces.Tuple([spaces.Discrete(3), spaces.MultiDiscrete([2, 3])])},
+            seed=3,
+            **ON_POLICY,
+        ),
+    ),
+    "PPO on one-hot states": lambda: (
+        PPO(minibatch_size=16, num_epochs=1),
+        RolloutDataModule("FrozenLake-v1", env_kwargs={"is_slippery": True}, seed=3, **ON_POLICY),
+    ),
+    "DQN prioritised": lambda: (
+        DQN(),
+        ReplayDataModule("CartPole-v1", seed=3, prioritized=True, n_step=[1, 3], **OFF_POLICY),
+    ),
+    "DQN with memory": lambda: (
+        DQN(network=GRUNetwork, sequence_length=8, burn_in=4),
+        ReplayDataModule(RepeatPreviousEnv, seed=3, **OFF_POLICY),
+    ),
+    "SAC": lambda: (SAC(), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
+}
+
+
+class SaveAt(L.Callback):
+    """Writes a checkpoint after a batch, and ends the run there."""
+
+    def __init__(self, batch: int):
+        self._batch = batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self._batch:
+            trainer.save_checkpoint("broken.ckpt")
+            raise KeyboardInterrupt
+
+
+def series(folder: Path) -> dict[str, dict[str, str]]:
+    """What was logged, by env steps; times aside."""
+    with next(folder.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        f"{row['env_steps']} {bool(row.get('eval/return_mean'))}": {
+            name: value for name, value in row.items() if value and not name.startswith("time/")
+        }
+        for row in rows
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
+    name: str, batch: int, make_trainer: Callable, tmp_path: Path
+) -> None:
+    def fit(folder: str, ckpt_path: str | None = None, **options: Any) -> tuple[Any, Any]:
+        algorithm, data = CASES[name]()
+        logger = CSVLogger(tmp_path, name=folder)
+        trainer = make_trainer(logger=logger, log_every_n_steps=1, limit_val_batches=1, **options)
+        with contextlib.suppress(SystemExit):  # so ends what KeyboardInterrupt stops
+            trainer.fit(algorithm, data, ckpt_path=ckpt_path)
+        return algorithm, trainer
+
+    whole, whole_trainer = fit("whole")
+    fit("first", callbacks=[SaveAt(batch)])
+    resumed, resumed_trainer = fit("second", "broken.ckpt")
+    assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
+    assert a.keys() == b.keys()
+    for key in a:
+        for part in a[key]:
+            assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
+    unbroken, first, second = (series(tmp_path / folder) for folder in ("whole", "first", "second"))
+    assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
+    for key, row in (first | second).items():
+        assert row == unbroken[key], key
+
+
+class Forgetful(CounterEnv):
+    """Its observations depend on what is not in `np_random`: how often it was reset."""
+
+
+def runner_for(env: EnvConfig, seed: int, **options: Any) -> EnvRunner:
+    torch.manual_seed(0)
+    policy = Policy(env.spec())
+    seeds = np.random.SeedSequence(seed)
+    return EnvRunner(env, policy, num_envs=3, rollout_length=5, seed=seeds, replayable=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("env", "restarted"),
+    [
+        (EnvConfig("CartPole-v1"), 0),
+        (EnvConfig("Acrobot-v1", wrappers=[{"gymnasium.wrappers:TimeLimit": {"max_episode_steps": 7}}]), 0),
+        (EnvConfig(RepeatPreviousEnv), 0),
+        (EnvConfig(Forgetful), 3),
+        (EnvConfig("CartPole-v1", vectorization="async"), 3),
+    ],
+)
+def test_episodes_under_way_go_on_where_they_can_and_begin_afresh_where_not(env: EnvConfig, restarted: int) -> None:
+    one, other = runner_for(env, 0), runner_for(env, 1)
+    try:
+        for _ in range(3):
+            one.sample()
+        state = one.get_state()
+        assert other.set_state(state) == restarted
+        for _ in range(4):
+            a, b = (runner.sample() for runner in (one, other))
+            same = all(
+                np.array_equal(x, y) for x, y in zip(a.rows.views().values(), b.rows.views().values(), strict=True)
+            )
+            assert same == (restarted == 0)
+            if not restarted:
+                assert a.episodes == b.episodes
+            assert b.entry.delivered == 15
+    finally:
+        one.close()
+        other.close()
+
+
+def test_another_number_of_environments_begins_episodes_afresh() -> None:
+    env = EnvConfig("CartPole-v1")
+    state = runner_for(env, 0).get_state()
+    other = EnvRunner(
+        env, Policy(env.spec()), num_envs=2, rollout_length=5, seed=np.random.SeedSequence(1), replayable=True
+    )
+    assert other.set_state(state) == 2
+    other.sample()
+
+
+def test_very_long_episodes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_rl.runners.env_runner.LONGEST_REPLAY", 12)
+    env = EnvConfig("Pendulum-v1")
+    one, other = runner_for(env, 0), runner_for(env, 1)
+    for _ in range(3):
+        one.sample()
+    assert one.get_state()["actions"] == [None] * 3
+    assert other.set_state(one.get_state()) == 3
