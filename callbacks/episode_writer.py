@@ -40,7 +40,7 @@ class EpisodeWriter(BasePredictionWriter):
         folder = Path(self._folder or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"episodes-rank{trainer.global_rank}.parquet"
-        played = [episode for episode in predictions if episode]
+        played = [episode for episode in predictions if episode and episode["steps"]]
         tables = [
             _table(pa, trainer.global_rank + i * trainer.world_size, episode["steps"], int(pl_module.updates))
             for i, episode in enumerate(played)

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count, check_flag
+from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.loaders import EpisodeLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import EnvFailure, OptionError
@@ -56,6 +56,7 @@ class EnvDataModule(L.LightningDataModule):
         prefetch: int,
         eval_episodes: int,
         eval_deterministic: bool,
+        eval_timeout_s: float,
         return_window: int,
         info_metrics: Sequence[str],
         seed: int | None,
@@ -79,6 +80,7 @@ class EnvDataModule(L.LightningDataModule):
             )
         self.eval_episodes = check_count("eval_episodes", eval_episodes)
         self.eval_deterministic = check_flag("eval_deterministic", eval_deterministic)
+        self.eval_timeout_s = check_range("eval_timeout_s", eval_timeout_s, 0.0, exclusive_low=True)
         if isinstance(info_metrics, str):
             raise OptionError(f"info_metrics={info_metrics!r}: expected a list of keys.")
         self.info_metrics = tuple(info_metrics)

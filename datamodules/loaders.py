@@ -1,7 +1,8 @@
 """What the datamodule hands to Lightning: one epoch of rollouts, and the episodes of one evaluation."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,13 +10,17 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.distributed import Vote
+from lit_rl.errors import EnvFailure
 from lit_rl.off_policy import ReplayStream
 from lit_rl.runners.episodes import play
+from lit_rl.runners.faults import Restarts
 
 if TYPE_CHECKING:
     from lit_rl.datamodules.environments import EnvDataModule
     from lit_rl.datamodules.replay import ReplayDataModule
     from lit_rl.datamodules.rollout import RolloutDataModule
+
+log = logging.getLogger(__name__)
 
 
 class RolloutLoader:
@@ -104,15 +109,48 @@ class EpisodeLoader:
         acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
         acting.eval().load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
         acting.rng = np.random.default_rng(self._seeds)
-        episodes = play(
-            data.env,
-            acting,
-            self._seeds,
-            deterministic=data.eval_deterministic,
-            info_metrics=data.info_metrics,
-            record=self._record,
+        whole = len(self._seeds)
+        left, restarts, deadline = (
+            list(self._seeds),
+            Restarts(data.fault_tolerance),
+            time.monotonic() + data.eval_timeout_s,
         )
-        for episode in episodes:
-            yield episode._asdict()
-        for _ in range(len(self) - len(self._seeds)):
+        while left:
+            try:
+                episodes = play(
+                    data.env,
+                    acting,
+                    left,
+                    deterministic=data.eval_deterministic,
+                    info_metrics=data.info_metrics,
+                    record=self._record,
+                    timeout_s=max(deadline - time.monotonic(), 0.0),
+                )
+                for episode in episodes:
+                    left = [seed for seed in left if seed != episode.seed]
+                    whole -= episode.cut
+                    yield episode._asdict()
+            except EnvFailure as error:
+                wait = restarts.failed()
+                if wait is None:
+                    log.warning(
+                        "%s Evaluation ends with %d of %d episodes.", error, self.played(left), len(self._seeds)
+                    )
+                    break
+                log.warning("%s The evaluation episodes that had not ended are played again.", error)
+                time.sleep(wait)
+            else:
+                if left or whole < len(self._seeds):
+                    log.warning(
+                        "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
+                        data.eval_timeout_s,
+                        whole - len(left),
+                        len(self._seeds),
+                    )
+                break
+        for _ in range(len(self) - self.played(left)):
             yield {}
+
+    def played(self, left: Sequence[int]) -> int:
+        """Episodes that were yielded, where the seeds `left` were not."""
+        return len(self._seeds) - len(left)

@@ -57,7 +57,7 @@ class ReplayDataModule(EnvDataModule):
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
         prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
             env steps were taken (needs num_env_runners >= 1).
-        eval_episodes, eval_deterministic, return_window, info_metrics, seed: as in `RolloutDataModule`.
+        eval_episodes, eval_deterministic, eval_timeout_s, return_window, info_metrics, seed: as in `RolloutDataModule`.
         ray_address, placement, fault_tolerance, torch_threads: as in `RolloutDataModule`.
     """
 
@@ -88,6 +88,7 @@ class ReplayDataModule(EnvDataModule):
         prefetch: int = 0,
         eval_episodes: int = 10,
         eval_deterministic: bool = True,
+        eval_timeout_s: float = 1800.0,
         return_window: int = 100,
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
@@ -108,6 +109,7 @@ class ReplayDataModule(EnvDataModule):
             prefetch=prefetch,
             eval_episodes=eval_episodes,
             eval_deterministic=eval_deterministic,
+            eval_timeout_s=eval_timeout_s,
             return_window=return_window,
             info_metrics=info_metrics,
             seed=seed,

@@ -35,6 +35,7 @@ class RolloutDataModule(EnvDataModule):
             with weights one version behind (needs num_env_runners >= 1).
         eval_episodes: whole episodes that `validate` plays, each with the same seed every time.
         eval_deterministic: whether evaluation takes the most probable action.
+        eval_timeout_s: seconds after which an evaluation ends with the episodes it has.
         return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
         seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
@@ -59,6 +60,7 @@ class RolloutDataModule(EnvDataModule):
         prefetch: int = 0,
         eval_episodes: int = 10,
         eval_deterministic: bool = True,
+        eval_timeout_s: float = 1800.0,
         return_window: int = 100,
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
@@ -79,6 +81,7 @@ class RolloutDataModule(EnvDataModule):
             prefetch=prefetch,
             eval_episodes=eval_episodes,
             eval_deterministic=eval_deterministic,
+            eval_timeout_s=eval_timeout_s,
             return_window=return_window,
             info_metrics=info_metrics,
             seed=seed,

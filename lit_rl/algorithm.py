@@ -423,6 +423,7 @@ class Algorithm(L.LightningModule):
             "return_max": returns.max(),
             "length_mean": np.mean([episode["length"] for episode in episodes]),
             "episodes": len(episodes),
+            "cut_episodes": sum(episode["cut"] for episode in episodes),
         }
         for key in sorted({key for episode in episodes for key in episode["info"]}):
             metrics[f"info/{key}_mean"] = np.mean([e["info"][key] for e in episodes if key in e["info"]])

@@ -1,6 +1,7 @@
 """Environments that raise: rebuilt alone, every env step accounted for. No Ray needed."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,57 @@ def test_training_goes_on_past_failures(algorithm: str, make_trainer: Callable, 
     assert ledger.discarded["env_error"] > 3 and ledger.delivered == module.env_steps_done > 500
     assert "raised in step: OSError: no step Environment" in caplog.text
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class EndlessAfter(CounterEnv):
+    """The first `whole` episodes of each copy end, the next one never does; a step takes a millisecond."""
+
+    def __init__(self, whole: int):
+        super().__init__()
+        self._whole = whole
+
+    def step(self, action: int) -> tuple:
+        time.sleep(1e-3)
+        obs, reward, terminated, truncated, info = super().step(action)
+        ends = self._episode < self._whole
+        return obs, reward, terminated and ends, truncated and ends, info
+
+
+@pytest.mark.parametrize(("whole", "episodes", "ended"), [(1, 12, 12), (0, 12, 0), (1, 20, 16)])
+def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
+    whole: int, episodes: int, ended: int, make_trainer: Callable, caplog: Any
+) -> None:
+    data = RolloutDataModule(
+        EndlessAfter, env_kwargs={"whole": whole}, eval_episodes=episodes, eval_timeout_s=0.5, seed=0, max_env_steps=64,
+        num_envs_per_env_runner=2, rollout_length=16, rollouts_per_epoch=1,
+    )  # fmt: skip
+    trainer, module = make_trainer(), PPO(minibatch_size=16)
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(module, data)
+    metrics = trainer.callback_metrics
+    assert module.env_steps_done == 64  # training went on
+    assert metrics["eval/cut_episodes"] == episodes - ended  # 16 are played at a time
+    assert metrics["eval/episodes"] == episodes and torch.isfinite(metrics["eval/return_mean"])
+    said = f"Evaluation took longer than eval_timeout_s=0.5: only {ended} of {episodes} episodes have ended."
+    assert (said in caplog.text) == (ended < episodes)
+
+
+def test_evaluation_plays_again_what_an_environment_broke_and_in_the_end_does_without(
+    make_trainer: Callable, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rl.datamodules.loaders.time.sleep", lambda seconds: None)
+    algorithm = PPO(minibatch_size=16, spec=SPEC.to_dict())
+    results = []
+    for step in (0.01, 1.0):
+        options = {"step": step, "reset": 0.0}
+        data = RolloutDataModule("test_faults:Sometimes", env_kwargs=options, eval_episodes=8, seed=0)
+        data.spec = SPEC
+        data.fault_tolerance = MANY if step < 1 else FaultTolerance(max_restarts=2)
+        with caplog.at_level(logging.WARNING):
+            results.append(make_trainer().validate(algorithm, data))
+    assert results[0][0]["eval/episodes"] == 8 and results[1] == [{}]
+    assert "The evaluation episodes that had not ended are played again." in caplog.text
+    assert "Evaluation ends with 0 of 8 episodes." in caplog.text
 
 
 @pytest.mark.parametrize(

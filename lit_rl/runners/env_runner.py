@@ -33,12 +33,16 @@ class Episode(NamedTuple):
         length: its env steps.
         info: the user's metrics, read from the last step's `info`.
         steps: its transitions, if recorded: time-ordered arrays by name.
+        seed: with which it was begun, if it was played for evaluation.
+        cut: whether it had not ended when the time for it was over.
     """
 
     return_: float
     length: int
     info: dict[str, float]
     steps: dict[str, np.ndarray] | None = None
+    seed: int | None = None
+    cut: bool = False
 
 
 class Fragment(NamedTuple):

@@ -1,6 +1,7 @@
 """Plays whole episodes with a policy: what evaluation and `predict` do."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def play(
     info_metrics: Sequence[str] = (),
     record: bool = False,
     num_envs: int = 16,
+    timeout_s: float | None = None,
 ) -> Iterator[Episode]:
     """Play one whole episode per seed, several at a time, and yield them in the order they end.
 
@@ -43,6 +45,7 @@ def play(
         record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
             0 where there was no choice.
         num_envs: the most environments at a time.
+        timeout_s: seconds after which the episodes under way are yielded as they are (`cut`), and no more begun.
 
     Raises:
         EnvError: if the environment raises.
@@ -51,12 +54,13 @@ def play(
     if not num_envs:
         return
     envs = env.make_vector(num_envs, AutoresetMode.DISABLED)
+    started = time.monotonic()
     try:
         check_spaces(envs, policy)
         mode = autoreset_mode(envs)
         remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
-        first_seeds = [queue.pop(0) for queue in remaining]
-        obs = policy.as_rows(reset(envs, env, first_seeds)[0])
+        seed_of = [queue.pop(0) for queue in remaining]
+        obs = policy.as_rows(reset(envs, env, seed_of)[0])
         state = policy.initial_state(num_envs)
         playing, left = np.ones(num_envs, np.bool_), len(seeds)
         resetting, is_init = np.zeros(num_envs, np.bool_), np.ones(num_envs, np.bool_)
@@ -101,17 +105,22 @@ def play(
                     if playing[b]:
                         left -= 1
                         infos = read_info(last_info, info_metrics, b)
-                        yield Episode(float(returns[b]), int(lengths[b]), infos, steps)
+                        yield Episode(float(returns[b]), int(lengths[b]), infos, steps, seed_of[b])
                 returns[done], lengths[done] = 0.0, 0
                 next_seeds: list[int | None] = [None] * num_envs
                 for b in np.flatnonzero(done & playing).tolist():
                     if remaining[b]:
-                        next_seeds[b] = remaining[b].pop(0)
+                        next_seeds[b] = seed_of[b] = remaining[b].pop(0)
                     else:
                         playing[b] = False  # goes on stepping, uncounted, until the others end
                 if mode is AutoresetMode.DISABLED:
                     next_obs = policy.as_rows(reset(envs, env, next_seeds, done)[0])
             obs = next_obs
+            if timeout_s is not None and left and time.monotonic() - started > timeout_s:
+                for b in np.flatnonzero(playing).tolist():
+                    steps = recorder.take(b) if recorder is not None and lengths[b] else None
+                    yield Episode(float(returns[b]), int(lengths[b]), {}, steps, seed_of[b], cut=True)
+                return
     finally:
         envs.close()
 
