@@ -109,12 +109,8 @@ class EpisodeLoader:
         acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
         acting.eval().load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
         acting.rng = np.random.default_rng(self._seeds)
-        whole = len(self._seeds)
-        left, restarts, deadline = (
-            list(self._seeds),
-            Restarts(data.fault_tolerance),
-            time.monotonic() + data.eval_timeout_s,
-        )
+        deadline = time.monotonic() + data.eval_timeout_s
+        left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False
         while left:
             try:
                 episodes = play(
@@ -127,8 +123,15 @@ class EpisodeLoader:
                     timeout_s=max(deadline - time.monotonic(), 0.0),
                 )
                 for episode in episodes:
+                    if episode.cut and not said:
+                        said = True
+                        log.warning(
+                            "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
+                            data.eval_timeout_s,
+                            self.played(left),
+                            len(self._seeds),
+                        )
                     left = [seed for seed in left if seed != episode.seed]
-                    whole -= episode.cut
                     yield episode._asdict()
             except EnvFailure as error:
                 wait = restarts.failed()
@@ -140,13 +143,6 @@ class EpisodeLoader:
                 log.warning("%s The evaluation episodes that had not ended are played again.", error)
                 time.sleep(wait)
             else:
-                if left or whole < len(self._seeds):
-                    log.warning(
-                        "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
-                        data.eval_timeout_s,
-                        whole - len(left),
-                        len(self._seeds),
-                    )
                 break
         for _ in range(len(self) - self.played(left)):
             yield {}
