@@ -272,7 +272,7 @@ class Algorithm(L.LightningModule):
         datamodule = self._datamodule
         if hasattr(datamodule, "rollout_metrics"):
             metrics |= datamodule.rollout_metrics()
-            metrics["rollout/env_runner_restarts"] = datamodule.num_restarts
+            metrics["rollout/env_runner_restarts"] = datamodule.ledger.restarts
             metrics["time/sample_s"] = datamodule.sample_s
         ended = time.perf_counter()
         metrics["time/update_s"] = ended - started - getattr(batch, "waited_s", 0.0)
