@@ -12,6 +12,7 @@ from lit_rl import distributed
 from lit_rl.distributed import Vote
 from lit_rl.errors import EnvFailure
 from lit_rl.off_policy import ReplayStream
+from lit_rl.rollout import evened
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import Restarts
 
@@ -45,7 +46,7 @@ class RolloutLoader:
             started = time.perf_counter()
             if not self._in_flight:
                 data.start_rollout()
-            rollout = data.finish_rollout()
+            rollout = evened(data.finish_rollout(), algorithm.device)
             self._in_flight = False
             data.sample_s = time.perf_counter() - started
             left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))

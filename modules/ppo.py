@@ -203,7 +203,6 @@ class PPO(Algorithm):
         With memory the order is that of sequences, each of which counts `sequence_length` rows.
         """
         hp, size = self.hp, self.hp.minibatch_size
-        self.check_sizes(*rollout["next", "reward"].shape)
         keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "mask")
         if self.policy.has_memory:
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from lit_rl import PPO, RolloutDataModule, networks
 
 ENVS = 4  # over all ranks
+SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]}  # first environment and their number
 
 
 class Recorded(RolloutDataModule):
@@ -25,8 +26,8 @@ class Recorded(RolloutDataModule):
     def finish_rollout(self) -> TensorDict:
         rollout = torch.load(Path(sys.argv[2]) / "rollout.pt", weights_only=True)
         rollout = TensorDict(rollout | {"next": TensorDict(rollout["next"], [ENVS])}, [ENVS])
-        share = ENVS // self.trainer.world_size
-        return rollout[self.trainer.global_rank * share :][:share].clone()
+        first, count = SHARES[sys.argv[1]][self.trainer.global_rank]
+        return rollout[first:][:count].clone()
 
 
 class Gradients(PPO):
@@ -37,20 +38,20 @@ class Gradients(PPO):
         self.kept.append([p.grad.clone() for p in self.parameters()])
 
 
-def gradients(world_size: int, out: Path) -> None:
+def gradients(world_size: int, out: Path, name: str) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
-    length = 16
+    length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
         counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=2, seed=0,
-        num_envs_per_env_runner=ENVS // world_size, rollout_length=length,
+        num_envs_per_env_runner=most, rollout_length=length,
     )  # fmt: skip
     algorithm = Gradients(
-        minibatch_size=ENVS // world_size * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
+        minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
         entropy_coef=0.01, lr=1e-2, network=getattr(networks, sys.argv[3]),
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}
-    torch.save(state, out / f"gradients-{world_size}-{trainer.global_rank}.pt")
+    torch.save(state, out / f"gradients-{name}-{trainer.global_rank}.pt")
 
 
 def train(world_size: int, out: Path, num_env_runners: int) -> None:
@@ -93,9 +94,7 @@ def fit(algorithm: PPO, data: RolloutDataModule, world_size: int, **kwargs: obje
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
-    if case == "one":
-        gradients(1, out)
-    elif case == "two":
-        gradients(2, out)
+    if case in SHARES:
+        gradients(len(SHARES[case]), out, case)
     else:
         train(2, out, num_env_runners=int(case == "ray"))

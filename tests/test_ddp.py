@@ -27,8 +27,10 @@ def run(case: str, out: Path, *more: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("network", [MLP, LSTMNetwork])
-def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_path: Path, network: type) -> None:
+@pytest.mark.parametrize(("network", "shares"), [(MLP, "two"), (LSTMNetwork, "two"), (MLP, "uneven")])
+def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
+    tmp_path: Path, network: type, shares: str
+) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
     policy = Policy(config.spec(), network=network)
     runner = EnvRunner(config, policy, num_envs=4, rollout_length=16, seed=np.random.SeedSequence(0))
@@ -37,8 +39,9 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_p
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
     run("one", tmp_path, network.__name__)
-    run("two", tmp_path, network.__name__)
-    one, first, second = (torch.load(tmp_path / f"gradients-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    run(shares, tmp_path, network.__name__)
+    parts = ("one-0", f"{shares}-0", f"{shares}-1")
+    one, first, second = (torch.load(tmp_path / f"gradients-{part}.pt") for part in parts)
     assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
     for step in range(2):
         for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
