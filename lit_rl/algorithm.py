@@ -4,7 +4,8 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lit_rl import distributed
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
-from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade
+from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
@@ -305,6 +306,13 @@ class Algorithm(L.LightningModule):
         return batch
 
     # --- Lightning's hooks: checkpoints -------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, which reads a damaged file as if it were whole, of one that is whole: see `read_checkpoint`."""
+        if isinstance(checkpoint_path, str | Path):
+            checkpoint_path = whole_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.spec is not None

@@ -352,7 +352,7 @@ class ReplayBuffer:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the rows that changed since the last call into `folder`; returns the rest of the state, plain data.
 
-        Its `files` are the names of all files in `folder` that belong to the state, new or as they were.
+        Its `files` are all files in `folder` that belong to the state, new or as they were: name, size and SHA-256.
         """
         size = min(self._written, self.capacity)
         files = self._snapshots.write(folder, self._saved(), size, whole=self._priorities())
