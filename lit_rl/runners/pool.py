@@ -276,7 +276,7 @@ class RunnerPool:
         except exceptions.RayTaskError as error:
             cause = _cause(error)
             if not isinstance(cause, EnvFailure):
-                raise cause from None
+                raise type(cause)(f"Env runner {runner}: {cause}") from None
             slot.fragment = None
             self._give_up(runner, "env_error", f"failed: {str(cause).rstrip('.')}")
             return None
