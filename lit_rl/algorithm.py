@@ -24,6 +24,7 @@ from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
 from lit_rl.schedules import Schedule, scheduled
+from lit_rl.signals import Interruption
 from lit_rl.spec import EnvSpec
 
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
@@ -87,6 +88,7 @@ class Algorithm(L.LightningModule):
         self._skipped_in_a_row: dict[LightningOptimizer, int] = {}
         self._not_finite = ""  # what it was in the last step that was skipped
         self._saved_batches: list[str] = []
+        self._interruption: Interruption | None = None
         self._unlogged: dict[str, float] | None = None
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
@@ -290,13 +292,21 @@ class Algorithm(L.LightningModule):
                 self.generator.set_state(state["generator"])
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
+        self._interruption = Interruption(self.trainer)
         self._batch_ended = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._obey_signals()
 
     def on_train_epoch_start(self) -> None:
         self._batch_ended = time.perf_counter()  # evaluation and checkpoints are not training time
 
+    def on_train_epoch_end(self) -> None:
+        self._obey_signals()  # that came during evaluation
+
     def on_train_end(self) -> None:
         self._log_update()  # the last one is logged, whatever `log_every_n_steps`
+        self._obey_signals()
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
@@ -420,6 +430,10 @@ class Algorithm(L.LightningModule):
     @property
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
+
+    def _obey_signals(self) -> None:
+        if self._interruption is not None:
+            self._interruption.obey()
 
     def _skip(self, loss: Tensor, optimizer: LightningOptimizer) -> None:
         self.skipped_updates += 1

@@ -27,11 +27,16 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def vote(choice: Vote, device: torch.device) -> Vote:
     """The greatest of all ranks' votes."""
+    return Vote(all_reduce_max(choice, device))
+
+
+def all_reduce_max(number: int, device: torch.device) -> int:
+    """The greatest of all ranks' numbers."""
     if world_size() == 1:
-        return choice
-    votes = torch.tensor(int(choice), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return Vote(int(votes))
+        return number
+    numbers = torch.tensor(int(number), device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
