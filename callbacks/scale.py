@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import lightning as L
+import torch
 
+from lit_rl import distributed
 from lit_rl.checks import check_count, check_range
 from lit_rl.errors import OptionError
 
@@ -14,8 +16,8 @@ log = logging.getLogger(__name__)
 class ScaleEnvRunners(L.Callback):
     """Adds an env runner while the learner waits for env steps, and takes one away while they would wait for it.
 
-    Looks at which share of its time the learner waited over the last `every_n_batches` batches. On-policy rollouts grow
-    and shrink with the number of runners, and so do the minibatches per update.
+    Looks at which share of their time all learner processes waited over the last `every_n_batches` batches. On-policy
+    rollouts grow and shrink with the number of runners, and so do the minibatches per update.
 
     Args:
         min_env_runners, max_env_runners: bounds, per learner process.
@@ -47,14 +49,16 @@ class ScaleEnvRunners(L.Callback):
         if not getattr(trainer.datamodule, "num_env_runners", 0):  # type: ignore[attr-defined]
             raise OptionError("ScaleEnvRunners: expected a datamodule with num_env_runners of at least 1.")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         metrics = trainer.callback_metrics
         self._waited += float(metrics["time/sample_s"])
         self._worked += float(metrics["time/update_s"])
         self._batches += 1
         if self._batches < self._every:
             return
-        share = self._waited / max(self._waited + self._worked, 1e-9)
+        times = torch.tensor([self._waited, self._worked], device=pl_module.device)
+        waited, worked = distributed.rank_mean(times).tolist()  # so that all ranks decide alike
+        share = waited / max(waited + worked, 1e-9)
         self._waited, self._worked, self._batches = 0.0, 0.0, 0
         data = trainer.datamodule  # type: ignore[attr-defined]
         wanted = data.num_env_runners + (share > self._add_above) - (share < self._remove_below)

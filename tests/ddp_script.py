@@ -3,6 +3,8 @@
 Started by test_ddp.py.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from envs import counter_vector
 from tensordict import TensorDict
 
 from lit_rl import PPO, RolloutDataModule, networks
+from lit_rl.errors import DivergedError
 
 ENVS = 4  # over all ranks
 SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]}  # first environment and their number
@@ -81,6 +84,51 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
     )
 
 
+class NaNOnRank1(PPO):
+    """Rank 1's loss is finite and has a gradient that is not, at optimizer step 3 and from step 12 on."""
+
+    num_losses = 0
+
+    def loss(self, minibatch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = super().loss(minibatch)
+        step, self.num_losses = self.num_losses, self.num_losses + 1
+        if self.global_rank == 1 and (step == 3 or step >= 12):
+            loss = loss + (self.policy.head.weight[0, 0] * 0).sqrt()
+        return loss, terms
+
+
+def nan(out: Path) -> None:
+    """What each rank has after one step was skipped, and after the run was ended."""
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, algorithm: PPO, *_: object) -> None:
+            weights = {name: tensor.clone() for name, tensor in algorithm.state_dict().items()}
+            kept.append((weights, trainer.global_step, dict(trainer.callback_metrics)))
+
+    kept, error = [], ""
+    data = RolloutDataModule(
+        "CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048, rollouts_per_epoch=4, seed=0
+    )
+    try:
+        fit(NaNOnRank1(minibatch_size=32, num_epochs=2), data, 2, callbacks=[Keep()], default_root_dir=out)
+    except DivergedError as caught:
+        error = str(caught)
+    torch.save({"kept": kept, "error": error}, out / f"nan-{data.trainer.global_rank}.pt")
+
+
+def signalled(out: Path) -> None:
+    """A run of which rank 1 gets SIGTERM in its third batch."""
+
+    class Send(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, algorithm: PPO, *_: object) -> None:
+            (out / f"pid-{trainer.global_rank}").write_text(str(os.getpid()))
+            if trainer.global_rank == 1 and algorithm.updates_done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    data = RolloutDataModule("CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=100_000, seed=0)
+    fit(PPO(minibatch_size=64), data, 2, callbacks=[Send()], default_root_dir=out)
+
+
 def fit(algorithm: PPO, data: RolloutDataModule, world_size: int, **kwargs: object) -> L.Trainer:
     options = {"max_epochs": -1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
@@ -96,5 +144,9 @@ if __name__ == "__main__":
     case, out = sys.argv[1], Path(sys.argv[2])
     if case in SHARES:
         gradients(len(SHARES[case]), out, case)
+    elif case == "nan":
+        nan(out)
+    elif case == "signal":
+        signalled(out)
     else:
         train(2, out, num_env_runners=int(case == "ray"))

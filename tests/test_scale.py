@@ -35,7 +35,7 @@ def test_runners_are_added_and_taken_away_by_the_share_of_waiting(
     trainer: Any = SimpleNamespace(callback_metrics=metrics, datamodule=data)
     found = []
     for _ in counts:
-        scale.on_train_batch_end(trainer)
+        scale.on_train_batch_end(trainer, PPO())
         found.append(data.num_env_runners)
     assert found == counts
 

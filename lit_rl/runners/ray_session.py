@@ -44,6 +44,8 @@ def connect(address: str | None = None) -> str:
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Signals are seen so soon while Ray is waited for, instead of once a second.
+    os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "100")
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
