@@ -31,7 +31,7 @@ train: venv  ## train PPO on CartPole-v1, then play 100 episodes with its last c
 	  echo "Checkpoint: $$newest, log: $${newest%/checkpoints/*}/metrics.csv"
 
 test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 chaos: venv  ## the long form of the tests that kill and break things: half an hour (ARGS="--chaos-seed 1")
 	$(BIN)/pytest -m chaos --long -rP $(ARGS)

@@ -25,11 +25,12 @@ ROUNDS, UPDATES = 12, 20
 class BarePPO(PPO):
     """PPO without Lightning around its gradient steps."""
 
-    def optimize(self, loss: Tensor, optimizer: object = None) -> None:
+    def optimize(self, loss: Tensor, optimizer: object = None) -> bool:
         self.bare_optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters_list, self.max_grad_norm)
         self.bare_optimizer.step()
+        return True
 
 
 class Repeated(RolloutDataModule):

@@ -281,6 +281,9 @@ class EnvDataModule(L.LightningDataModule):
                 replayable=not num_env_runners,
             )
 
+        saved = self._resume
+        if saved is not None and saved["rollouts"] > 0 and (num_env_runners or not saved["runners"]):
+            rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")
         if num_env_runners:
             self._connect_ray()
             return RunnerPool(make_runner, num_env_runners, self.ledger, faults, self.placement)

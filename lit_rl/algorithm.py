@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -287,6 +287,12 @@ class Algorithm(L.LightningModule):
         if self._resume is not None:
             ranks, self.skipped_updates = self._resume["ranks"], self._resume.get("skipped_updates", 0)
             self._resume = None
+            if len(ranks) != self.trainer.world_size:
+                rank_zero_info(
+                    f"Resumed: the checkpoint is of {len(ranks)} learner processes, this run has "
+                    f"{self.trainer.world_size}. Those without a part in it begin with random numbers, episodes and "
+                    "replay buffer of their own."
+                )
             if self.global_rank < len(ranks):
                 state = ranks[self.global_rank]
                 set_rng_state(state["rng"])

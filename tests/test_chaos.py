@@ -302,6 +302,9 @@ class Broken(CounterEnv):
 # --- soak -----------------------------------------------------------------------------------------------------------
 
 
+LEAK = 0.5  # KiB per env step that are taken for a leak
+
+
 class Tiny(CounterEnv):
     """A step costs next to nothing; may lose memory at each."""
 
@@ -318,27 +321,28 @@ class Tiny(CounterEnv):
 
 
 class Gauge(L.Callback):
-    """Memory (KiB), open files and threads of this process, a few times a second."""
+    """Env steps, memory (KiB), open files and threads of this process, a few times a second."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[float, int, int, int]] = []
+        self.rows: list[tuple[int, int, int, int]] = []
         self._last = 0.0
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: PPO, *_: object) -> None:
         if time.monotonic() - self._last > 0.2:
             self._last = time.monotonic()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.rows.append((self._last, pages * 4, len(os.listdir("/proc/self/fd")), threading.active_count()))
+            files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+            self.rows.append((module.env_steps_done, pages * 4, files, threads))
 
 
-def slope(rows: list[tuple[float, int, int, int]]) -> float:
-    """KiB per minute by Theil and Sen: the median of the slopes of all pairs, which single jumps do not move."""
+def slope(rows: list[tuple[int, int, int, int]]) -> float:
+    """KiB per env step by Theil and Sen: the median of the slopes of all pairs, which single jumps do not move."""
     table = np.array(rows[:: max(1, len(rows) // 200)], np.float64)
     i, j = np.triu_indices(len(table), len(table) // 4)
-    return float(np.median((table[j, 1] - table[i, 1]) / (table[j, 0] - table[i, 0]))) * 60
+    return float(np.median((table[j, 1] - table[i, 1]) / (table[j, 0] - table[i, 0])))
 
 
-def soak(seconds: float, make_trainer: Callable, **env_kwargs: Any) -> tuple[Gauge, RolloutDataModule]:
+def soak(seconds: float, make_trainer: Callable, **env_kwargs: Any) -> Gauge:
     data = RolloutDataModule(
         Tiny, env_kwargs=env_kwargs, num_envs_per_env_runner=4, rollout_length=16, seed=0, rollouts_per_epoch=100_000
     )
@@ -347,16 +351,21 @@ def soak(seconds: float, make_trainer: Callable, **env_kwargs: Any) -> tuple[Gau
         limit_val_batches=0, callbacks=[gauge], max_time={"seconds": seconds}, enable_model_summary=False
     )
     trainer.fit(PPO(minibatch_size=64, num_epochs=1), data)
-    return gauge, data
+    return gauge
 
 
 def test_memory_files_and_threads_stay_as_they_are(long: bool, make_trainer: Callable) -> None:
     """SO1; the long form runs for ten minutes."""
-    gauge, _ = soak(600 if long else 20, make_trainer)
+    seconds = 600 if long else 15
+    gauge = soak(seconds, make_trainer)
     rows = gauge.rows[len(gauge.rows) // 4 :]
-    growth = rows[-1][1] - rows[0][1]
-    print(f"{slope(rows):.0f} KiB/min, {growth} KiB in all, files {rows[-1][2]}, threads {rows[-1][3]}")
-    assert growth < 5 * 1024 and slope(rows) < (50 if long else 3_000)
+    growth, steps = rows[-1][1] - rows[0][1], rows[-1][0] - rows[0][0]
+    per_minute = slope(rows) * steps / (0.75 * seconds / 60)
+    print(
+        f"{steps} env steps, {per_minute:.0f} KiB/min, {growth} KiB in all, files {rows[-1][2]}, threads {rows[-1][3]}"
+    )
+    assert growth < 5 * 1024 and slope(rows) < LEAK
+    assert not long or per_minute < 50
     for column in (2, 3):
         assert abs(rows[-1][column] - rows[0][column]) <= 2
 
@@ -364,12 +373,12 @@ def test_memory_files_and_threads_stay_as_they_are(long: bool, make_trainer: Cal
 def test_a_leak_is_found(make_trainer: Callable) -> None:
     """SO2: one KiB per env step."""
     try:
-        gauge, _ = soak(12, make_trainer, leak=1024)
+        gauge = soak(10, make_trainer, leak=1024)
     finally:
         Tiny.kept.clear()
     rows = gauge.rows[len(gauge.rows) // 4 :]
-    print(f"{slope(rows):.0f} KiB/min")
-    assert slope(rows) > 6_000
+    print(f"{slope(rows):.2f} KiB per env step")
+    assert slope(rows) > LEAK
 
 
 def test_fifty_runs_in_one_process_leave_nothing(make_trainer: Callable) -> None:

@@ -146,7 +146,7 @@ def test_every_env_step_is_delivered_once_or_discarded_with_a_reason(
         log_prob, _ = policy.evaluate(rollout)
         torch.testing.assert_close(log_prob[mask], rollout["action_log_prob"][mask], atol=1e-5, rtol=0)
     assert failures > 20 and ledger.discarded["env_error"] > 10
-    assert ledger.executed == runner._watchdog.executed
+    assert ledger.executed == runner.executed
     firsts = rollout["observation"][:, 0, 0]
     assert len(set(firsts.tolist())) == 4
 

@@ -33,6 +33,8 @@ from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.rollout import next_values_with_memory, sequences, to_rollout
 from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.faults import Watchdog
+from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import RunnerPool
 
 BOX, IMAGE = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 40, 3), np.uint8)
@@ -111,18 +113,18 @@ def test_the_learner_computes_the_runners_features_and_log_probs(name: str) -> N
 def test_the_learner_computes_the_log_probs_of_runners_in_ray(ray_session: None) -> None:
     policies = {name: make_policy(space, network) for name, (space, network) in NETWORKS.items()}
 
-    def maker(name: str) -> Callable[[int, int], EnvRunner]:
+    def maker(name: str) -> Callable[[int, int, Watchdog], EnvRunner]:
         (space, network), description = NETWORKS[name], policies[name].describe()
         env = EnvConfig(SampleEnv, env_kwargs(space))
-        return lambda runner, incarnation: make_runner(env, Policy.from_description(description, network))
+        return lambda runner, incarnation, watchdog: make_runner(env, Policy.from_description(description, network))
 
-    pools = {name: RunnerPool(maker(name), 1) for name in NETWORKS}  # all start at the same time
+    pools = {name: RunnerPool(maker(name), 1, Ledger()) for name in NETWORKS}  # all start at the same time
     try:
         for _ in range(2):
             for name, pool in pools.items():
                 pool.start(policies[name], 1)
             for name, pool in pools.items():
-                rollout = to_rollout(pool.finish(), copy=True)
+                rollout = to_rollout([fragment for _, fragment in pool.finish()], copy=True)
                 with torch.no_grad():
                     log_prob, _ = policies[name].evaluate(rollout)
                 torch.testing.assert_close(log_prob, rollout["action_log_prob"], atol=1e-5, rtol=1e-5)

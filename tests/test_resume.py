@@ -164,7 +164,7 @@ def test_another_number_of_environments_begins_episodes_afresh() -> None:
 
 
 def test_very_long_episodes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.runners.env_runner.LONGEST_REPLAY", 12)
+    monkeypatch.setattr("lit_rl.runners.history.LONGEST", 12)
     env = EnvConfig("Pendulum-v1")
     one, other = runner_for(env, 0), runner_for(env, 1)
     for _ in range(3):

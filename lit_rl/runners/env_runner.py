@@ -15,6 +15,7 @@ from lit_rl.envs.vector import Begin, SyncVectorEnv
 from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import BACKOFF_S, IDLE, INIT, RESET, STEP, FaultTolerance, Restarts, Watchdog
+from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
 from lit_rl.runners.transport import Layout, Packed, allocate, pack
@@ -22,7 +23,6 @@ from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dty
 
 ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
 OF_POLICY = ("action", "action_log_prob", "state")
-LONGEST_REPLAY = 100_000  # env steps: a longer episode is not kept for being begun again
 
 
 class Episode(NamedTuple):
@@ -133,10 +133,13 @@ class EnvRunner:
             self._make_envs([_number(child) for child in self._seeds])
         except EnvFailure as error:
             self._rebuild_all(error)
-        self._history: list[list[dict[str, np.ndarray]] | None] | None = None
-        if replayable and isinstance(self._envs, SyncVectorEnv):
-            # Of each environment, the actions of its episode under way; None if those are too many.
-            self._history = [[] for _ in range(num_envs)]
+        can_replay = replayable and isinstance(self._envs, SyncVectorEnv)
+        self._history = ActionHistory(num_envs) if can_replay else None
+
+    @property
+    def executed(self) -> int:
+        """Env steps so far."""
+        return self._watchdog.executed
 
     def set_version(self, version: int, epsilon: float = 0.0) -> None:
         """Say that the policy's weights are now of this version; act at random with probability `epsilon`."""
@@ -219,7 +222,7 @@ class EnvRunner:
         packed_finals = self._pack_finals(finals, failed)
         self._check_finite(view | packed_finals.views())
         if self._history is not None:
-            self._keep_history(view)
+            self._history.add(view, self._is_init, self._lengths)
         delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())
         entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded))
         fragment = Fragment(rows, packed_finals, episodes, self.policy_version, entry, tuple(self._failures))
@@ -242,14 +245,7 @@ class EnvRunner:
         arrays |= {"is_init": self._is_init, "return": self._returns, "length": self._lengths}
         state["arrays"] = {path: torch.from_numpy(np.array(array)) for path, array in arrays.items()}
         state["begins"] = [list(begin) for begin in self._envs.begins]
-        state["actions"] = [
-            None
-            if parts is None
-            else {p: torch.from_numpy(np.concatenate([x[p] for x in parts])) for p in parts[0]}
-            if parts
-            else {}
-            for parts in self._history
-        ]
+        state["actions"] = self._history.state()
         return state
 
     def set_state(self, state: dict[str, Any]) -> int:
@@ -277,7 +273,7 @@ class EnvRunner:
             self._is_init[b], self._returns[b], self._lengths[b] = (
                 saved[k][b] for k in ("is_init", "return", "length")
             )
-            self._history[b] = [{path: tensor.numpy() for path, tensor in actions.items()}] if actions else []
+            self._history.load(b, actions)
         return restarted
 
     def _begin_again(self, b: int, begin: Begin, actions: dict[str, torch.Tensor], saved: Tree) -> bool:
@@ -289,23 +285,6 @@ class EnvRunner:
         except Exception:  # whatever it raised: it does not go on from there
             return False
         return all(np.array_equal(x, y[b]) for x, y in zip(leaves(policy.as_rows(obs)), leaves(saved)))
-
-    def _keep_history(self, view: dict[str, np.ndarray]) -> None:
-        """Add a fragment's actions to those of the episodes under way."""
-        assert self._history is not None
-        paths = [path for path in view if path == "action" or path.startswith("action/")]
-        is_init, length = view["is_init"], self._rollout_length
-        for b in range(self._num_envs):
-            begins = np.flatnonzero(is_init[b])
-            first = int(begins[-1]) if len(begins) else 0
-            kept = [] if len(begins) else self._history[b]
-            if self._is_init[b]:
-                self._history[b] = []
-            elif kept is None or self._lengths[b] > LONGEST_REPLAY:
-                self._history[b] = None
-            else:
-                kept.append({path: view[path][b, first:length].copy() for path in paths})
-                self._history[b] = kept
 
     def _make_envs(self, seeds: list[int]) -> None:
         """Environments at their first observations."""

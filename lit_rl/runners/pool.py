@@ -91,6 +91,7 @@ class LocalPool:
         return self._runner.set_state(states[0])
 
     def close(self) -> None:
+        self.ledger.discard(0, 0, self._runner.executed, "unread")
         self._runner.close()
 
 
