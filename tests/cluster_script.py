@@ -1,4 +1,5 @@
-"""What test_cluster.py runs in processes of its own: `python cluster_script.py <case>`, in a folder to write to.
+"""What test_cluster.py runs in processes of its own: `python cluster_script.py <case>`, in a folder to write to,
+with RAY_AUTH_MODE=token.
 
 Every "node" is a Ray node on this machine, with processes and resources of its own.
 """
@@ -7,13 +8,17 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import ray
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
+from ray.cluster_utils import Cluster
 
 from lit_rl import PPO, Placement, RolloutDataModule, cli
 from lit_rl.runners import ray_session
@@ -44,9 +49,6 @@ class Watch(L.Callback):
 @contextmanager
 def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
     """Ray nodes with these resources, the first being the head, to which this process connects."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    from ray.cluster_utils import Cluster
-
     cluster = Cluster(initialize_head=True, head_node_args=nodes[0] | {"include_dashboard": False})
     try:
         for node in nodes[1:]:
@@ -55,50 +57,69 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
         Path("session.txt").write_text(cluster.head_node.get_session_dir_path())
         yield cluster
     finally:
-        import ray
-
         ray.shutdown()
         cluster.shutdown()
 
 
-def runners_spread_and_a_node_lost() -> None:
-    import ray
+class SlowCartPole(CartPoleEnv):
+    """Writes one byte per step to a file of its process."""
 
-    class KillANode(L.Callback):
-        """Ends the node of runner 0, with all its processes, while its next fragment is under way."""
+    def step(self, action: Any) -> tuple:
+        with open(f"{os.environ['STEPS_FOLDER']}/{os.getpid()}", "ab") as file:
+            file.write(b".")
+        time.sleep(0.001)
+        return super().step(action)
 
-        def on_train_batch_end(self, trainer: L.Trainer, algorithm: Any, outputs: Any, batch: Any, index: int) -> None:
-            if len(data.ledger.position) and algorithm.updates_done == 3:
-                self.before = homes()
-                victim = next(node for node in cluster.worker_nodes if node.node_id == self.before[0])
-                cluster.remove_node(victim, allow_graceful=False)
 
-        def on_train_end(self, trainer: L.Trainer, algorithm: Any) -> None:
-            self.after = homes()
+class LoseANode(L.Callback):
+    """Ends the node of runner 0 with all its processes while a fragment is under way; stops once two runners are back.
 
-    def homes() -> list[str]:
-        """The node of each runner."""
-        actors = [slot.actor for slot in data._pool._slots if slot.actor is not None and slot.ready is None]
+    Attributes:
+        homes: the node of each runner, before the loss, directly after it, and at the end.
+    """
+
+    def __init__(self, cluster: Any, data: RolloutDataModule):
+        self.cluster, self.data, self.homes = cluster, data, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, algorithm: Any, *args: Any) -> None:
+        if algorithm.updates_done == 2:
+            self.homes.append(self.now())
+        elif algorithm.updates_done == 3:
+            (victim,) = (node for node in self.cluster.worker_nodes if node.node_id == self.homes[0][0])
+            self.cluster.remove_node(victim, allow_graceful=False)
+        elif algorithm.updates_done == 5:
+            self.homes.append(self.now())
+        elif algorithm.updates_done > 5 and len(now := self.now()) == 2:
+            self.homes.append(now)
+            trainer.should_stop = True
+
+    def now(self) -> list[str]:
+        actors = [slot.actor for slot in self.data._pool._slots if slot.actor is not None and slot.ready is None]
         return ray.get([a.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for a in actors])
 
+
+def runners_spread_and_a_node_lost() -> None:
+    steps = Path(os.environ["STEPS_FOLDER"])
+    steps.mkdir()
     with cluster_of({"num_cpus": 0}, *[{"num_cpus": 1, "resources": {"simulator": 2}}] * 2) as cluster:
         data = RolloutDataModule(
-            "CartPole-v1", num_env_runners=2, num_envs_per_env_runner=4, rollout_length=64, max_env_steps=512 * 40,
-            eval_episodes=1, prefetch=1, placement=Placement(resources={"simulator": 1}, strategy="SPREAD"),
+            SlowCartPole, num_env_runners=2, num_envs_per_env_runner=2, rollout_length=64, max_env_steps=10**6,
+            prefetch=1, placement=Placement(resources={"simulator": 1}, strategy="SPREAD"),
         )  # fmt: skip
-        kill = KillANode()
+        lose = LoseANode(cluster, data)
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, callbacks=[kill],
+            enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=[lose],
         )  # fmt: skip
         algorithm = PPO(minibatch_size=128, num_epochs=1)
         trainer.fit(algorithm, data)
+    (steps / str(os.getpid())).unlink()  # trying the environment out
     found = {
-        "nodes_before": kill.before,
-        "nodes_after": kill.after,
+        "homes": lose.homes,
         "env_steps": int(algorithm.env_steps),
         "delivered": data.ledger.delivered,
         "discarded": dict(data.ledger.discarded),
+        "stepped": sum(file.stat().st_size for file in steps.iterdir()),
     }
     Path("found.json").write_text(json.dumps(found))
 
