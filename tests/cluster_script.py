@@ -29,6 +29,12 @@ TINY = [
     "--model.minibatch_size", "32", "--model.num_epochs", "1", "--trainer.enable_progress_bar", "false",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.callbacks+", "cluster_script.Watch",
 ]  # fmt: skip
+# A batch is 128 env steps of two learners, an epoch 256.
+DQN = [
+    "fit", "--config", "dqn_cartpole", "--data.max_env_steps", "1024", "--data.env_steps_per_batch", "64",
+    "--data.batches_per_epoch", "2", "--data.eval_episodes", "1", "--data.learning_starts", "256",
+    "--trainer.callbacks+", "cluster_script.Watch",
+]  # fmt: skip
 
 
 class Watch(L.Callback):
@@ -128,13 +134,8 @@ def learners_and_one_lost() -> None:
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as cluster:
         learners = ["--cluster.num_learners", "2", "--cluster.ray_address", cluster.address]
         Path("kill-at.txt").write_text("640")
-        run(*TINY, *learners, "--cluster.max_failures", "1", "--cluster.storage_path", "ppo", code=0)
+        run(*DQN, *learners, "--cluster.max_failures", "1", "--cluster.storage_path", "stored", code=0)
         run(*TINY, *learners, "--cluster.max_failures", "-1", "--data.max_env_steps", "64", code=2)
-        dqn = [
-            "fit", "--config", "dqn_cartpole", "--data.max_env_steps", "1024", "--data.env_steps_per_batch", "128",
-            "--data.batches_per_epoch", "2", "--data.eval_episodes", "1", "--data.learning_starts", "256",
-        ]  # fmt: skip
-        run(*dqn, *learners, "--cluster.storage_path", "dqn", code=0)
 
 
 def run(*args: str, code: int) -> None:
