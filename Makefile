@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint types check results clean
+.PHONY: help venv train test chaos lint types check results clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ train: venv  ## train PPO on CartPole-v1, then play 100 episodes with its last c
 
 test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
 	$(BIN)/pytest $(ARGS)
+
+chaos: venv  ## the long form of the tests that kill and break things: half an hour (ARGS="--chaos-seed 1")
+	$(BIN)/pytest -m chaos --long -rP $(ARGS)
 
 lint: venv  ## check format and style
 	$(BIN)/ruff format --check .

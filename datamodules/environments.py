@@ -152,11 +152,6 @@ class EnvDataModule(L.LightningDataModule):
         discarded = torch.tensor(float(self.ledger.discarded.total()))
         return metrics | {"rollout/discarded_steps": float(distributed.all_reduce_sum(discarded))}
 
-    @property
-    def num_restarts(self) -> int:
-        """Env runners of this rank that died and were replaced."""
-        return 0 if self._pool is None else self._pool.num_restarts
-
     def restart(self) -> None:
         """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
         self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tensordict import TensorDict
 
-from lit_rl import distributed
-from lit_rl.distributed import Vote
 from lit_rl.errors import EnvFailure
 from lit_rl.off_policy import ReplayStream
+from lit_rl.rollout import evened
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import Restarts
 
@@ -45,12 +44,12 @@ class RolloutLoader:
             started = time.perf_counter()
             if not self._in_flight:
                 data.start_rollout()
-            rollout = data.finish_rollout()
+            rollout = evened(data.finish_rollout(), algorithm.device)
             self._in_flight = False
             data.sample_s = time.perf_counter() - started
             left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
             # Set before the last batch is yielded: Lightning then still validates and saves after it.
-            if distributed.vote(Vote.DATA if left else Vote.STOP, algorithm.device) is Vote.STOP:
+            if not left:
                 trainer.should_stop = True
             elif data.prefetch:
                 data.start_rollout()

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from lit_rl import distributed
+from lit_rl.checkpoint import files_beside
 from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.datamodules.loaders import ReplayLoader
@@ -305,7 +306,7 @@ class ReplayDataModule(EnvDataModule):
         self.buffer = None
         if self.checkpoint_buffer and "replay" in state:
             trainer = self.attached_trainer
-            self._resumed_from = Path(f"{trainer.ckpt_path}.d") / f"rank_{trainer.global_rank}"
+            self._resumed_from = files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}"
 
     def _make_buffer(self) -> ReplayBuffer:
         policy = self.algorithm.policy

@@ -13,7 +13,7 @@ from lit_rl.datamodules.loaders import RolloutLoader
 from lit_rl.envs.make import Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
-from lit_rl.rollout import mask_of, padded, to_rollout
+from lit_rl.rollout import to_rollout
 from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.pool import Placement
 
@@ -112,13 +112,9 @@ class RolloutDataModule(EnvDataModule):
     def finish_rollout(self) -> TensorDict:
         """The rollout that was begun."""
         assert self._pool is not None
-        device = self.algorithm.device
-        fragments = distributed.together(self._pool.finish, device)
+        fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
-        rollout = to_rollout([fragment for _, fragment in fragments], copy=bool(self.num_env_runners))
-        has_mask = int(mask_of(rollout) is not None)
-        most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
-        return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
+        return to_rollout([fragment for _, fragment in fragments], copy=bool(self.num_env_runners))
 
     def rollouts_left(self, env_steps: int) -> int:
         """How many whole rollouts the budget still has room for."""

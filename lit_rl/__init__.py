@@ -32,6 +32,7 @@ _PUBLIC = {
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
+    "ScaleEnvRunners": "lit_rl.callbacks",
     "TQC": "lit_rl.modules",
 }
 __all__ = [*_PUBLIC, "__version__"]
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
     from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
+    from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.loading import load_policy as load_policy

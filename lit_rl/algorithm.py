@@ -4,7 +4,8 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 import numpy as np
@@ -12,19 +13,23 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_rl import distributed
+from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
-from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade
+from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
 from lit_rl.schedules import Schedule, scheduled
+from lit_rl.signals import Interruption
 from lit_rl.spec import EnvSpec
 
+MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
+MAX_SAVED_BATCHES = 10
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
 
 
@@ -45,6 +50,7 @@ class Algorithm(L.LightningModule):
         policy: what acts.
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
+        skipped_updates: optimizer steps that were skipped since a loss or gradient was not finite.
         init_from: a checkpoint whose weights and statistics are taken when the networks are built, and nothing else.
     """
 
@@ -79,6 +85,11 @@ class Algorithm(L.LightningModule):
         self._evaluated: list[dict[str, Any]] = []
         self._batch_ended = 0.0
         self._grad_norms: list[Tensor] = []
+        self.skipped_updates = 0
+        self._skipped_in_a_row: dict[LightningOptimizer, int] = {}
+        self._not_finite = ""  # what it was in the last step that was skipped
+        self._saved_batches: list[str] = []
+        self._interruption: Interruption | None = None
         self._unlogged: dict[str, float] | None = None
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
@@ -122,18 +133,55 @@ class Algorithm(L.LightningModule):
                 "one. Leave it out: policy and critic then share the network."
             )
 
-    def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> None:
-        """One gradient step on `loss`: backward (all-reduced over ranks), clip, step."""
+    def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool:
+        """One gradient step on `loss`: backward (all-reduced over ranks), clip, step; whether it was taken.
+
+        Where the loss or the gradient of any rank is not finite, every rank skips it.
+        """
         if optimizer is None:
             optimizer = self.optimizers()  # type: ignore[assignment]
             assert isinstance(optimizer, LightningOptimizer), "several optimizers: say which one"
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:  # optimizer.zero_grad(), which takes longer to prepare for it than to do it
             parameter.grad = None
-        self.manual_backward(loss)
+        # A loss that is not finite gives gradients that are not. DDP sums gradients, so that every rank has the same
+        # norm: they need not ask each other.
+        self.manual_backward(loss, gradient=loss.detach() * 0 + 1)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = grad_norm(grads)
+        if not math.isfinite(norm):
+            self._skip(loss, optimizer)
+            return False
+        self._skipped_in_a_row.pop(optimizer, None)
+        self._grad_norms.append(norm)
         if self.max_grad_norm is not None:
-            self._grad_norms.append(clip_grad_norm(parameters, self.max_grad_norm))
+            clip_grads(grads, norm, self.max_grad_norm)
         optimizer.step()
+        return True
+
+    def checked_update(self, batch: TensorDict) -> dict[str, Tensor | float]:
+        """`update`, and what follows where `optimize` skipped steps of it.
+
+        The batch with which a row of them begins is saved.
+
+        Raises:
+            DivergedError: after `MAX_SKIPPED` in a row, with a checkpoint of the weights from before.
+        """
+        before = self.skipped_updates
+        metrics = self.update(batch)
+        skipped = self.skipped_updates - before
+        if skipped:
+            in_a_row = max(self._skipped_in_a_row.values(), default=0)
+            if in_a_row <= skipped and len(self._saved_batches) < MAX_SAVED_BATCHES:
+                self._save_batch(batch)
+            if in_a_row >= MAX_SKIPPED:
+                path = rescue.save_checkpoint(self.trainer, "before_divergence.ckpt")
+                raise DivergedError(
+                    f"{self._not_finite} is not finite after {self.env_steps_done} env steps, {in_a_row} times in a "
+                    f"row: training has diverged. Batch: {self._saved_batches[-1]}. Checkpoint from before: {path}. Go "
+                    "on from it with a lower lr, or scale the rewards down."
+                )
+        return metrics
 
     def schedule(self, name: str, start: float, schedule: Schedule, env_steps: int) -> float:
         """The value of a scheduled option; see `schedules.scheduled`."""
@@ -227,39 +275,52 @@ class Algorithm(L.LightningModule):
         if self.trainer.global_step == 0 and not self.trainer.ckpt_path:
             self.env_steps.zero_()
             self.updates.zero_()
+            self.skipped_updates = 0
             if hasattr(self._datamodule, "restart"):
                 self._datamodule.restart()
+        self._skipped_in_a_row.clear()
+        self._saved_batches.clear()
         seed = getattr(self._datamodule, "seed", None)
         self.generator.manual_seed(_seed_for(0 if seed is None else seed, MINIBATCHES, self.global_rank))
 
     def on_train_start(self) -> None:
         if self._resume is not None:
-            ranks, self._resume = self._resume["ranks"], None
+            ranks, self.skipped_updates = self._resume["ranks"], self._resume.get("skipped_updates", 0)
+            self._resume = None
             if self.global_rank < len(ranks):
                 state = ranks[self.global_rank]
                 set_rng_state(state["rng"])
                 self.generator.set_state(state["generator"])
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
+        self._interruption = Interruption(self.trainer)
         self._batch_ended = time.perf_counter()
 
-    def on_train_end(self) -> None:
-        self._log_update()  # the last one is logged, whatever `log_every_n_steps`
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._obey_signals()
 
     def on_train_epoch_start(self) -> None:
         self._batch_ended = time.perf_counter()  # evaluation and checkpoints are not training time
+
+    def on_train_epoch_end(self) -> None:
+        self._obey_signals()  # that came during evaluation
+
+    def on_train_end(self) -> None:
+        self._log_update()  # the last one is logged, whatever `log_every_n_steps`
+        self._obey_signals()
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
         env_steps = self.count_env_steps(batch)
         lag = self.updates_done - float(batch["policy_version"].double().mean())
-        metrics = self.update(batch)
+        metrics = self.checked_update(batch)
         self.env_steps += env_steps
         self.updates += 1
         return {**metrics, "rollout/policy_lag": lag}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         started, env_steps = time.perf_counter(), self.env_steps_done
+        skipped = self.skipped_updates
         self._grad_norms.clear()
         metrics = self.learn(batch)
         if self._grad_norms:
@@ -267,12 +328,15 @@ class Algorithm(L.LightningModule):
         if distributed.world_size() > 1:
             means = distributed.rank_mean(torch.tensor([float(v) for v in metrics.values()], device=self.device))
             metrics = dict(zip(metrics, means.tolist()))
+        if self.skipped_updates > skipped:  # the steps that were taken have finite means
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics["optim/skipped_updates"] = self.skipped_updates
         metrics["optim/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
         self._set_lr()
         datamodule = self._datamodule
         if hasattr(datamodule, "rollout_metrics"):
             metrics |= datamodule.rollout_metrics()
-            metrics["rollout/env_runner_restarts"] = datamodule.num_restarts
+            metrics["rollout/env_runner_restarts"] = datamodule.ledger.restarts
             metrics["time/sample_s"] = datamodule.sample_s
         ended = time.perf_counter()
         metrics["time/update_s"] = ended - started - getattr(batch, "waited_s", 0.0)
@@ -306,6 +370,13 @@ class Algorithm(L.LightningModule):
 
     # --- Lightning's hooks: checkpoints -------------------------------------------------------------------------
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, which reads a damaged file as if it were whole, of one that is whole: see `read_checkpoint`."""
+        if isinstance(checkpoint_path, str | Path):
+            checkpoint_path = whole_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.spec is not None
         check_nameable(self.network)
@@ -317,6 +388,7 @@ class Algorithm(L.LightningModule):
             "format": FORMAT,
             "algorithm": type(self).__name__,
             "policy": self.policy.describe(),
+            "skipped_updates": self.skipped_updates,
             "ranks": _gather(state),
         }
         arguments = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -367,6 +439,24 @@ class Algorithm(L.LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
+    def _obey_signals(self) -> None:
+        if self._interruption is not None:
+            self._interruption.obey()
+
+    def _skip(self, loss: Tensor, optimizer: LightningOptimizer) -> None:
+        self.skipped_updates += 1
+        self._skipped_in_a_row[optimizer] = self._skipped_in_a_row.get(optimizer, 0) + 1
+        wrong = (n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        self._not_finite = f"The gradient of {next(wrong, 'all parameters')}" if loss.isfinite() else "The loss"
+
+    def _save_batch(self, batch: TensorDict) -> None:
+        name = f"nonfinite_batch_{self.env_steps_done}_rank{self.global_rank}.pt"
+        self._saved_batches.append(rescue.save_batch(batch, rescue.log_folder(self.trainer) / name))
+        rank_zero_warn(
+            f"{self._not_finite} is not finite after {self.env_steps_done} env steps: the optimizer step was skipped. "
+            f"Batch: {self._saved_batches[-1]}"
+        )
+
     def _set_lr(self) -> None:
         lr = self.lr_at(self.env_steps_done)
         if lr is not None:
@@ -382,12 +472,6 @@ class Algorithm(L.LightningModule):
         trainer: Any = self.trainer
         env_steps = self.env_steps_done
         values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
-        for name, value in values.items():
-            if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
-                raise DivergedError(
-                    f"{name}={value} after {env_steps} env steps: training has diverged. Lower lr, or scale "
-                    "the rewards down. Checkpoints written before are kept."
-                )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         shown = ("rollout/return_mean", "time/env_steps_per_s")
         trainer.progress_bar_metrics.update({name: values[name] for name in shown if name in values})
@@ -439,15 +523,17 @@ class Algorithm(L.LightningModule):
             self._log(values | {"env_steps": float(self.env_steps_done)}, self.env_steps_done)
 
 
-def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients down to a global norm, in place; returns the norm they had.
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The global norm of gradients of one device and dtype.
 
-    `nn.utils.clip_grad_norm_` for gradients of one device and dtype, in half its time: it sorts them first.
+    With `clip_grads` it does what `nn.utils.clip_grad_norm_` does, in half its time: that sorts them first.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+def clip_grads(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of a global norm down to another, in place."""
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:

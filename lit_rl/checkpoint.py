@@ -1,54 +1,67 @@
 """Checkpoint files: written whole or not at all, readable without running any code of theirs."""
 
+import contextlib
+import fcntl
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_rl.errors import CheckpointError
-from lit_rl.loading import SECTION, read_checkpoint
-from lit_rl.replay_files import attach
+from lit_rl import digests
+from lit_rl.errors import CheckpointError, write_error
+from lit_rl.loading import SECTION, previous_of, read_checkpoint, read_one
+from lit_rl.replay_files import attach, flush
+
+TEMPORARY = ".lit_rl.tmp"  # the end of a file's name while it is written
 
 
 class LitCheckpointIO(CheckpointIO):
     """Writes a checkpoint to a temporary file beside its target, flushes it to disk, and renames it.
 
-    A crash or a full disk leaves the previous file as it was. What `weights_only` loading would refuse on the day of
-    the resume is refused when it is saved, with the key that holds it.
+    A crash or a full disk leaves the previous file as it was. The file that is replaced stays, as `<path>.previous`.
+    What `weights_only` loading would refuse on the day of the resume is refused when it is saved, with the key that
+    holds it.
     """
+
+    def __init__(self) -> None:
+        # By target, what this object wrote there: how to know it again, and the files beside it.
+        self._written: dict[Path, tuple[Any, set[Path]]] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise CheckpointError(f"storage_options={storage_options!r}: checkpoints are written to local files only.")
         check_plain(checkpoint, "checkpoint")
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         try:
-            # Files have names of their own, never used again: until the new checkpoint is in place, both sets are
-            # there.
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_strays(target.parent)
+            kept, files = self._newest_whole(target)
+            # Files have names of their own, never used again: until the new checkpoint is in place, all sets are there.
             beside = _attach_replay(checkpoint, target)
-            with os.fdopen(handle, "wb") as file:
+            with _temporary_file(target) as file:
                 torch.save(checkpoint, file)
+                digests.seal(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
-            _fsync_folder(target.parent)
-            _remove_others(target, beside)
-        except OSError as error:
+                if kept == target:
+                    _keep(target)
+                os.replace(file.name, target)
+            flush(target.parent)
+            self._written[target] = _identity(target), beside
+            _remove_others(target, beside | files)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise CheckpointError(
-                f"Cannot write the checkpoint {target}: {error}. The previous one is kept."
+                f"Cannot write the checkpoint {target}: {write_error(error)}. The previous one is kept."
             ) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -59,29 +72,88 @@ class LitCheckpointIO(CheckpointIO):
         return read_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
+        previous_of(path).unlink(missing_ok=True)
         Path(path).unlink(missing_ok=True)
         shutil.rmtree(files_beside(path), ignore_errors=True)
 
+    def _newest_whole(self, target: Path) -> tuple[Path | None, set[Path]]:
+        """Of the target and the one it replaced, the first that can be read, and the files beside it."""
+        identity, files = self._written.get(target, (None, set()))
+        if target.exists() and identity == _identity(target):
+            return target, files
+        for path in (target, previous_of(target)):
+            with contextlib.suppress(CheckpointError):
+                return path, _replay_files(read_one(path), target)
+        return None, set()
+
 
 def files_beside(path: Any) -> Path:
-    """The folder of what is too large for a checkpoint's file: `<checkpoint>.d`."""
-    return Path(f"{path}.d")
+    """The folder of what is too large for a checkpoint's file, `<checkpoint>.d`, also of the one it replaced."""
+    return Path(f"{str(path).removesuffix('.previous')}.d")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with the file."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _keep(target: Path) -> None:
+    """Give the target its second name. At every moment one of the two is there, and whole."""
+    previous = previous_of(target)
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(target, previous)
+    except OSError:  # a file system without hard links
+        os.replace(target, previous)
+
+
+@contextlib.contextmanager
+def _temporary_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file beside `target`, locked as long as this process lives and writes it; removed if it is still there."""
+    while True:
+        path = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
+        with path.open("x+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # another process took it for a stray before it was locked
+            try:
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _remove_strays(folder: Path) -> None:
+    """Remove temporary files of processes that were killed: those that nobody holds a lock on."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _replays(checkpoint: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a checkpoint says of each rank's replay buffer, with the name of the rank's folder."""
+    for rank, state in enumerate(checkpoint.get(SECTION, {}).get("ranks", ())):
+        replay = state.get("data", {}).get("replay")
+        if replay is not None:
+            yield f"rank_{rank}", replay
+
+
+def _replay_files(checkpoint: dict[str, Any], target: Path) -> set[Path]:
+    return {files_beside(target) / rank / name for rank, replay in _replays(checkpoint) for name in replay["files"]}
 
 
 def _attach_replay(checkpoint: dict[str, Any], target: Path) -> set[Path]:
     """Bring every rank's replay buffer beside the checkpoint; returns the files."""
-    found = set()
-    for rank, state in enumerate(checkpoint.get(SECTION, {}).get("ranks", ())):
-        replay = state.get("data", {}).get("replay")
-        if replay is not None:
-            source, folder = Path(replay.pop("folder")), files_beside(target) / f"rank_{rank}"
-            attach(replay["files"], source, folder)
-            found |= {folder / name for name in replay["files"]}
-    return found
+    for rank, replay in _replays(checkpoint):
+        attach(replay["files"], Path(replay.pop("folder")), files_beside(target) / rank)
+    return _replay_files(checkpoint, target)
 
 
 def _remove_others(target: Path, keep: set[Path]) -> None:
-    """Remove what an earlier checkpoint of the same name had beside it."""
+    """Remove what checkpoints that are no longer kept had beside them."""
     for path in files_beside(target).glob("rank_*/*"):
         if path not in keep:
             path.unlink()
@@ -97,9 +169,9 @@ def check_plain(value: Any, where: str) -> None:
     """
     if value is None or type(value) in (bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device):
         return
-    if isinstance(value, Tensor):
+    if type(value) in (Tensor, nn.Parameter):
         return
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             check_plain(key, f"{where} (a key)")
             check_plain(item, f"{where}[{key!r}]")
@@ -132,11 +204,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

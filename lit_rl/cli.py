@@ -25,7 +25,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
-from lit_rl.loading import read_checkpoint
+from lit_rl.loading import read_first, whole_checkpoint
 from lit_rl.networks import NETWORKS
 
 DEFAULTS = {
@@ -61,11 +61,12 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.get("ckpt_path") == "last":
-            config["ckpt_path"] = str(newest_checkpoint(config.trainer))
-        for option in ("ckpt_path", "init_from"):
-            if config.get(option) is not None:
-                read_checkpoint(config[option])  # a missing or damaged file is refused before anything starts
+        for option in ("ckpt_path", "init_from"):  # a missing or damaged file is refused before anything starts
+            path = config.get(option)
+            if (option, path) == ("ckpt_path", "last"):
+                config[option] = str(newest_checkpoint(config.trainer))
+            elif path is not None:
+                config[option] = str(whole_checkpoint(path))
         if config.get("ckpt_path") and config.get("init_from"):
             raise OptionError(
                 f"init_from={config.init_from!r} together with ckpt_path={config.ckpt_path!r}: expected one of them. "
@@ -147,7 +148,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def newest_checkpoint(trainer: Any) -> Path:
-    """The newest checkpoint among the runs that log to where this one will.
+    """The newest whole checkpoint among the runs that log to where this one will.
 
     Raises:
         CheckpointError: if there is none.
@@ -161,12 +162,12 @@ def newest_checkpoint(trainer: Any) -> Path:
             name = arguments.get("project" if "project" in arguments else "name")
             folders.append(Path(arguments.get("save_dir") or ".") / (name or "lightning_logs"))
     folders = folders or [Path(trainer.default_root_dir or ".") / "lightning_logs"]
-    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+    found = [path for folder in folders for name in ("*.ckpt", "*.ckpt.previous") for path in folder.rglob(name)]
     if not found:
         raise CheckpointError(
             f"ckpt_path='last': found no *.ckpt below {', '.join(map(str, folders))}. Give the checkpoint's own path."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return read_first(sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))[0]
 
 
 def recipe_path(name: str) -> str:

@@ -1,7 +1,6 @@
 """What learner ranks tell each other. Each function is the identity in a single process."""
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import TypeVar
 
 import torch
@@ -13,13 +12,6 @@ from lit_rl.errors import RunnerError
 Result = TypeVar("Result")
 
 
-class Vote(IntEnum):
-    """What a rank can do with the next batch. All ranks do what the greatest vote says, so that none waits alone."""
-
-    DATA = 0
-    STOP = 1
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -29,15 +21,6 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def vote(choice: Vote, device: torch.device) -> Vote:
-    """The greatest of all ranks' votes."""
-    if world_size() == 1:
-        return choice
-    votes = torch.tensor(int(choice), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return Vote(int(votes))
 
 
 def together(function: Callable[[], Result], device: torch.device) -> Result:

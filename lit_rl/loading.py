@@ -1,15 +1,20 @@
 """Reading checkpoints without Lightning, an environment or Ray: one inference object from one file."""
 
+import logging
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lit_rl import digests
 from lit_rl.errors import CheckpointError
 from lit_rl.networks import NetworkFactory
 from lit_rl.policy import POLICIES, Policy
 from lit_rl.q_policy import QPolicy
+
+log = logging.getLogger(__name__)
 
 assert QPolicy.__name__ in POLICIES  # importing it made it known
 
@@ -23,7 +28,8 @@ def load_policy(
 ) -> Policy:
     """The policy in a checkpoint, on the CPU, ready to act: `action, state = policy.act(obs)`.
 
-    Needs no environment, no Trainer and no Ray. It acts as it did in evaluation.
+    Needs no environment, no Trainer and no Ray. It acts as it did in evaluation. If the file is damaged, that is the
+    policy of the file it replaced (`<path>.previous`), with a warning.
 
     Args:
         path: a checkpoint that a lit_rl algorithm wrote.
@@ -50,9 +56,51 @@ def load_policy(
 def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's contents: plain data and tensors only, whatever else the file may hold.
 
+    If the file is damaged, they are those of the file it replaced, with a warning.
+
     Raises:
-        CheckpointError: if the file is missing or damaged, or holds anything else.
+        CheckpointError: if that is missing or damaged too, or holds anything else.
     """
+    return read_first(with_previous(path), map_location)[1]
+
+
+def whole_checkpoint(path: Any) -> Any:
+    """`path`, or that of the file it replaced if it is damaged: see `read_checkpoint`."""
+    return read_first(with_previous(path))[0]
+
+
+def previous_of(path: Any) -> Path:
+    """Where the checkpoint is kept that was replaced by the one at `path`."""
+    return Path(f"{path}.previous")
+
+
+def with_previous(path: Any) -> list[Any]:
+    """A checkpoint's path, and that of the one it replaced if there is one."""
+    previous = previous_of(path)
+    return [path, previous] if previous.exists() else [path]
+
+
+def read_first(paths: Iterable[Any], map_location: Any = "cpu") -> tuple[Any, dict[str, Any]]:
+    """The first path of a whole checkpoint, and its contents; one warning names those before it.
+
+    Raises:
+        CheckpointError: if there is none, with one sentence.
+    """
+    reasons = []
+    for path in paths:
+        try:
+            checkpoint = read_one(path, map_location)
+        except CheckpointError as error:
+            reasons.append(str(error).removesuffix("."))
+            continue
+        if reasons:
+            log.warning("%s; %s is taken instead.", "; ".join(reasons), path)
+        return path, checkpoint
+    raise CheckpointError("; ".join(reasons) + ".")
+
+
+def read_one(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """As `read_checkpoint`, of this file alone."""
     if str(path).startswith(("http://", "https://")):
         raise CheckpointError(f"Checkpoint {path}: expected a local file. Download it first.")
     if not Path(path).exists():
@@ -60,14 +108,16 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     if Path(path).is_dir():
         raise CheckpointError(f"Checkpoint {path} is a folder: expected a file.")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        with Path(path).open("rb") as file:  # once, so that the file that is checked is the file that is read
+            digests.check(file)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"Checkpoint {path} is damaged, or holds something other than tensors and plain data; it was not loaded."
+            f"Checkpoint {path} holds something other than tensors and plain data; it was not loaded."
         ) from error
-    except Exception as error:  # torch names a dozen kinds of damage
+    except Exception as error:  # zipfile and torch name a dozen kinds of damage
         message = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"Checkpoint {path} is damaged or not a checkpoint: {message[:200]}") from error
+        raise CheckpointError(f"Checkpoint {path} is damaged or not a checkpoint: {message[:200]}.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"Checkpoint {path} holds no state_dict: it was not written by a Trainer.")
     upgrade(checkpoint)

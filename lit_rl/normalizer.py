@@ -45,7 +45,7 @@ class RunningMoments(nn.Module):
         count = torch.tensor(float(len(rows)), dtype=torch.float64, device=x.device)
         packed = distributed.all_reduce_sum(torch.cat([sums.flatten(), count.reshape(1)]))
         batch_count = packed[-1]
-        if batch_count == 0:
+        if batch_count == 0 or not packed.isfinite().all():  # the update that uses these rows is skipped
             return
         shift, square = (packed[:-1] / batch_count).reshape(sums.shape)
         batch_var = square - shift.square()
@@ -119,5 +119,6 @@ class ReturnNormalizer(RunningMoments):
         if carry is None or carry.shape != reward.shape[:1]:
             carry = reward.new_zeros(reward.shape[:1])
         discounted, self.running_return = returns.running_return(reward, done, gamma=self.gamma, initial=carry)
+        self.running_return = self.running_return.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.update(discounted, mask)
         return (reward / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)

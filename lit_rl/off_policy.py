@@ -72,12 +72,16 @@ class OffPolicy(Algorithm):
         return 0.0
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
-        """`update` for each minibatch of a stream; the means of what it returned."""
+        """`update` for each minibatch of a stream; the means of what it returned where no step was skipped."""
         metrics: dict[str, list[Tensor]] = {}
         for minibatch in batch:
-            for name, value in self.update(minibatch).items():
-                metrics.setdefault(name, []).append(torch.as_tensor(value))
+            skipped = self.skipped_updates
+            found = self.checked_update(minibatch)
             self.updates += 1
+            if self.skipped_updates > skipped:
+                continue
+            for name, value in found.items():
+                metrics.setdefault(name, []).append(torch.as_tensor(value))
         return {name: torch.stack(values).mean() for name, values in metrics.items()}
 
 

@@ -319,10 +319,14 @@ class ReplayBuffer:
         return TensorDict(nest(columns), [len(index)])
 
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
-        """Make the transitions at `index` [M] as probable as their absolute TD errors [M] say."""
+        """Make the transitions at `index` [M] as probable as their absolute TD errors [M] say.
+
+        One whose error is not finite is hardly drawn again.
+        """
         if self._tree is None:
             return
-        priority = td_error.detach().cpu().double().abs().numpy() + SMALLEST_PRIORITY
+        error = td_error.detach().cpu().double().abs().numpy()
+        priority = np.where(np.isfinite(error), error, 0.0) + SMALLEST_PRIORITY
         rows = index.cpu().numpy()
         here = self._flags[rows] & TRANSITION != 0  # not overwritten meanwhile
         rows, priority = rows[here], priority[here]
@@ -352,7 +356,7 @@ class ReplayBuffer:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the rows that changed since the last call into `folder`; returns the rest of the state, plain data.
 
-        Its `files` are the names of all files in `folder` that belong to the state, new or as they were.
+        Its `files` are all files in `folder` that belong to the state, new or as they were: name, size and SHA-256.
         """
         size = min(self._written, self.capacity)
         files = self._snapshots.write(folder, self._saved(), size, whole=self._priorities())

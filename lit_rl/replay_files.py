@@ -5,14 +5,15 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lit_rl.errors import CheckpointError, ReplayError
+from lit_rl import digests
+from lit_rl.errors import CheckpointError, ReplayError, write_error
 
 GROWTH = 64 * 2**20  # bytes by which a file on disk grows
 CHUNK_ROWS = 4096  # rows of a snapshot's file
@@ -81,8 +82,8 @@ class Snapshots:
     """
 
     def __init__(self, capacity: int):
-        self._names = [""] * -(-capacity // CHUNK_ROWS)
-        self._changed = np.ones(len(self._names), np.bool_)
+        self._files: list[tuple[str, list[Any]]] = [("", [])] * -(-capacity // CHUNK_ROWS)  # and what is in them
+        self._changed = np.ones(len(self._files), np.bool_)
 
     def touch(self, *rows: np.ndarray) -> None:
         """Say that rows changed."""
@@ -91,8 +92,8 @@ class Snapshots:
 
     def write(
         self, folder: Path, columns: Mapping[str, np.ndarray], num_rows: int, whole: Mapping[str, np.ndarray]
-    ) -> list[str]:
-        """Bring `folder` up to date with the first `num_rows` rows; returns the names of its files.
+    ) -> dict[str, list[Any]]:
+        """Bring `folder` up to date with the first `num_rows` rows; returns size and SHA-256 of its files, by name.
 
         Args:
             folder: the same in each call.
@@ -100,41 +101,48 @@ class Snapshots:
             num_rows: how many were ever written.
             whole: small arrays that are written every time.
         """
-        names = []
+        files = {}
         for chunk in range(-(-num_rows // CHUNK_ROWS)):
-            name = self._names[chunk]
+            name, content = self._files[chunk]
             if self._changed[chunk] or not (folder / name).exists():
                 start, end = chunk * CHUNK_ROWS, min((chunk + 1) * CHUNK_ROWS, num_rows)
                 name = f"{chunk:06d}-{uuid.uuid4().hex[:12]}.pt"
-                _save(folder / name, {key: torch.from_numpy(x[start:end].copy()) for key, x in columns.items()})
-                self._names[chunk], self._changed[chunk] = name, False
-            names.append(name)
+                rows = {key: torch.from_numpy(x[start:end].copy()) for key, x in columns.items()}
+                content = _save(folder / name, rows)
+                self._files[chunk], self._changed[chunk] = (name, content), False
+            files[name] = content
         if whole:
             name = f"whole-{uuid.uuid4().hex[:12]}.pt"
-            _save(folder / name, {key: torch.from_numpy(x.copy()) for key, x in whole.items()})
-            names.append(name)
+            files[name] = _save(folder / name, {key: torch.from_numpy(x.copy()) for key, x in whole.items()})
         for old in folder.glob("*.pt"):
-            if old.name not in names:
+            if old.name not in files:
                 old.unlink()
-        return names
+        return files
 
-    def read(self, folder: Path, names: list[str], columns: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Fill `columns` from the files `write` named; returns what was written whole.
+    def read(
+        self, folder: Path, files: Mapping[str, list[Any]] | list[str], columns: Mapping[str, np.ndarray]
+    ) -> dict[str, torch.Tensor]:
+        """Fill `columns` from the files `write` returned; returns what was written whole.
+
+        Args:
+            folder: where they are.
+            files: names alone if an older lit_rl wrote them.
+            columns: as for `write`.
 
         Raises:
-            CheckpointError: if a file is missing or damaged.
+            CheckpointError: if a file is missing, or is not what was written.
         """
         whole = {}
-        for name in names:
+        for name in files:
             try:
-                content: dict[str, Any] = torch.load(folder / name, weights_only=True)
+                content = _load(folder / name, files[name] if isinstance(files, Mapping) else None)
                 if name.startswith("whole"):
                     whole = content
                     continue
                 start = int(name[:6]) * CHUNK_ROWS
                 for key, column in columns.items():
                     column[start : start + len(content[key])] = content[key].numpy()
-            except Exception as error:  # torch names a dozen kinds of damage
+            except Exception as error:  # zipfile and torch name a dozen kinds of damage
                 message = " ".join(str(error).split())[:200]
                 raise CheckpointError(
                     f"The checkpoint's replay buffer {folder / name} is missing or damaged: {message}. "
@@ -144,21 +152,30 @@ class Snapshots:
         return whole
 
 
-def _save(path: Path, content: dict[str, torch.Tensor]) -> None:
+def _save(path: Path, content: dict[str, torch.Tensor]) -> list[Any]:
     try:
-        with path.open("wb") as file:
+        with path.open("w+b") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+            return digests.describe(file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         path.unlink(missing_ok=True)
-        message = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"Cannot write the replay buffer to {path.parent}: {message}. The previous checkpoint is kept."
+            f"Cannot write the replay buffer to {path.parent}: {write_error(error)}. The previous checkpoint is kept."
         ) from error
 
 
-def attach(files: list[str], source: Path, target: Path) -> None:
+def _load(path: Path, written: list[Any] | None) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        if written is None:
+            digests.check(file)
+        elif digests.describe(file) != written:
+            raise ValueError("its contents are not those that were written")
+        return torch.load(file, weights_only=True)
+
+
+def attach(files: Iterable[str], source: Path, target: Path) -> None:
     """Make `files` of `source` appear in `target`: as hard links where the file system has them.
 
     Raises:
@@ -177,4 +194,15 @@ def attach(files: list[str], source: Path, target: Path) -> None:
             except OSError:
                 partial = target / f".{name}.tmp"
                 shutil.copy2(source / name, partial)
+                flush(partial)
                 os.replace(partial, target / name)
+    flush(target)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

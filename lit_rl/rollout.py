@@ -19,6 +19,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from lit_rl import distributed
 from lit_rl.runners.env_runner import Fragment
 from lit_rl.trees import Tree, leaves, map_tree, nest
 
@@ -54,11 +55,18 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     return TensorDict({**nest(columns), "next": next_}, [batch])
 
 
-def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
-    """A rollout [B] with rows added that are no transitions, up to `num_envs`; with a `mask` if it needs one.
+def evened(rollout: TensorDict, device: torch.device) -> TensorDict:
+    """A rollout [B] with environments added that have no transitions, so that every rank has as many.
 
-    Ranks whose env runners gave different numbers of rows then make equally many minibatches of them.
+    Ranks then make equally many minibatches, and all of them have a `mask` if one has.
     """
+    has_mask = int(mask_of(rollout) is not None)
+    most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
+    return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
+
+
+def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
+    """A rollout [B] with environments added that have no transitions, up to `num_envs`; `masked`: with a `mask`."""
     missing = num_envs - len(rollout)
     if not missing and not masked:
         return rollout

@@ -153,12 +153,14 @@ class PPO(Algorithm):
         terms = []
         for minibatch in self.minibatches(rollout, states):
             loss, minibatch_terms = self.loss(minibatch)
-            self.optimize(loss)
-            terms.append(minibatch_terms)
+            if self.optimize(loss):
+                terms.append(minibatch_terms)
 
         self.policy.update_normalizer(rollout["observation"], mask)
         names = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
-        metrics: dict[str, Tensor | float] = dict(zip(names, torch.stack(terms).mean(0).unbind()))
+        metrics: dict[str, Tensor | float] = {}
+        if terms:
+            metrics |= zip(names, torch.stack(terms).mean(0).unbind())
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
 
@@ -203,7 +205,6 @@ class PPO(Algorithm):
         With memory the order is that of sequences, each of which counts `sequence_length` rows.
         """
         hp, size = self.hp, self.hp.minibatch_size
-        self.check_sizes(*rollout["next", "reward"].shape)
         keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "mask")
         if self.policy.has_memory:
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length

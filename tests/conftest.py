@@ -20,6 +20,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long form of the chaos tests")
+    parser.addoption("--chaos-seed", type=int, help="what is broken at random, and when, as in the run with this seed")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)

@@ -3,6 +3,8 @@
 Started by test_ddp.py.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from envs import counter_vector
 from tensordict import TensorDict
 
 from lit_rl import PPO, RolloutDataModule, networks
+from lit_rl.errors import DivergedError
 
 ENVS = 4  # over all ranks
+SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]}  # first environment and their number
 
 
 class Recorded(RolloutDataModule):
@@ -25,8 +29,8 @@ class Recorded(RolloutDataModule):
     def finish_rollout(self) -> TensorDict:
         rollout = torch.load(Path(sys.argv[2]) / "rollout.pt", weights_only=True)
         rollout = TensorDict(rollout | {"next": TensorDict(rollout["next"], [ENVS])}, [ENVS])
-        share = ENVS // self.trainer.world_size
-        return rollout[self.trainer.global_rank * share :][:share].clone()
+        first, count = SHARES[sys.argv[1]][self.trainer.global_rank]
+        return rollout[first:][:count].clone()
 
 
 class Gradients(PPO):
@@ -37,20 +41,20 @@ class Gradients(PPO):
         self.kept.append([p.grad.clone() for p in self.parameters()])
 
 
-def gradients(world_size: int, out: Path) -> None:
+def gradients(world_size: int, out: Path, name: str) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
-    length = 16
+    length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
         counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=2, seed=0,
-        num_envs_per_env_runner=ENVS // world_size, rollout_length=length,
+        num_envs_per_env_runner=most, rollout_length=length,
     )  # fmt: skip
     algorithm = Gradients(
-        minibatch_size=ENVS // world_size * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
+        minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
         entropy_coef=0.01, lr=1e-2, network=getattr(networks, sys.argv[3]),
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}
-    torch.save(state, out / f"gradients-{world_size}-{trainer.global_rank}.pt")
+    torch.save(state, out / f"gradients-{name}-{trainer.global_rank}.pt")
 
 
 def train(world_size: int, out: Path, num_env_runners: int) -> None:
@@ -80,6 +84,51 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
     )
 
 
+class NaNOnRank1(PPO):
+    """Rank 1's loss is finite and has a gradient that is not, at optimizer step 3 and from step 12 on."""
+
+    num_losses = 0
+
+    def loss(self, minibatch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = super().loss(minibatch)
+        step, self.num_losses = self.num_losses, self.num_losses + 1
+        if self.global_rank == 1 and (step == 3 or step >= 12):
+            loss = loss + (self.policy.head.weight[0, 0] * 0).sqrt()
+        return loss, terms
+
+
+def nan(out: Path) -> None:
+    """What each rank has after one step was skipped, and after the run was ended."""
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, algorithm: PPO, *_: object) -> None:
+            weights = {name: tensor.clone() for name, tensor in algorithm.state_dict().items()}
+            kept.append((weights, trainer.global_step, dict(trainer.callback_metrics)))
+
+    kept, error = [], ""
+    data = RolloutDataModule(
+        "CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048, rollouts_per_epoch=4, seed=0
+    )
+    try:
+        fit(NaNOnRank1(minibatch_size=32, num_epochs=2), data, 2, callbacks=[Keep()], default_root_dir=out)
+    except DivergedError as caught:
+        error = str(caught)
+    torch.save({"kept": kept, "error": error}, out / f"nan-{data.trainer.global_rank}.pt")
+
+
+def signalled(out: Path) -> None:
+    """A run of which rank 1 gets SIGTERM in its third batch."""
+
+    class Send(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, algorithm: PPO, *_: object) -> None:
+            (out / f"pid-{trainer.global_rank}").write_text(str(os.getpid()))
+            if trainer.global_rank == 1 and algorithm.updates_done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    data = RolloutDataModule("CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=100_000, seed=0)
+    fit(PPO(minibatch_size=64), data, 2, callbacks=[Send()], default_root_dir=out)
+
+
 def fit(algorithm: PPO, data: RolloutDataModule, world_size: int, **kwargs: object) -> L.Trainer:
     options = {"max_epochs": -1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
@@ -93,9 +142,11 @@ def fit(algorithm: PPO, data: RolloutDataModule, world_size: int, **kwargs: obje
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
-    if case == "one":
-        gradients(1, out)
-    elif case == "two":
-        gradients(2, out)
+    if case in SHARES:
+        gradients(len(SHARES[case]), out, case)
+    elif case == "nan":
+        nan(out)
+    elif case == "signal":
+        signalled(out)
     else:
         train(2, out, num_env_runners=int(case == "ray"))

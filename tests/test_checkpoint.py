@@ -3,6 +3,7 @@
 import copy
 import errno
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,11 +209,30 @@ class _Hostile:
         return Path("run_by_a_pickle").touch, ()
 
 
+class OwnTensor(torch.Tensor):
+    """A user's own."""
+
+
 def test_what_cannot_be_loaded_is_refused_when_it_is_saved() -> None:
-    for value in (np.zeros(2), np.float32(1.0), Path("x"), object()):
+    own = torch.ones(2).as_subclass(OwnTensor)
+    for value in (np.zeros(2), np.float32(1.0), Path("x"), object(), defaultdict(int), deque([1]), own):
         with pytest.raises(CheckpointError, match=r"checkpoint\['a'\]\[0\] is a "):
             LitCheckpointIO().save_checkpoint({"a": [value]}, "x.ckpt")
     assert not Path("x.ckpt").exists()
+
+
+def test_what_is_not_refused_can_be_loaded() -> None:
+    tensors = [
+        torch.ones(2),
+        nn.Parameter(torch.ones(2)),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.ones(2).to_sparse(),
+    ]
+    plain = [None, True, 1, 10**30, 0.5, "a", b"a", (1, 2), {1}, torch.Size([1]), torch.float32, torch.device("cpu")]
+    content = {"state_dict": OrderedDict(a=torch.ones(2)), "tensors": tensors, 1: plain}
+    LitCheckpointIO().save_checkpoint(content, "x.ckpt")
+    loaded = torch.load("x.ckpt", weights_only=True)
+    assert loaded.keys() == content.keys() and loaded[1] == plain
 
 
 def test_a_failed_save_keeps_the_previous_file_and_leaves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,10 +96,11 @@ class Watched(PPO):
 
     untrained: list[str]
 
-    def optimize(self, loss: Tensor, optimizer: Any = None) -> None:
-        super().optimize(loss, optimizer)
+    def optimize(self, loss: Tensor, optimizer: Any = None) -> bool:
+        taken = super().optimize(loss, optimizer)
         grads = {name: p.grad for name, p in self.named_parameters()}
         self.untrained = [n for n, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+        return taken
 
 
 def fit(trainer: L.Trainer, observation: str, network: Any, action: str, **options: Any) -> "Watched":
@@ -276,9 +277,10 @@ def test_every_observation_is_learned_from_by_replay(
     algorithm, trainer = make(network=NETWORKS[network], burn_in=2 if network == "LSTM" else 0), make_trainer()
     optimize, gradients = algorithm.optimize, {}
 
-    def keep(loss: Tensor) -> None:
-        optimize(loss)
+    def keep(loss: Tensor) -> bool:
+        taken = optimize(loss)
         gradients.update({name: p.grad for name, p in algorithm.named_parameters() if p.requires_grad})
+        return taken
 
     algorithm.optimize = keep
     trainer.fit(algorithm, data)

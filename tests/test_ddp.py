@@ -1,8 +1,10 @@
 """Two learner processes: the gradients, weights and counts of one with all the data."""
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,10 @@ def run(case: str, out: Path, *more: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("network", [MLP, LSTMNetwork])
-def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_path: Path, network: type) -> None:
+@pytest.mark.parametrize(("network", "shares"), [(MLP, "two"), (LSTMNetwork, "two"), (MLP, "uneven")])
+def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
+    tmp_path: Path, network: type, shares: str
+) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
     policy = Policy(config.spec(), network=network)
     runner = EnvRunner(config, policy, num_envs=4, rollout_length=16, seed=np.random.SeedSequence(0))
@@ -37,8 +41,9 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(tmp_p
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
     run("one", tmp_path, network.__name__)
-    run("two", tmp_path, network.__name__)
-    one, first, second = (torch.load(tmp_path / f"gradients-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    run(shares, tmp_path, network.__name__)
+    parts = ("one-0", f"{shares}-0", f"{shares}-1")
+    one, first, second = (torch.load(tmp_path / f"gradients-{part}.pt") for part in parts)
     assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
     for step in range(2):
         for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
@@ -63,6 +68,37 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
     assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
+    run("nan", tmp_path)
+    first, second = (torch.load(tmp_path / f"nan-{rank}.pt") for rank in (0, 1))
+    for (weights, _, metrics), (others, _, _), skipped in zip(first["kept"], second["kept"], (1, 5)):
+        for name, value in weights.items():
+            assert torch.isfinite(value).all() and torch.equal(value, others[name]), name
+        assert metrics["optim/skipped_updates"] == skipped and metrics["loss/value"].isfinite()
+    assert [step for _, step, _ in first["kept"]] == [step for _, step, _ in second["kept"]] == [7, 11]
+    assert "training has diverged" in first["error"] and "training has diverged" in second["error"]
+    checkpoint = torch.load(tmp_path / "before_divergence.ckpt", weights_only=True)
+    assert len(checkpoint["lit_rl"]["ranks"]) == 2
+    for name, value in checkpoint["state_dict"].items():
+        assert torch.isfinite(value).all()
+        assert torch.equal(value, first["kept"][-1][0][name]) or name in ("env_steps", "updates"), name
+    names = sorted(path.name for path in tmp_path.glob("nonfinite_batch_*"))
+    assert names == [f"nonfinite_batch_{steps}_rank{rank}.pt" for steps in (0, 256) for rank in (0, 1)]
+
+
+def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "signal", str(tmp_path)], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
+    stats = [Path("/proc") / path.read_text() / "stat" for path in tmp_path.glob("pid-*")]
+    end = time.monotonic() + 10
+    while any(stat.exists() and stat.read_text().split()[2] != "Z" for stat in stats):
+        assert time.monotonic() < end, "a learner process is left"
+        time.sleep(0.1)
+    checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
+    assert len(stats) == len(checkpoint["lit_rl"]["ranks"]) == 2
+    assert int(checkpoint["state_dict"]["updates"]) == 3
 
 
 def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lit_rl.runners.ledger import Entry, Ledger
 from lit_rl.spec import EnvSpec
 
 MANY = FaultTolerance(max_restarts=1_000_000)
+COUNTER_SPEC = EnvConfig(CounterEnv).spec()
 SPEC = EnvSpec("Sometimes", spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
 
 
@@ -304,6 +305,59 @@ def test_a_step_that_gives_what_it_must_not_give_is_no_failure_to_survive() -> N
     with pytest.raises(EnvError, match="reward=nan") as caught:
         runner_of(env, faults=MANY).sample()
     assert not isinstance(caught.value, EnvFailure)
+
+
+class WrongLater(CounterEnv):
+    """Its third step returns something else."""
+
+    def __init__(self, what: str, value: Any):
+        super().__init__()
+        self._what, self._value, self._steps = what, value, 0
+
+    def step(self, action: int) -> Any:
+        result, self._steps = super().step(action), self._steps + 1
+        if self._steps != 3:
+            return result
+        if self._what == "result":
+            return self._value
+        parts = dict(zip(("observation", "reward", "terminated", "truncated", "info"), result))
+        return tuple((parts | {self._what: self._value}).values())
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "words"),
+    [
+        ("observation", np.zeros(3, np.float32), "observation has shape (3,): expected (1,)"),
+        ("observation", None, "observation=None: expected numbers"),
+        ("observation", "left", "observation='left'"),
+        ("observation", np.array([np.nan], np.float32), "observation=[nan] at row 3 of environment 0"),
+        ("observation", np.array([np.inf], np.float32), "observation=[inf] at row 3 of environment 0"),
+        ("reward", None, "reward=None: expected one number"),
+        ("reward", [1.0], "reward=[1.0]: expected one number"),
+        ("reward", float("nan"), "reward=nan at row 2 of environment 0"),
+        ("reward", "much", "reward='much': expected one number"),
+        ("terminated", "no", "terminated='no': expected True or False"),
+        ("truncated", np.array([True]), "truncated=array([ True]): expected True or False"),
+        ("info", None, "expected (observation, reward, terminated, truncated, info)"),
+        ("result", (0, 1.0, False, {}), "(0, 1.0, False, {}): expected (observation, reward, terminated, truncated"),
+    ],
+)
+def test_what_an_environment_must_not_give_is_refused_in_the_middle_of_a_run(what: str, value: Any, words: str) -> None:
+    """N2."""
+    env = EnvConfig("test_faults:WrongLater", {"what": what, "value": value})
+    runner = EnvRunner(env, Policy(COUNTER_SPEC), num_envs=2, rollout_length=6, seed=np.random.SeedSequence(0))
+    with pytest.raises(EnvError) as caught:
+        runner.sample()
+    assert not isinstance(caught.value, EnvFailure)
+    assert words in str(caught.value) and "env=test_faults:WrongLater" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), 2, np.array(1.5), True])
+def test_numbers_of_other_types_are_rewards_too(value: Any) -> None:
+    env = EnvConfig("test_faults:WrongLater", {"what": "reward", "value": value})
+    runner = EnvRunner(env, Policy(COUNTER_SPEC), num_envs=1, rollout_length=6, seed=np.random.SeedSequence(0))
+    assert runner.sample().rows.views()["reward"][0, 2] == float(value)
 
 
 def test_rollouts_of_unequal_ranks_are_filled_up_with_rows_that_do_not_count() -> None:

@@ -86,7 +86,7 @@ def test_a_killed_runner_is_replaced_while_the_other_goes_on() -> None:
         alone, version = alone + 1, version + 1
         policy.head.weight.data.clamp_(-1, 1)
         time.sleep(0.05)
-    assert alone and pool.num_restarts == 1
+    assert alone and pool.ledger.restarts == 1
     # A new incarnation has seeds of its own: it does not replay its predecessor's first episodes.
     a, b = (fragments[0][1].rows.views()["observation"][:, 0] for fragments in (first, fragments))
     assert not np.array_equal(a, b)
@@ -144,7 +144,7 @@ def test_a_stalled_runner_is_ended_and_replaced(where: str, restarts: int) -> No
         fragments = collect(pool, policy)
         longest = max(longest, time.monotonic() - started)
         assert [runner for runner, _ in fragments] == [0]
-    assert 1.5 < longest < 4 and pool.num_restarts == restarts
+    assert 1.5 < longest < 4 and pool.ledger.restarts == restarts
     assert ledger.discarded["stalled"] >= (restarts + 1) * NUM_ENVS
     pool.close()
 
@@ -155,7 +155,7 @@ def test_a_runner_that_hangs_otherwise_is_ended_by_the_limit_of_a_fragment() -> 
     os.kill(pool.pids()[1], signal.SIGSTOP)
     started = time.monotonic()
     assert [runner for runner, _ in collect(pool, policy)] == [0]
-    assert 1.5 < time.monotonic() - started < 5 and pool.num_restarts == 1
+    assert 1.5 < time.monotonic() - started < 5 and pool.ledger.restarts == 1
     pool.close()
 
 

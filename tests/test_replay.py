@@ -397,6 +397,6 @@ def test_a_damaged_or_wrong_snapshot_is_refused(tmp_path: Path) -> None:
     state = buffer.save(tmp_path)
     with pytest.raises(ReplayError, match="buffer_size=50: the checkpoint's replay buffer has 100 rows"):
         make_buffer(50).load(tmp_path, state)
-    (tmp_path / state["files"][0]).write_bytes(b"nonsense")
+    (tmp_path / next(iter(state["files"]))).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         make_buffer(100).load(tmp_path, state)

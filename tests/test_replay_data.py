@@ -299,11 +299,17 @@ def save(make_trainer: Any, **options: Any) -> tuple[L.Trainer, ReplayDataModule
     return trainer, data
 
 
-def test_a_checkpoint_holds_its_own_buffer_and_nothing_of_an_earlier_one(make_trainer, tmp_path: Path) -> None:
-    trainer, _ = save(make_trainer)
-    listed = torch.load("run.ckpt", weights_only=True)["lit_rl"]["ranks"][0]["data"]["replay"]
+def listed_files(path: str) -> set[str]:
+    listed = torch.load(path, weights_only=True)["lit_rl"]["ranks"][0]["data"]["replay"]
     assert "folder" not in listed
-    assert {path.name for path in Path("run.ckpt.d/rank_0").glob("*")} == set(listed["files"])
+    return set(listed["files"])
+
+
+def test_two_checkpoints_hold_their_own_buffers_and_nothing_of_an_earlier_one(make_trainer, tmp_path: Path) -> None:
+    trainer, _ = save(make_trainer)
+    kept = listed_files("run.ckpt"), listed_files("run.ckpt.previous")
+    assert not kept[0] & kept[1]
+    assert {path.name for path in Path("run.ckpt.d/rank_0").glob("*")} == kept[0] | kept[1]
     assert trainer.saved_files[0] != trainer.saved_files[-1]
     assert not list(tmp_path.glob(".replay-*"))  # the run's own folder is gone
     trainer.strategy.remove_checkpoint("run.ckpt")
@@ -333,6 +339,23 @@ def test_a_missing_buffer_is_named_when_resuming(make_trainer) -> None:
     data = ReplayDataModule(CycleEnv, checkpoint_buffer=False, **SMALL | {"max_env_steps": 300})
     make_trainer(limit_val_batches=0).fit(DQN(), data, ckpt_path="run.ckpt")
     assert len(data.buffer) == 100
+
+
+def test_a_damaged_checkpoint_goes_on_from_the_previous_one_and_its_buffer(make_trainer) -> None:
+    save(make_trainer)
+    Path("run.ckpt").write_bytes(Path("run.ckpt").read_bytes()[:-1000])
+    data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 300})
+    algorithm, trainer = DQN(), make_trainer(limit_val_batches=0)
+    trainer.fit(algorithm, data, ckpt_path="run.ckpt")
+    assert len(data.buffer) == 300 and algorithm.updates_done == 260
+    trainer.save_checkpoint("run.ckpt")
+    kept = listed_files("run.ckpt"), listed_files("run.ckpt.previous")  # the damaged one did not take its place
+    assert {path.name for path in Path("run.ckpt.d/rank_0").glob("*")} == kept[0] | kept[1]
+    again = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 200})
+    trainer = make_trainer(limit_val_batches=0)
+    trainer.fit(DQN(), again, ckpt_path="run.ckpt.previous")  # it can be asked for, too
+    trainer.save_checkpoint("other.ckpt")
+    assert len(again.buffer) in (150, 200)
 
 
 def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:

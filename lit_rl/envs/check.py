@@ -26,18 +26,25 @@ def check_env(env: gym.Env, env_id: str) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise EnvError(f"env={env_id}: reset returned {short(result)}: expected (observation, info).")
     _check_obs(env, env_id, "reset", result[0])
-    result = _call(env_id, "step", env.step, _legal_action(env, result[0]))
+    problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, _legal_action(env, result[0])))
+    if problem:
+        raise EnvError(f"env={env_id}: step returned {problem}.")
+
+
+def step_complaint(observation_space: gym.Space, result: Any) -> str | None:
+    """What is wrong with what `step` returned, as the end of a sentence; None if nothing is."""
     if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
-        raise EnvError(
-            f"env={env_id}: step returned {short(result)}: expected (observation, reward, terminated, truncated, info)."
-        )
+        return f"{short(result)}: expected (observation, reward, terminated, truncated, info)"
     obs, reward, *flags, _ = result
-    _check_obs(env, env_id, "step", obs)
+    problem = complaint(observation_space, obs, "observation")
+    if problem:
+        return f"what is not in its observation_space: {problem}"
     if not isinstance(reward, Real | np.number) and not (isinstance(reward, np.ndarray) and reward.ndim == 0):
-        raise EnvError(f"env={env_id}: step returned reward={short(reward)}: expected one number.")
+        return f"reward={short(reward)}: expected one number"
     for name, flag in zip(("terminated", "truncated"), flags):
         if not isinstance(flag, bool | np.bool_ | int):
-            raise EnvError(f"env={env_id}: step returned {name}={short(flag)}: expected True or False.")
+            return f"{name}={short(flag)}: expected True or False"
+    return None
 
 
 def _legal_action(env: gym.Env, obs: Any) -> Any:

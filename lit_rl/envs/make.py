@@ -82,7 +82,7 @@ class EnvConfig:
             return self._make_native(num_envs)
         makers = [self.make] * num_envs
         if self.vectorization == "sync":
-            return SyncVectorEnv(makers, autoreset_mode=autoreset)
+            return SyncVectorEnv(makers, autoreset_mode=autoreset, env_id=self.env_id)
         return AsyncVectorEnv(makers, autoreset_mode=autoreset)
 
     def spec(self) -> EnvSpec:

@@ -10,6 +10,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
+from lit_rl.envs.check import step_complaint
+from lit_rl.errors import EnvError
+
+NUMBERS = {float, int, np.float64, np.float32, np.int64}
+FLAGS = {bool, np.bool_}
+
 
 class Begin(NamedTuple):
     """From what an episode can be begun again.
@@ -39,9 +45,13 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         begins: of each environment, how its episode under way began.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], *, autoreset_mode: AutoresetMode):
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env]], *, autoreset_mode: AutoresetMode, env_id: str = "environment"
+    ):
         super().__init__(env_fns, autoreset_mode=autoreset_mode)
         self._makers = env_fns
+        self.env_id = env_id
+        self._shape = self.single_observation_space.shape  # None if it is nested
         self.recover: Callable[[int, str, Exception], int] | None = None
         self.on_reset: Callable[[bool], None] = lambda begins: None
         self.failed: list[int] = []
@@ -63,11 +73,13 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         self.failed = []
         for i, action in enumerate(self._each(actions)):
             try:
-                env_obs, reward, terminated, truncated, info = self.envs[i].step(action)
+                result = self.envs[i].step(action)
             except Exception as error:
-                env_obs, info = self._rebuild(i, "step", error)
-                reward, terminated, truncated = 0.0, False, False
+                result = self._rebuilt(i, "step", error)
                 self.failed.append(i)
+            if not self._looks_right(result):
+                self._check(i, result)
+            env_obs, reward, terminated, truncated, info = result
             if terminated or truncated:
                 infos = self._add_info(infos, {"final_obs": copy.deepcopy(env_obs), "final_info": info}, i)
                 env_obs, info = self._next_episode(i)
@@ -125,6 +137,28 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             found = self._rebuild(i, "reset", error)
         self.on_reset(False)
         return found
+
+    def _looks_right(self, result: Any) -> bool:
+        """Whether a step's result is as it nearly always is: enough to look at types and shape."""
+        return (
+            result.__class__ is tuple
+            and len(result) == 5
+            and getattr(result[0], "shape", None) == self._shape
+            and result[1].__class__ in NUMBERS
+            and result[2].__class__ in FLAGS
+            and result[3].__class__ in FLAGS
+            and result[4].__class__ is dict
+        )
+
+    def _check(self, i: int, result: Any) -> None:
+        problem = step_complaint(self.single_observation_space, result)
+        if problem:
+            raise EnvError(f"env={self.env_id}: step of environment {i} returned {problem}. Mend the environment.")
+
+    def _rebuilt(self, i: int, what: str, error: Exception) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """What stands for the step of an environment that raised in it."""
+        obs, info = self._rebuild(i, what, error)
+        return obs, 0.0, False, False, info
 
     def _rebuild(self, i: int, what: str, error: Exception) -> tuple[Any, dict[str, Any]]:
         """A new environment in the place of one that raised: its first observation and info."""

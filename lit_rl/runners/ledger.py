@@ -30,11 +30,13 @@ class Ledger:
         discarded: env steps that it was not given, by reason: "env_error" (the step raised), "died" and "stalled" (the
             runner, before its fragment was complete), "unread" (the run ended, or the runner was taken away, before the
             fragment was read), "unknown" (as "died" on a node that is gone: at most so many).
+        restarts: runners that were replaced, and environments that were rebuilt.
     """
 
     def __init__(self) -> None:
         self.delivered = 0
         self.discarded: Counter[str] = Counter()
+        self.restarts = 0
         self._accounted: dict[tuple[int, int], int] = {}  # of each incarnation: its env steps that are accounted for
 
     @property
@@ -71,8 +73,9 @@ class Ledger:
 
     def state(self) -> dict[str, dict[str, int] | int]:
         """As plain data; the incarnations do not live on."""
-        return {"delivered": self.delivered, "discarded": dict(self.discarded)}
+        return {"delivered": self.delivered, "discarded": dict(self.discarded), "restarts": self.restarts}
 
     def load(self, state: dict) -> None:
         """Go on from what `state` returned."""
-        self.delivered, self.discarded = state["delivered"], Counter(state["discarded"])
+        self.delivered, self.restarts = state["delivered"], state["restarts"]
+        self.discarded = Counter(state["discarded"])

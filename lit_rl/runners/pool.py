@@ -32,12 +32,10 @@ class Pool(Protocol):
 
     Attributes:
         ledger: where the env steps went.
-        num_restarts: runners that were replaced, and environments that were rebuilt.
         num_runners: those that are not given up.
     """
 
     ledger: Ledger
-    num_restarts: int
 
     @property
     def num_runners(self) -> int: ...
@@ -68,7 +66,6 @@ class LocalPool:
 
     def __init__(self, make_runner: MakeRunner, ledger: Ledger):
         self.ledger = ledger
-        self.num_restarts = 0
         self._runner = make_runner(0, 0, Watchdog())
         self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
@@ -83,7 +80,7 @@ class LocalPool:
     def finish(self) -> list[tuple[int, Fragment]]:
         fragment = self._runner.sample()
         self.ledger.deliver(0, 0, fragment.entry)
-        self.num_restarts += len(fragment.failures)
+        self.ledger.restarts += len(fragment.failures)
         return [(0, fragment)]
 
     def get_state(self) -> list[dict[str, Any]]:
@@ -175,7 +172,6 @@ class RunnerPool:
         import ray
 
         self.ledger = ledger
-        self.num_restarts = 0
         self._ray = ray
         # A task that ran is never run again in secret (max_task_retries=0): this pool decides.
         options: dict[str, Any] = {"num_cpus": placement.num_cpus, "resources": dict(placement.resources or {})}
@@ -280,7 +276,7 @@ class RunnerPool:
         except exceptions.RayTaskError as error:
             cause = _cause(error)
             if not isinstance(cause, EnvFailure):
-                raise cause from None
+                raise type(cause)(f"Env runner {runner}: {cause}") from None
             slot.fragment = None
             self._give_up(runner, "env_error", f"failed: {str(cause).rstrip('.')}")
             return None
@@ -290,7 +286,7 @@ class RunnerPool:
         slot.fragment, slot.size = None, fragment.entry.end - fragment.entry.start
         slot.restarts.went_well()
         self.ledger.deliver(runner, slot.incarnation, fragment.entry)
-        self.num_restarts += len(fragment.failures)
+        self.ledger.restarts += len(fragment.failures)
         return fragment
 
     # --- life and death -----------------------------------------------------------------------------------------
@@ -348,7 +344,7 @@ class RunnerPool:
         self._stop(runner, slot, reason)
         slot.incarnation += 1
         slot.restart_at = time.monotonic() + wait
-        self.num_restarts += 1
+        self.ledger.restarts += 1
         log.warning("Env runner %d %s. It is replaced (restart %d).", runner, what, slot.incarnation)
         self._restart_due()
 

@@ -4,11 +4,29 @@ import logging
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from lit_rl.errors import RunnerError
+
+_reapers: list[subprocess.Popen] = []
+OWNER = "LIT_RL_RAY_OWNER"  # an environment variable
+# What takes care of a Ray session after its owner: see `_end_with_this_process`.
+REAPER = """
+import os, signal, sys, time
+sys.stdin.read()
+time.sleep(2)
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if sys.argv[1].encode() in file.read().split(bytes(1)):
+                os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        continue
+"""
 
 
 def connect(address: str | None = None) -> str:
@@ -28,6 +46,8 @@ def connect(address: str | None = None) -> str:
     if "ray" not in sys.modules and (not address or _has_token()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Signals are seen so soon while Ray is waited for, instead of once a second.
+    os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "100")
     import ray
 
     if not ray.is_initialized():
@@ -36,8 +56,14 @@ def connect(address: str | None = None) -> str:
             if address:
                 ray.init(address=address, logging_level=logging.WARNING)
             else:
-                ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+                mark = f"{os.getpid()}-{time.time_ns()}"
+                os.environ[OWNER] = mark  # inherited by Ray's processes, and by no others
+                try:
+                    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+                finally:
+                    del os.environ[OWNER]
                 _protect_token()
+                _end_with_this_process(f"{OWNER}={mark}")
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             message = " ".join(str(error).split())
             raise RunnerError(
@@ -49,6 +75,21 @@ def connect(address: str | None = None) -> str:
                 if handler is not None and threading.current_thread() is threading.main_thread():
                     signal.signal(number, handler)
     return ray.get_runtime_context().gcs_address
+
+
+def _end_with_this_process(mark: str) -> None:
+    """See to it that no process with `mark` in its environment outlives this one, however it ends.
+
+    Ray's own agents stay for a minute after a `kill -9` of who started them, and its workers may.
+    """
+    reaper = subprocess.Popen(
+        [sys.executable, "-IS", "-c", REAPER, mark],
+        stdin=subprocess.PIPE,  # closed by the kernel when this process ends
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+    _reapers.append(reaper)  # whose input would be closed with the object
 
 
 def _has_token() -> bool:

@@ -1,0 +1,33 @@
+"""Files for a run that does not go on: the checkpoint it can be resumed from, the batch that broke it."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from tensordict import TensorDict
+
+MAX_BATCH_BYTES = 50 * 2**20
+
+
+def save_checkpoint(trainer: L.Trainer, name: str) -> Path:
+    """Write a checkpoint beside those of the first `ModelCheckpoint`, else beside the log; every rank calls it."""
+    folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
+    path = Path(next(filter(None, folders), None) or log_folder(trainer)) / name
+    trainer.save_checkpoint(path)
+    return path
+
+
+def save_batch(batch: TensorDict, path: Path) -> str:
+    """Write a batch as nested dicts of tensors, unless it is too large; returns where it is, or why it is not there."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in batch.values(True, True))
+    if size > MAX_BATCH_BYTES:
+        return f"not saved ({size >> 20} MB, more than {MAX_BATCH_BYTES >> 20})"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(batch.detach().cpu().clone().to_dict(), path)  # cloned: a view's file would hold all it is a view of
+    return str(path)
+
+
+def log_folder(trainer: L.Trainer) -> Path:
+    """Where the run's files are; every rank calls it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
