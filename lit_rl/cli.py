@@ -2,6 +2,7 @@
 
 import importlib.resources
 import logging
+import os
 import re
 import sys
 import warnings
@@ -22,6 +23,7 @@ import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
+from lit_rl.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.loading import read_first, whole_checkpoint
 from lit_rl.networks import NETWORKS
@@ -43,6 +45,7 @@ class CLI(LightningCLI):
             default=None,
             help="start from this checkpoint's weights and normaliser alone (optimizer, counters and RNGs are new)",
         )
+        parser.add_class_arguments(Cluster, "cluster")  # a config with it is also evaluated, in one process
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
@@ -71,14 +74,64 @@ class CLI(LightningCLI):
             )
         if self.subcommand == "fit":
             _check_budget(config)
+            if config.cluster.num_learners is not None:
+                _check_cluster(config)
         elif config.get("ckpt_path") is None:
             raise OptionError(f"lit-rl {self.subcommand} needs --ckpt_path: a checkpoint file, or 'last'.")
+
+    @property
+    def _asks_for_learners(self) -> bool:
+        return self.subcommand == "fit" and self.config.fit.cluster.num_learners is not None
+
+    def instantiate_classes(self) -> None:
+        if self._asks_for_learners:  # each makes its own: here it is seen, before Ray starts, that they can be made
+            self.config_init = self.parser.instantiate_classes(self.config)
+        else:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._asks_for_learners:
+            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            print(run_learners(self.config_init.fit.cluster, _learn, config | {"folder": os.getcwd()}))
+        else:
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         self.model.init_from = self.config_init.fit.get("init_from")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 logger.experiment.define_metric("*", step_metric="env_steps")
+
+
+class LearnerCLI(CLI):
+    """`lit-rl fit` in a process that Ray Train started."""
+
+    _asks_for_learners = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        from ray.train.lightning import RayTrainReportCallback, prepare_trainer
+
+        fit = self.config_init.fit
+        own = trainer_arguments(fit.cluster, fit.trainer.get("plugins"))
+        trainer = super().instantiate_trainer(enable_progress_bar=False, **own, **kwargs)
+        trainer.callbacks.append(RayTrainReportCallback())  # type: ignore[attr-defined]
+        return prepare_trainer(trainer)
+
+
+def _learn(config: dict[str, Any]) -> OptionError | None:
+    """A learner's whole run. What no restart mends is returned, so that Ray Train tries none."""
+    _quieten()
+    folder = config.pop("folder")
+    if os.path.isdir(folder):
+        os.chdir(folder)  # relative paths are those of the command
+    with last_reported() as checkpoint:
+        if checkpoint is not None:
+            config["fit"] |= {"ckpt_path": str(checkpoint), "init_from": None}
+        try:
+            _run(LearnerCLI, config)
+        except OptionError as error:
+            return error
+    return None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -151,6 +204,23 @@ def _check_budget(config: Any) -> None:
         )
 
 
+def _check_cluster(config: Any) -> None:
+    trainer, data, cluster = config.trainer, config.data.get("init_args", {}), config.cluster
+    for option, expected in (("strategy", "auto"), ("num_nodes", 1)):
+        if trainer.get(option) != expected:
+            raise OptionError(
+                f"trainer.{option}={trainer.get(option)!r} together with cluster.num_learners={cluster.num_learners}: "
+                "Ray Train places the learners. Leave one of them out."
+            )
+    if cluster.ray_address is None:
+        cluster.ray_address = data.get("ray_address")
+    elif data.get("ray_address") not in (None, cluster.ray_address):
+        raise OptionError(
+            f"cluster.ray_address={cluster.ray_address!r} and data.ray_address={data.get('ray_address')!r}: expected "
+            "one address. Leave one of them out."
+        )
+
+
 def _sentence(error: BaseException) -> str:
     """jsonargparse's nested, many-lined message as one line: the key, the innermost complaint, the value given."""
     text = str(error)
@@ -189,25 +259,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
     _quieten()
     try:
-        CLI(
-            Algorithm,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults=DEFAULTS,
-            seed_everything_default=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={
-                "exit_on_error": False,
-                "allow_abbrev": False,
-                "version": lit_rl.__version__,
-                "prog": "lit-rl",
-            },
-            args=_resolve_recipes(arguments),
-        )
+        _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
         own = _own_error(error)
         if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError | UnicodeDecodeError)):
@@ -217,6 +269,28 @@ def main(args: Sequence[str] | None = None) -> None:
         if own is None or isinstance(own, OptionError | MisconfigurationException):
             sys.exit(_fail(_sentence(error) if own is None else str(own), 2))
         sys.exit(_fail(str(own), 1))
+
+
+def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
+    cli(
+        Algorithm,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=DEFAULTS,
+        seed_everything_default=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={
+            "exit_on_error": False,
+            "allow_abbrev": False,
+            "version": lit_rl.__version__,
+            "prog": "lit-rl",
+        },
+        args=args,
+    )
 
 
 def _quieten() -> None:

@@ -176,7 +176,16 @@ def _load(path: Path, written: list[Any] | None) -> dict[str, torch.Tensor]:
 
 
 def attach(files: Iterable[str], source: Path, target: Path) -> None:
-    """Make `files` of `source` appear in `target`: as hard links where the file system has them."""
+    """Make `files` of `source` appear in `target`: as hard links where the file system has them.
+
+    Raises:
+        CheckpointError: if another machine holds them.
+    """
+    if not source.is_dir():
+        raise CheckpointError(
+            f"The replay buffer's files in {source} are on another machine. Have all learners log to a folder that "
+            "they share (save_dir of the logger, or trainer.default_root_dir), or set data.checkpoint_buffer=false."
+        )
     target.mkdir(parents=True, exist_ok=True)
     for name in files:
         if not (target / name).exists():

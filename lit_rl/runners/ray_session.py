@@ -40,15 +40,16 @@ def connect(address: str | None = None) -> str:
         RunnerError: if `address` cannot be joined.
     """
     # Ray turns authentication on for a Ray it starts. Who joins that one needs the same mode, set before `import ray`;
-    # set later it only reaches the processes that Ray starts, which would then refuse this one.
-    if "ray" not in sys.modules:
+    # set later it only reaches the processes that Ray starts, which would then refuse this one. `ray start` turns it on
+    # where there is a token, and so where there is none, the Ray to be joined has it off.
+    address = address or os.environ.get("RAY_ADDRESS")
+    if "ray" not in sys.modules and (not address or _has_token()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Signals are seen so soon while Ray is waited for, instead of once a second.
     os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "100")
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -91,8 +92,15 @@ def _end_with_this_process(mark: str) -> None:
     _reapers.append(reaper)  # whose input would be closed with the object
 
 
+def _has_token() -> bool:
+    return bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)) or _token().exists()
+
+
+def _token() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
 def _protect_token() -> None:
     """Ray writes its authentication token readable by all users of the machine."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists():
-        token.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    if _token().exists():
+        _token().chmod(stat.S_IRUSR | stat.S_IWUSR)
