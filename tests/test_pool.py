@@ -171,6 +171,21 @@ def test_runners_are_added_and_taken_away() -> None:
     pool.resize(1)
     assert [runner for runner, _ in pool.finish()] == [0]
     assert ledger.discarded["unread"] == NUM_ENVS * LENGTH  # nobody took the other's fragment
+    pool.resize(2)
+    while len(again := collect(pool, policy)) < 2:
+        time.sleep(0.1)
+    # One that is added in the place of another has seeds of its own.
+    first, second = (fragments[1][1].rows.views()["action"] for fragments in (found, again))
+    assert not np.array_equal(first, second)
+    pool.close()
+
+
+def test_fragments_that_lay_there_for_long_are_no_stalled_runners() -> None:
+    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(CounterEnv), sample_timeout_s=1.0)
+    pool.start(policy, 0)
+    time.sleep(2.0)  # as while the learner evaluates
+    assert sorted(pool.finish_any()[0][0] for _ in range(2)) == [0, 1]
+    assert pool.ledger.restarts == 0
     pool.close()
 
 

@@ -183,6 +183,7 @@ class RunnerPool:
         self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
         self._reference: Any = None
         self._slots: list[_Slot] = []
+        self._incarnations: dict[int, int] = {}  # of runners that were taken away, should they come back
         self.resize(num_env_runners)
         self._wait(all_of=True)
 
@@ -193,10 +194,12 @@ class RunnerPool:
     def resize(self, num_env_runners: int) -> None:
         """Add runners, which join when they are ready, or take away the last ones."""
         while len(self._slots) > num_env_runners:
-            slot = self._slots.pop()
-            self._stop(len(self._slots), slot, "unread")
+            slot, runner = self._slots.pop(), len(self._slots)
+            self._stop(runner, slot, "unread")
+            self._incarnations[runner] = slot.incarnation + 1
         while len(self._slots) < num_env_runners:
-            self._slots.append(_Slot(Restarts(self._faults)))
+            incarnation = self._incarnations.get(len(self._slots), 0)
+            self._slots.append(_Slot(Restarts(self._faults), incarnation=incarnation))
             self._restart_due()
 
     def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
@@ -263,8 +266,9 @@ class RunnerPool:
             if fragment is not None:
                 found.append((runner, fragment))
         now = time.monotonic()
-        for runner in self._under_way().values():
-            if now - slots[runner].since > self._faults.sample_timeout_s:
+        for reference, runner in self._under_way().items():
+            late = now - slots[runner].since > self._faults.sample_timeout_s
+            if late and not self._ray.wait([reference], timeout=0)[0]:  # it may have lain there for long
                 limit = f"sample_timeout_s={self._faults.sample_timeout_s:g}"
                 self._failed(runner, "stalled", f"gave no fragment within {limit}{self._doing(runner)}")
         return found
