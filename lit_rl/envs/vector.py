@@ -15,6 +15,7 @@ from lit_rl.errors import EnvError
 
 NUMBERS = {float, int, np.float64, np.float32, np.int64}
 FLAGS = {bool, np.bool_}
+ARRAY = np.ndarray
 
 
 class Begin(NamedTuple):
@@ -40,6 +41,7 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
             seed of the one that is made in its place, or raises. None lets errors out.
         on_reset: told before and after each reset within a step, by True and False.
+        checks: whether what a step returns is looked at; what must not be ends the run with its name.
         failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
             say nothing.
         begins: of each environment, how its episode under way began.
@@ -54,6 +56,7 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         self._shape = self.single_observation_space.shape  # None if it is nested
         self.recover: Callable[[int, str, Exception], int] | None = None
         self.on_reset: Callable[[bool], None] = lambda begins: None
+        self.checks = True
         self.failed: list[int] = []
         self.begins = [Begin(None, None)] * self.num_envs
         self._as_array = isinstance(self._observations, np.ndarray)
@@ -71,15 +74,25 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         rewards, terminations, truncations = [], [], []
         infos: dict[str, Any] = {}
         self.failed = []
+        shape = self._shape
         for i, action in enumerate(self._each(actions)):
             try:
                 result = self.envs[i].step(action)
             except Exception as error:
                 result = self._rebuilt(i, "step", error)
                 self.failed.append(i)
-            if not self._looks_right(result):
+            if self.checks and not (result.__class__ is tuple and len(result) == 5):
                 self._check(i, result)
             env_obs, reward, terminated, truncated, info = result
+            # Types and shape are nearly always these; what is not is looked at closely.
+            if self.checks and not (
+                reward.__class__ in NUMBERS
+                and terminated.__class__ in FLAGS
+                and truncated.__class__ in FLAGS
+                and info.__class__ is dict
+                and (shape is None or (env_obs.__class__ is ARRAY and env_obs.shape == shape))
+            ):
+                self._check(i, result)
             if terminated or truncated:
                 infos = self._add_info(infos, {"final_obs": copy.deepcopy(env_obs), "final_info": info}, i)
                 env_obs, info = self._next_episode(i)
@@ -137,18 +150,6 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             found = self._rebuild(i, "reset", error)
         self.on_reset(False)
         return found
-
-    def _looks_right(self, result: Any) -> bool:
-        """Whether a step's result is as it nearly always is: enough to look at types and shape."""
-        return (
-            result.__class__ is tuple
-            and len(result) == 5
-            and getattr(result[0], "shape", None) == self._shape
-            and result[1].__class__ in NUMBERS
-            and result[2].__class__ in FLAGS
-            and result[3].__class__ in FLAGS
-            and result[4].__class__ is dict
-        )
 
     def _check(self, i: int, result: Any) -> None:
         problem = step_complaint(self.single_observation_space, result)

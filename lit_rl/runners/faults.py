@@ -2,12 +2,11 @@
 
 import mmap
 import signal
+import struct
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from lit_rl.checks import check_count, check_range
 
@@ -85,6 +84,7 @@ class Restarts:
         return f"max_restarts={self._faults.max_restarts} in {self._faults.restart_window_s:g} s"
 
 
+NUMBERS = struct.Struct("qq")
 PHASES = ("idle", "init", "reset", "step")
 
 
@@ -95,29 +95,25 @@ class Heartbeat:
         path: of a file, that of `create` or of the process that reads.
     """
 
-    SIZE = 16
-
     def __init__(self, path: Path):
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), self.SIZE)
-        self._numbers = np.frombuffer(self._memory, np.int64)
+            self._memory = mmap.mmap(file.fileno(), NUMBERS.size)
 
     @classmethod
     def create(cls, path: Path) -> "Heartbeat":
-        path.write_bytes(bytes(cls.SIZE))
+        path.write_bytes(bytes(NUMBERS.size))
         return cls(path)
 
     @property
     def executed(self) -> int:
-        return int(self._numbers[0])
+        return NUMBERS.unpack_from(self._memory)[0]
 
     @property
     def phase(self) -> str:
-        return PHASES[int(self._numbers[1])]
+        return PHASES[NUMBERS.unpack_from(self._memory)[1]]
 
     def write(self, executed: int, phase: int) -> None:
-        self._numbers[0] = executed
-        self._numbers[1] = phase
+        NUMBERS.pack_into(self._memory, 0, executed, phase)
 
 
 class Watchdog:
