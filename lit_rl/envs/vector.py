@@ -79,7 +79,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             try:
                 result = self.envs[i].step(action)
             except Exception as error:
-                result = self._rebuilt(i, "step", error)
+                env_obs, info = self._rebuild(i, "step", error)
+                result = env_obs, 0.0, False, False, info
                 self.failed.append(i)
             if self.checks and not (result.__class__ is tuple and len(result) == 5):
                 self._check(i, result)
@@ -155,11 +156,6 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         problem = step_complaint(self.single_observation_space, result)
         if problem:
             raise EnvError(f"env={self.env_id}: step of environment {i} returned {problem}. Mend the environment.")
-
-    def _rebuilt(self, i: int, what: str, error: Exception) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """What stands for the step of an environment that raised in it."""
-        obs, info = self._rebuild(i, what, error)
-        return obs, 0.0, False, False, info
 
     def _rebuild(self, i: int, what: str, error: Exception) -> tuple[Any, dict[str, Any]]:
         """A new environment in the place of one that raised: its first observation and info."""
