@@ -13,6 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import envs`
+# A process that a test starts has one thread too: weights made by two differ from those made by one in the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Ray's actors import the test environments too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("WANDB_MODE", "offline")
