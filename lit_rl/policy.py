@@ -425,8 +425,12 @@ class Policy(nn.Module):
             self._masks.apply_numpy(out, obs[ACTION_MASK])
         return out
 
+    def weights_moved(self) -> None:
+        """To be called when parameters were given other memory: `act` may read it without torch."""
+        self._forward_numpy = None
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
-        self._forward_numpy = None  # its arrays are views of the old device's memory
+        self.weights_moved()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
