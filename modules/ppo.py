@@ -74,6 +74,7 @@ class PPO(Algorithm):
             (two hidden layers of 64 tanh units for a vector).
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
+        log_std_init: the log standard deviations of Box actions before training; -2 to 0.
         squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
         sequence_length: steps of each sequence that a network with memory is trained on; divides `rollout_length`.
         burn_in: steps before each sequence that refresh the memory first, without gradients; at most `sequence_length`.
@@ -114,6 +115,7 @@ class PPO(Algorithm):
         network: NetworkFactory | dict[str, Any] | None = None,
         share_encoder: bool | None = None,
         state_dependent_std: bool = False,
+        log_std_init: float = 0.0,
         squash_actions: bool = False,
         sequence_length: int = 16,
         burn_in: int = 0,
@@ -154,6 +156,7 @@ class PPO(Algorithm):
         if share_encoder is not None:
             check_flag("share_encoder", share_encoder)
         check_flag("state_dependent_std", state_dependent_std)
+        log_std_init = float(check_range("log_std_init", log_std_init))
         check_flag("squash_actions", squash_actions)
         sequence_length = check_count("sequence_length", sequence_length)
         burn_in = check_count("burn_in", burn_in, 0)
@@ -168,6 +171,7 @@ class PPO(Algorithm):
             normalize_observations=hp.normalize_observations,
             state_dependent_std=hp.state_dependent_std,
             squash=hp.squash_actions,
+            log_std_init=hp.log_std_init,
         )
         check_same_in_training(self.policy)
         self.check_memory()

@@ -414,6 +414,15 @@ def test_squashed_actions_stay_inside_and_learn(make_trainer) -> None:
     assert (action >= space.low).all() and (action <= space.high).all()
 
 
+@pytest.mark.parametrize("state_dependent_std", [False, True])
+def test_the_first_standard_deviation_is_the_one_asked_for(make_trainer, state_dependent_std: bool) -> None:
+    model = {"log_std_init": -2, "state_dependent_std": state_dependent_std}
+    algorithm, rollout = collect(make_trainer, TargetEnv, SMALL, model | {"minibatch_size": 64})
+    log_std = algorithm.policy(rollout["observation"])[..., 1:]
+    torch.testing.assert_close(log_std, torch.full_like(log_std, -2.0), atol=0.1, rtol=0)
+    assert rollout["action"].std() < 0.3
+
+
 def test_one_pass_over_one_minibatch_is_advantage_actor_critic(make_trainer) -> None:
     """docs/ppo.md says how A2C is had."""
     model = {
