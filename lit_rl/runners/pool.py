@@ -16,7 +16,7 @@ from lit_rl.checks import check_choice, check_range
 from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Restarts, Watchdog
+from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
@@ -398,19 +398,25 @@ class RunnerPool:
     def _why(self, runner: int, error: Exception) -> tuple[str, str]:
         """The reason for the ledger, and in words, why Ray lost a runner."""
         slot, faults = self._slots[runner], self._faults
-        phase = "idle" if slot.heartbeat is None else slot.heartbeat.phase
-        limit = {"init": faults.init_timeout_s, "reset": faults.reset_timeout_s, "step": faults.step_timeout_s}.get(
-            phase
-        )
+        phase = self._phase(runner)
+        limits = {
+            Phase.INIT: faults.init_timeout_s,
+            Phase.RESET: faults.reset_timeout_s,
+            Phase.STEP: faults.step_timeout_s,
+        }
+        limit = limits.get(phase)
         if limit is not None and time.monotonic() - slot.since >= limit:
-            return "stalled", f"took longer than {phase}_timeout_s={limit:g} and was ended"
+            return "stalled", f"took longer than {phase.name.lower()}_timeout_s={limit:g} and was ended"
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return "died", f"died{self._doing(runner)}: {reason.rstrip('.')}"
 
     def _doing(self, runner: int) -> str:
+        phase = self._phase(runner)
+        return "" if phase is Phase.IDLE else f" (in {phase.name.lower()})"
+
+    def _phase(self, runner: int) -> Phase:
         heartbeat = self._slots[runner].heartbeat
-        phase = "idle" if heartbeat is None else heartbeat.phase
-        return "" if phase == "idle" else f" (in {phase})"
+        return Phase.IDLE if heartbeat is None else heartbeat.phase
 
 
 class _RunnerActor:
