@@ -21,15 +21,18 @@ SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]} 
 
 
 class Recorded(RolloutDataModule):
-    """Gives every rank its share of one recorded rollout, again and again."""
+    """Gives every rank its share of the rollout that was recorded in `folder`, again and again."""
+
+    folder: Path
+    shares: list[tuple[int, int]]
 
     def start_rollout(self) -> None:
         """Nothing is collected."""
 
     def finish_rollout(self) -> TensorDict:
-        rollout = torch.load(Path(sys.argv[2]) / "rollout.pt", weights_only=True)
+        rollout = torch.load(self.folder / "rollout.pt", weights_only=True)
         rollout = TensorDict(rollout | {"next": TensorDict(rollout["next"], [ENVS])}, [ENVS])
-        first, count = SHARES[sys.argv[1]][self.trainer.global_rank]
+        first, count = self.shares[self.trainer.global_rank]
         return rollout[first:][:count].clone()
 
 
@@ -41,16 +44,17 @@ class Gradients(PPO):
         self.kept.append([p.grad.clone() for p in self.parameters()])
 
 
-def gradients(world_size: int, out: Path, name: str) -> None:
+def gradients(world_size: int, out: Path, name: str, network: str) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
     length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
         counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=2, seed=0,
         num_envs_per_env_runner=most, rollout_length=length,
     )  # fmt: skip
+    data.folder, data.shares = out, SHARES[name]
     algorithm = Gradients(
         minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
-        entropy_coef=0.01, lr=1e-2, network=getattr(networks, sys.argv[3]),
+        entropy_coef=0.01, lr=1e-2, network=getattr(networks, network),
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}
@@ -143,7 +147,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
     if case in SHARES:
-        gradients(len(SHARES[case]), out, case)
+        gradients(len(SHARES[case]), out, case, sys.argv[3])
     elif case == "nan":
         nan(out)
     elif case == "signal":

@@ -81,10 +81,9 @@ def series(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
-    name: str, batch: int, make_trainer: Callable, tmp_path: Path
+    name: str, make_trainer: Callable, tmp_path: Path
 ) -> None:
     def fit(folder: str, ckpt_path: str | None = None, **options: Any) -> tuple[Any, Any]:
         algorithm, data = CASES[name]()
@@ -95,20 +94,21 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
         return algorithm, trainer
 
     whole, whole_trainer = fit("whole")
-    fit("first", callbacks=[SaveAt(batch)])
-    resumed, resumed_trainer = fit("second", "broken.ckpt")
-    assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
-    a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
-    assert a.keys() == b.keys()
-    for key in a:
-        for part in a[key]:
-            assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
-    unbroken, first, second = (series(tmp_path / folder) for folder in ("whole", "first", "second"))
-    assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
-    for key, row in (first | second).items():
-        assert row == unbroken[key], key
+    for batch in (1, 3):
+        fit(f"first-{batch}", callbacks=[SaveAt(batch)])
+        resumed, resumed_trainer = fit(f"second-{batch}", "broken.ckpt")
+        assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+        a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
+        assert a.keys() == b.keys()
+        for key in a:
+            for part in a[key]:
+                assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
+        unbroken, first, second = (series(tmp_path / f) for f in ("whole", f"first-{batch}", f"second-{batch}"))
+        assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
+        for key, row in (first | second).items():
+            assert row == unbroken[key], key
 
 
 class Forgetful(CounterEnv):

@@ -56,6 +56,18 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@pytest.fixture(scope="module")
+def unbroken() -> tuple[Any, Any, int, int]:
+    """Weights, optimizer, gradient steps and epochs of a run that nothing interrupts."""
+    torch.set_num_threads(1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    algorithm, trainer = fit(
+        L.Trainer, accelerator="cpu", devices=1, max_epochs=-1, enable_model_summary=False, num_sanity_val_steps=0,
+        **quiet,
+    )  # fmt: skip
+    return algorithm.state_dict(), trainer.optimizers[0].state_dict(), trainer.global_step, trainer.current_epoch
+
+
 class Send(L.Callback):
     """Sends this process a signal in the middle of a hook."""
 
@@ -82,10 +94,10 @@ class Send(L.Callback):
     ],
 )
 def test_a_run_that_is_interrupted_and_resumed_equals_an_unbroken_one(
-    make_trainer, tmp_path: Path, number: int, hook: str, updates: int, saved: int
+    make_trainer, unbroken: tuple, tmp_path: Path, number: int, hook: str, updates: int, saved: int
 ) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    unbroken, whole = fit(make_trainer)
+    weights, optimizer, global_step, current_epoch = unbroken
     with pytest.raises(SystemExit) as ended:
         fit(make_trainer, Send(number, hook, updates))
     assert ended.value.code == 128 + number
@@ -93,11 +105,11 @@ def test_a_run_that_is_interrupted_and_resumed_equals_an_unbroken_one(
     checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     assert int(checkpoint["state_dict"]["updates"]) == saved
     resumed, trainer = fit(make_trainer, path=tmp_path / "interrupted.ckpt")
-    assert same(unbroken.state_dict(), resumed.state_dict())
-    assert same(whole.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
-    assert trainer.global_step == whole.global_step
+    assert same(weights, resumed.state_dict())
+    assert same(optimizer, trainer.optimizers[0].state_dict())
+    assert trainer.global_step == global_step
     if saved < 9:  # else there was nothing left to train
-        assert trainer.current_epoch == whole.current_epoch
+        assert trainer.current_epoch == current_epoch
 
 
 def test_a_program_keeps_its_own_handler_of_sigusr1(make_trainer) -> None:
