@@ -25,9 +25,11 @@ SCRIPT = Path(__file__).with_name("ddp_script.py")
 OFF_POLICY = Path(__file__).with_name("ddp_off_policy.py")
 
 
-def run(case: str, out: Path, *more: str) -> None:
+def run(case: str, out: Path, *more: str) -> str:
+    """What it printed to stderr."""
     done = subprocess.run([sys.executable, str(SCRIPT), case, str(out), *more], cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.mark.parametrize(("network", "splits"), [(MLP, ["two", "uneven"]), (LSTMNetwork, ["two"])])
@@ -70,6 +72,34 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
     assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
+
+
+def test_a_run_goes_on_with_more_learner_processes_and_with_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RS2: one, then two, then one again."""
+    for name in ("PPO", "DQN"):
+        algorithm, data = ddp_script.small_run(name, 256)
+        ddp_script.fit(algorithm, data, 1).save_checkpoint(tmp_path / f"{name}-1.ckpt")
+        assert algorithm.env_steps_done == 256
+    printed = run("resume", tmp_path)
+    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 2
+    for name in ("PPO", "DQN"):
+        first, second = (torch.load(tmp_path / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
+        for key, value in first["weights"].items():
+            assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
+        assert first["seed"] == second["seed"]
+        assert [r["ledger"]["delivered"] for r in (first, second)] == [256 + 128, 128]
+        assert int(first["weights"]["env_steps"]) == 512
+        assert name == "PPO" or (first["rows"], second["rows"]) == (256 + 128, 128)
+        assert first["metrics"]["eval/return_mean"] == second["metrics"]["eval/return_mean"]
+        algorithm, data = ddp_script.small_run(name, 768)
+        said: list[str] = []
+        monkeypatch.setattr("lit_rl.algorithm.rank_zero_info", said.append)
+        ddp_script.fit(algorithm, data, 1, ckpt_path=tmp_path / f"{name}-2.ckpt")
+        assert any("is of 2 learner processes, this run has 1. The others' random numbers" in line for line in said)
+        assert algorithm.env_steps_done == 768 == data.ledger.delivered  # those of the other process are not forgotten
+        assert algorithm.updates_done > int(first["weights"]["updates"]) and data.seed == first["seed"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:

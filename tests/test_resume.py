@@ -171,3 +171,41 @@ def test_very_long_episodes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         one.sample()
     assert one.get_state()["actions"] == [None] * 3
     assert other.set_state(one.get_state()) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_goes_on_with_fewer_env_runners_and_with_none(make_trainer: Callable) -> None:
+    """RS2."""
+    path = None
+    for i, num_env_runners in enumerate((2, 1, 0)):
+        data = RolloutDataModule(
+            "CartPole-v1", num_env_runners=num_env_runners, num_envs_per_env_runner=2, rollout_length=16,
+            max_env_steps=128 * (i + 1),
+        )  # fmt: skip
+        algorithm, trainer = PPO(**PPO_OPTIONS), make_trainer(limit_val_batches=0)
+        trainer.fit(algorithm, data, ckpt_path=path)
+        assert algorithm.env_steps_done == 128 * (i + 1) == data.ledger.delivered
+        assert all(value.isfinite().all() for value in algorithm.state_dict().values())
+        path = f"{num_env_runners}.ckpt"
+        trainer.save_checkpoint(path)
+    assert algorithm.updates_done == 2 + 4 + 4  # rollouts are half as long with one runner
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_replay_buffer_goes_on_with_another_number_of_environments(num_envs: int, make_trainer: Callable) -> None:
+    def fit(num_envs: int, max_env_steps: int, path: str | None) -> tuple[DQN, ReplayDataModule]:
+        options = OFF_POLICY | {"num_envs_per_env_runner": num_envs, "max_env_steps": max_env_steps, "buffer_size": 900}
+        algorithm, data = DQN(), ReplayDataModule("CartPole-v1", seed=3, **options)
+        trainer = make_trainer(limit_val_batches=0)
+        trainer.fit(algorithm, data, ckpt_path=path)
+        trainer.save_checkpoint("buffer.ckpt")
+        return algorithm, data
+
+    fit(2, 120, None)
+    algorithm, data = fit(num_envs, 240, "buffer.ckpt")
+    assert algorithm.env_steps_done == 240 == len(data.buffer)
+    batch = data.buffer.sample(500)
+    moved = (batch["next", "observation"] - batch["observation"])[:, 0]  # the cart's position, by its speed
+    torch.testing.assert_close(moved, 0.02 * batch["observation"][:, 1], atol=1e-4, rtol=1e-3)

@@ -30,14 +30,13 @@ class ActionHistory:
         """
         paths = [path for path in view if path.split("/")[0] == "action"]
         is_init = view["is_init"]
-        began = is_init.any(1)
+        began = np.any(is_init, 1)
         first = np.where(began, is_init.shape[1] - 1 - is_init[:, ::-1].argmax(1), 0)
-        too_long = lengths > LONGEST
         for b in range(len(is_init)):
             pieces = [] if began[b] else self._pieces[b]
             if ended[b]:
                 pieces = []
-            elif pieces is None or too_long[b]:
+            elif pieces is None or lengths[b] > LONGEST:
                 pieces = None
             else:
                 pieces.append({path: view[path][b, first[b] :].copy() for path in paths})
