@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from envs import CounterEnv, MaskedEnv, RepeatPreviousEnv
 from gymnasium import spaces
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_rl import DQN, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl import DQN, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner
@@ -24,11 +25,12 @@ OFF_POLICY = {
     "num_envs_per_env_runner": 2, "rollout_length": 2, "env_steps_per_batch": 40, "batches_per_epoch": 2,
     "max_env_steps": 400, "learning_starts": 60, "batch_size": 32, "buffer_size": 300,
 }  # fmt: skip
+SMALL = functools.partial(MLP, hidden_sizes=[32])
 PPO_OPTIONS = {"minibatch_size": 16, "num_epochs": 2, "normalize_observations": True, "normalize_returns": True}
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "PPO": lambda: (PPO(**PPO_OPTIONS), RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY)),
     "PPO with memory": lambda: (
-        PPO(minibatch_size=16, num_epochs=1, network=LSTMNetwork),
+        PPO(minibatch_size=16, num_epochs=1, network=functools.partial(LSTMNetwork, hidden_size=16)),
         RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY),
     ),
     "PPO, nested actions, masks": lambda: (
@@ -49,10 +51,10 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
         ReplayDataModule("CartPole-v1", seed=3, prioritized=True, n_step=[1, 3], **OFF_POLICY),
     ),
     "DQN with memory": lambda: (
-        DQN(network=GRUNetwork, sequence_length=8, burn_in=4),
+        DQN(network=functools.partial(GRUNetwork, hidden_size=16), sequence_length=8, burn_in=4),
         ReplayDataModule(RepeatPreviousEnv, seed=3, **OFF_POLICY),
     ),
-    "SAC": lambda: (SAC(), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
+    "SAC": lambda: (SAC(network=SMALL), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
 }
 
 
