@@ -43,7 +43,7 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         on_reset: told before and after each reset within a step, by True and False; None: nobody is.
         failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
             say nothing.
-        remembers: whether `begins` is kept as episodes end, which takes 2 % of the time of CartPole's steps.
+        remembers: whether `begins` is kept as episodes end.
         begins: of each environment, how its episode under way began.
     """
 
