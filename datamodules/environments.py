@@ -146,11 +146,10 @@ class EnvDataModule(L.LightningDataModule):
         rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
         present = ~table.isnan()
-        sums = distributed.all_reduce_sum(torch.stack([table.nan_to_num().sum(0), present.sum(0).double()]))
-        total, count = sums.tolist()
-        metrics = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, total, count) if n}
-        discarded = torch.tensor(float(self.ledger.discarded.total()))
-        return metrics | {"rollout/discarded_steps": float(distributed.all_reduce_sum(discarded))}
+        discarded = torch.tensor([self.ledger.discarded.total()], dtype=torch.float64)
+        sums = distributed.all_reduce_sum(torch.cat([table.nan_to_num().sum(0), present.sum(0), discarded])).tolist()
+        means = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
+        return means | {"rollout/discarded_steps": sums[-1]}
 
     def restart(self) -> None:
         """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
@@ -166,6 +165,21 @@ class EnvDataModule(L.LightningDataModule):
             "episodes": [[e.return_, e.length, dict(e.info)] for e in self._episodes],
             "runners": self._runner_states if self._pool is None else self._pool.get_state(),
         }
+
+    def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+        """Go on from what `rank_state` returned on every rank, be they as many now or not.
+
+        A rank that there was not has the seed and the position in the run of rank 0, and nothing else. The env steps
+        of a rank that is not there any more stay in the ledger of rank 0.
+        """
+        if rank < len(states):
+            self.load_rank_state(states[rank])
+        else:
+            nothing = {"ledger": Ledger().state(), "episodes": [], "runners": []}
+            self.load_rank_state({key: x for key, x in states[0].items() if key != "replay"} | nothing)
+        if rank == 0:
+            for state in states[world_size:]:
+                self.ledger.add(state["ledger"])
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Go on from what `rank_state` returned."""

@@ -148,6 +148,7 @@ class ReplayDataModule(EnvDataModule):
             )
         self.buffer: ReplayBuffer | None = None
         self._resumed_from: Path | None = None  # the folder of a checkpoint's buffer that is not loaded yet
+        self._resumed_stored = 0  # what `_stored` is once it is
         self._staging: tempfile.TemporaryDirectory | None = None  # of rows as checkpoints of this run share them
         self._owed = 0.0  # updates that env steps ask for and are not made yet
         self._stored = 0  # env steps of all ranks since the buffer was empty
@@ -300,6 +301,13 @@ class ReplayDataModule(EnvDataModule):
             state["replay"] = saved | {"stored": self._stored, "folder": self._staging.name}
         return state
 
+    def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+        super().load_ranks(states, rank, world_size)
+        # All ranks learn, or none does: it is the buffer with the fewest rows that counts.
+        if self._resumed_from is not None:
+            stored = states[rank]["replay"]["stored"]
+            self._resumed_stored = stored * world_size // len(states) if world_size <= len(states) else 0
+
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
         self._owed, self._stored = state["owed"], 0
@@ -330,7 +338,7 @@ class ReplayDataModule(EnvDataModule):
         if self._resumed_from is not None:
             assert self._resume is not None
             buffer.load(self._resumed_from, self._resume["replay"])
-            self._stored = self._resume["replay"]["stored"]
+            self._stored = self._resumed_stored
             self._resumed_from = None
         return buffer
 

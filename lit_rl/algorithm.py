@@ -309,10 +309,13 @@ class Algorithm(L.LightningModule):
             ranks, self.skipped_updates = self._resume["ranks"], self._resume.get("skipped_updates", 0)
             self._resume = None
             if len(ranks) != self.trainer.world_size:
+                if self.trainer.world_size < len(ranks):
+                    rest = "The others' random numbers, episodes and replay buffers are left out."
+                else:
+                    rest = "The new ones begin with random numbers, episodes and replay buffers of their own."
                 rank_zero_info(
                     f"Resumed: the checkpoint is of {len(ranks)} learner processes, this run has "
-                    f"{self.trainer.world_size}. Those without a part in it begin with random numbers, episodes and "
-                    "replay buffer of their own."
+                    f"{self.trainer.world_size}. {rest}"
                 )
             if self.global_rank < len(ranks):
                 state = ranks[self.global_rank]
@@ -429,9 +432,9 @@ class Algorithm(L.LightningModule):
         self._check_fits(found, checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:
             self._resume = found
-            ranks = found["ranks"]
-            if self.global_rank < len(ranks) and hasattr(self._datamodule, "load_rank_state"):
-                self._datamodule.load_rank_state(ranks[self.global_rank]["data"])
+            if hasattr(self._datamodule, "load_ranks"):
+                states = [rank["data"] for rank in found["ranks"]]
+                self._datamodule.load_ranks(states, self.global_rank, self.trainer.world_size)
 
     def _check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         algorithm, policy_class = found["algorithm"], found["policy"]["class"]

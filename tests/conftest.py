@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import envs`
 # A process that a test starts has one thread too: weights made by two differ from those made by one in the last bit.
@@ -53,6 +54,13 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(**quiet | kwargs)
 
     return make
+
+
+def until(return_: float) -> L.Callback:
+    """Ends training once an evaluation, which comes after each epoch, has this mean return."""
+    return EarlyStopping(
+        "eval/return_mean", mode="max", stopping_threshold=return_, patience=10**6, check_on_train_epoch_end=False
+    )
 
 
 @pytest.fixture(scope="session")

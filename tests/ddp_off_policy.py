@@ -4,6 +4,7 @@
 minibatch. `train <folder> <algorithm>`: a short run of two ranks under Trainer.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from gymnasium import spaces
 from tensordict import TensorDict
 
-from lit_rl import DQN, SAC, TQC, LSTMNetwork, Rainbow, ReplayDataModule
+from lit_rl import DQN, MLP, SAC, TQC, LSTMNetwork, Rainbow, ReplayDataModule
 from lit_rl.off_policy import OffPolicy
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import iterate, nest
@@ -81,11 +82,11 @@ def train(folder: Path, name: str) -> None:
     continuous = name in ("SAC", "TQC")
     data = ReplayDataModule(
         "Pendulum-v1" if continuous else "CartPole-v1", num_envs_per_env_runner=2, max_env_steps=400, seed=0,
-        learning_starts=100, batch_size=16, buffer_size=500, env_steps_per_batch=50, update_to_data=0.5,
+        learning_starts=100, batch_size=16, buffer_size=500, env_steps_per_batch=50, update_to_data=0.1,
         eval_episodes=3,
     )  # fmt: skip
     kind = CASES[name][0]
-    algorithm = kind()
+    algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,

@@ -3,6 +3,7 @@
 Started by test_ddp.py.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import torch
 from envs import counter_vector
 from tensordict import TensorDict
 
-from lit_rl import PPO, RolloutDataModule, networks
+from lit_rl import DQN, PPO, Algorithm, ReplayDataModule, RolloutDataModule, networks
 from lit_rl.errors import DivergedError
 
 ENVS = 4  # over all ranks
@@ -21,15 +22,18 @@ SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]} 
 
 
 class Recorded(RolloutDataModule):
-    """Gives every rank its share of one recorded rollout, again and again."""
+    """Gives every rank its share of the rollout that was recorded in `folder`, again and again."""
+
+    folder: Path
+    shares: list[tuple[int, int]]
 
     def start_rollout(self) -> None:
         """Nothing is collected."""
 
     def finish_rollout(self) -> TensorDict:
-        rollout = torch.load(Path(sys.argv[2]) / "rollout.pt", weights_only=True)
+        rollout = torch.load(self.folder / "rollout.pt", weights_only=True)
         rollout = TensorDict(rollout | {"next": TensorDict(rollout["next"], [ENVS])}, [ENVS])
-        first, count = SHARES[sys.argv[1]][self.trainer.global_rank]
+        first, count = self.shares[self.trainer.global_rank]
         return rollout[first:][:count].clone()
 
 
@@ -41,16 +45,17 @@ class Gradients(PPO):
         self.kept.append([p.grad.clone() for p in self.parameters()])
 
 
-def gradients(world_size: int, out: Path, name: str) -> None:
+def gradients(world_size: int, out: Path, name: str, network: str) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
     length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
         counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=2, seed=0,
         num_envs_per_env_runner=most, rollout_length=length,
     )  # fmt: skip
+    data.folder, data.shares = out, SHARES[name]
     algorithm = Gradients(
         minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
-        entropy_coef=0.01, lr=1e-2, network=getattr(networks, sys.argv[3]),
+        entropy_coef=0.01, lr=1e-2, network=getattr(networks, network),
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}
@@ -130,13 +135,38 @@ def signalled(out: Path) -> None:
     fit(PPO(minibatch_size=64), data, 2, callbacks=[Send()], default_root_dir=out)
 
 
-def fit(algorithm: PPO, data: RolloutDataModule, world_size: int, **kwargs: object) -> L.Trainer:
+def small_run(name: str, max_env_steps: int) -> tuple[Algorithm, RolloutDataModule | ReplayDataModule]:
+    """Two environments of a rank; what it has of its own is in use: normalisers, replay buffer. No seed is given."""
+    shared = {"env": "CartPole-v1", "num_envs_per_env_runner": 2, "max_env_steps": max_env_steps, "eval_episodes": 2}
+    if name == "PPO":
+        algorithm = PPO(minibatch_size=16, num_epochs=1, normalize_observations=True, normalize_returns=True)
+        return algorithm, RolloutDataModule(rollout_length=16, rollouts_per_epoch=2, **shared)
+    return DQN(), ReplayDataModule(
+        rollout_length=2, env_steps_per_batch=32, batches_per_epoch=2, learning_starts=32, batch_size=32,
+        buffer_size=500, update_to_data=0.3, **shared,
+    )  # fmt: skip
+
+
+def resume(out: Path) -> None:
+    """Two ranks go on from what one has left, and note what each of them has at the end."""
+    for name in ("PPO", "DQN"):
+        algorithm, data = small_run(name, 512)
+        trainer = fit(algorithm, data, 2, ckpt_path=out / f"{name}-1.ckpt", default_root_dir=out)
+        trainer.save_checkpoint(out / f"{name}-2.ckpt")
+        found = {"weights": algorithm.state_dict(), "seed": data.seed, "ledger": data.ledger.state()}
+        found |= {"metrics": dict(trainer.callback_metrics), "rows": len(getattr(data, "buffer", None) or ())}
+        torch.save(found, out / f"resumed-{name}-{trainer.global_rank}.pt")
+
+
+def fit(
+    algorithm: Algorithm, data: L.LightningDataModule, world_size: int, ckpt_path: Path | None = None, **kwargs: object
+) -> L.Trainer:
     options = {"max_epochs": -1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
         accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto",
         enable_model_summary=False, num_sanity_val_steps=0, **options | kwargs,
     )  # fmt: skip
-    trainer.fit(algorithm, data)
+    trainer.fit(algorithm, data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -144,9 +174,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
     if case in SHARES:
-        gradients(len(SHARES[case]), out, case)
+        gradients(len(SHARES[case]), out, case, sys.argv[3])
     elif case == "nan":
         nan(out)
+    elif case == "resume":
+        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+        resume(out)
     elif case == "signal":
         signalled(out)
     else:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import ddp_script
 import numpy as np
 import pytest
 import torch
@@ -24,14 +25,16 @@ SCRIPT = Path(__file__).with_name("ddp_script.py")
 OFF_POLICY = Path(__file__).with_name("ddp_off_policy.py")
 
 
-def run(case: str, out: Path, *more: str) -> None:
+def run(case: str, out: Path, *more: str) -> str:
+    """What it printed to stderr."""
     done = subprocess.run([sys.executable, str(SCRIPT), case, str(out), *more], cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
-@pytest.mark.parametrize(("network", "shares"), [(MLP, "two"), (LSTMNetwork, "two"), (MLP, "uneven")])
+@pytest.mark.parametrize(("network", "splits"), [(MLP, ["two", "uneven"]), (LSTMNetwork, ["two"])])
 def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
-    tmp_path: Path, network: type, shares: str
+    tmp_path: Path, network: type, splits: list[str]
 ) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
     policy = Policy(config.spec(), network=network)
@@ -40,17 +43,18 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
     real = rollout["mask"].sum(1)
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
-    run("one", tmp_path, network.__name__)
-    run(shares, tmp_path, network.__name__)
-    parts = ("one-0", f"{shares}-0", f"{shares}-1")
-    one, first, second = (torch.load(tmp_path / f"gradients-{part}.pt") for part in parts)
-    assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
-    for step in range(2):
-        for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
-            assert torch.isfinite(a).all() and torch.equal(b, c)
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    for name, value in one["weights"].items():  # normalisers too
-        torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
+    ddp_script.gradients(1, tmp_path, "one", network.__name__)
+    one = torch.load(tmp_path / "gradients-one-0.pt")
+    for shares in splits:
+        run(shares, tmp_path, network.__name__)
+        first, second = (torch.load(tmp_path / f"gradients-{shares}-{rank}.pt") for rank in (0, 1))
+        assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
+        for step in range(2):
+            for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
+                assert torch.isfinite(a).all() and torch.equal(b, c)
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        for name, value in one["weights"].items():  # normalisers too
+            torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["process", pytest.param("ray", marks=pytest.mark.ray)])
@@ -73,6 +77,34 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
     assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
+
+
+def test_a_run_goes_on_with_more_learner_processes_and_with_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RS2: one, then two, then one again."""
+    for name in ("PPO", "DQN"):
+        algorithm, data = ddp_script.small_run(name, 256)
+        ddp_script.fit(algorithm, data, 1).save_checkpoint(tmp_path / f"{name}-1.ckpt")
+        assert algorithm.env_steps_done == 256
+    printed = run("resume", tmp_path)
+    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 2
+    for name in ("PPO", "DQN"):
+        first, second = (torch.load(tmp_path / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
+        for key, value in first["weights"].items():
+            assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
+        assert first["seed"] == second["seed"]
+        assert [r["ledger"]["delivered"] for r in (first, second)] == [256 + 128, 128]
+        assert int(first["weights"]["env_steps"]) == 512
+        assert name == "PPO" or (first["rows"], second["rows"]) == (256 + 128, 128)
+        assert first["metrics"]["eval/return_mean"] == second["metrics"]["eval/return_mean"]
+        algorithm, data = ddp_script.small_run(name, 768)
+        said: list[str] = []
+        monkeypatch.setattr("lit_rl.algorithm.rank_zero_info", said.append)
+        ddp_script.fit(algorithm, data, 1, ckpt_path=tmp_path / f"{name}-2.ckpt")
+        assert any("is of 2 learner processes, this run has 1. The others' random numbers" in line for line in said)
+        assert algorithm.env_steps_done == 768 == data.ledger.delivered  # those of the other process are not forgotten
+        assert algorithm.updates_done > int(first["weights"]["updates"]) and data.seed == first["seed"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
@@ -141,7 +173,7 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path:
     assert first["stored"] == second["stored"] == 200
     assert not torch.equal(first["obs"], second["obs"])
     assert int(first["weights"]["env_steps"]) == 400
-    assert int(first["weights"]["updates"]) == 75  # half of the 150 env steps that each rank took after the warm-up
+    assert int(first["weights"]["updates"]) == 15  # a tenth of the 150 env steps that each rank took after the warm-up
     assert first["metrics"]["loss/value"] == second["metrics"]["loss/value"]
     for rank in (0, 1):
         assert list((tmp_path / "off-policy.ckpt.d" / f"rank_{rank}").glob("*.pt"))

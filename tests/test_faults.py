@@ -17,7 +17,7 @@ from lit_rl.errors import EnvError, EnvFailure, OptionError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, padded, rows, to_rollout
 from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.faults import BACKOFF_S, Heartbeat, Restarts
+from lit_rl.runners.faults import BACKOFF_S, Heartbeat, Phase, Restarts, Watchdog
 from lit_rl.runners.ledger import Entry, Ledger
 from lit_rl.spec import EnvSpec
 
@@ -204,8 +204,30 @@ def test_the_ledger_refuses_gaps_and_repeats() -> None:
 
 def test_a_heartbeat_is_read_by_others(tmp_path: Any) -> None:
     mine = Heartbeat.create(tmp_path / "beat")
-    Heartbeat(tmp_path / "beat").write(7, 2)
-    assert (mine.executed, mine.phase) == (7, "reset")
+    Heartbeat(tmp_path / "beat").write(7, Phase.RESET)
+    assert (mine.executed, mine.phase) == (7, Phase.RESET)
+
+
+def test_an_alarm_comes_after_the_limit_and_little_later_and_is_seldom_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, alarms = [100.0], [float("inf")]
+    monkeypatch.setattr("lit_rl.runners.faults.signal.signal", lambda *_: None)
+    monkeypatch.setattr("lit_rl.runners.faults.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "lit_rl.runners.faults.signal.setitimer",
+        lambda _, seconds: alarms.append(now[0] + seconds if seconds else float("inf")),
+    )
+    watchdog = Watchdog(FaultTolerance(init_timeout_s=20.0, reset_timeout_s=6.0, step_timeout_s=5.0))
+    limits = {Phase.INIT: 20.0, Phase.RESET: 6.0, Phase.STEP: 5.0}
+    rng = np.random.default_rng(0)
+    for _ in range(5000):
+        phase = Phase(rng.choice(4, p=[0.01, 0.01, 0.02, 0.96]))
+        watchdog.enter(phase)
+        if phase is Phase.IDLE:
+            assert alarms[-1] == float("inf")
+        else:
+            assert limits[phase] - 1e-9 <= alarms[-1] - now[0] <= limits[phase] * 1.02 + 1e-9
+        now[0] += rng.exponential(0.002)
+    assert 200 < len(alarms) < 800
 
 
 @pytest.mark.parametrize("algorithm", ["PPO", "PPO with memory", "DQN", "DQN with memory"])

@@ -8,7 +8,9 @@ import gymnasium as gym
 import lightning as L
 import numpy as np
 import pytest
+import ray
 import torch
+from conftest import until
 from envs import CounterEnv, RepeatPreviousEnv, SampleEnv, counter_vector
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -32,10 +34,10 @@ from lit_rl.errors import OptionError
 from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.rollout import next_values_with_memory, sequences, to_rollout
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.faults import Watchdog
-from lit_rl.runners.ledger import Ledger
-from lit_rl.runners.pool import RunnerPool
+from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.pool import MakeRunner, _RunnerActor
+from lit_rl.runners.transport import Packed, pack_weights
 
 BOX, IMAGE = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 40, 3), np.uint8)
 NESTED = spaces.Dict(image=IMAGE, numbers=spaces.Tuple([BOX, spaces.Discrete(3)]))
@@ -109,28 +111,37 @@ def test_the_learner_computes_the_runners_features_and_log_probs(name: str) -> N
     assert log_prob.std() > 1e-3
 
 
+class SeveralActors:
+    """What each would be in a process of its own, in one: starting one takes seconds."""
+
+    def __init__(self, makers: dict[str, MakeRunner]):
+        self._actors = {name: _RunnerActor(maker, 0, 0, FaultTolerance(), "") for name, maker in makers.items()}
+
+    def sample(self, name: str, acts_by: tuple[Packed, int, float]) -> Fragment:
+        return self._actors[name].sample(acts_by)
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_learner_computes_the_log_probs_of_runners_in_ray(ray_session: None) -> None:
     policies = {name: make_policy(space, network) for name, (space, network) in NETWORKS.items()}
 
-    def maker(name: str) -> Callable[[int, int, Watchdog], EnvRunner]:
+    def maker(name: str) -> MakeRunner:
         (space, network), description = NETWORKS[name], policies[name].describe()
         env = EnvConfig(SampleEnv, env_kwargs(space))
         return lambda runner, incarnation, watchdog: make_runner(env, Policy.from_description(description, network))
 
-    pools = {name: RunnerPool(maker(name), 1, Ledger()) for name in NETWORKS}  # all start at the same time
-    try:
-        for _ in range(2):
-            for name, pool in pools.items():
-                pool.start(policies[name], 1)
-            for name, pool in pools.items():
-                rollout = to_rollout([fragment for _, fragment in pool.finish()], copy=True)
-                with torch.no_grad():
-                    log_prob, _ = policies[name].evaluate(rollout)
-                torch.testing.assert_close(log_prob, rollout["action_log_prob"], atol=1e-5, rtol=1e-5)
-    finally:
-        for pool in pools.values():
-            pool.close()
+    actors = ray.remote(SeveralActors).remote({name: maker(name) for name in NETWORKS})
+    for version in range(2):
+        weights = {name: ray.put((pack_weights(policy), version, 0.0)) for name, policy in policies.items()}
+        fragments = {name: actors.sample.remote(name, weights[name]) for name in NETWORKS}
+        for name, policy in policies.items():
+            rollout = to_rollout([ray.get(fragments[name])], copy=True)
+            with torch.no_grad():
+                log_prob, _ = policy.evaluate(rollout)
+            torch.testing.assert_close(log_prob, rollout["action_log_prob"], atol=1e-5, rtol=1e-5)
+            nn.init.normal_(policy.head.weight)  # for the second time
+    ray.kill(actors)
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
@@ -276,12 +287,13 @@ def test_memory_solves_repeating_the_previous_observation(
     make_trainer: Callable[..., L.Trainer], network: Any, seed: int
 ) -> None:
     data = RolloutDataModule(
-        RepeatPreviousEnv, rollout_length=64, max_env_steps=25_000, rollouts_per_epoch=50, seed=seed
+        RepeatPreviousEnv, rollout_length=64, max_env_steps=25_000, rollouts_per_epoch=5, seed=seed
     )
     factory = functools.partial(network, hidden_size=16, encoder=functools.partial(MLP, hidden_sizes=[16]))
     algorithm = PPO(network=factory, lr=5e-3, num_epochs=8, gamma=0.5, minibatch_size=128, sequence_length=8)
-    trainer = make_trainer()
+    trainer = make_trainer(callbacks=[until(7.9)])
     trainer.fit(algorithm, data)
+    data.eval_episodes = 50
     assert trainer.validate(algorithm, data, verbose=False)[0]["eval/return_mean"] > 7.5
     trainer.save_checkpoint("memory.ckpt")
     policy = load_policy("memory.ckpt", network=factory)

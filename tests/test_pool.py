@@ -1,14 +1,19 @@
 """Env runners as Ray actors: the same transitions, replaced when they die, stall or raise."""
 
 import ctypes
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from envs import CounterEnv, FailingEnv
+from gymnasium import spaces
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
@@ -229,3 +234,66 @@ class StallingEnv(CounterEnv):
         if self._count == 3 and self._where == "spin":
             ctypes.PyDLL(None).sleep(3600)  # a PyDLL does not let go of the interpreter
         return super().step(action)
+
+
+class WideEnv(CounterEnv):
+    """An observation of one MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(0, 1, (250_000,), np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return np.zeros(250_000, np.float32)
+
+
+SMALL_STORE = """
+import json, logging, sys
+import ray
+from lightning import Trainer
+from lit_rl import MLP, PPO, RolloutDataModule
+from lit_rl.errors import LitRLError
+from test_pool import WideEnv
+
+def small(space):
+    return MLP(space, hidden_sizes=[2])
+
+disk, length = sys.argv[1], int(sys.argv[2])
+ray.init(
+    num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, logging_level=logging.ERROR,
+    _system_config={"local_fs_capacity_threshold": 0.0} if disk == "full" else None,
+)
+algorithm = PPO(minibatch_size=8, num_epochs=1, network=small)
+data = RolloutDataModule(
+    WideEnv, num_env_runners=2, num_envs_per_env_runner=1, rollout_length=length, max_env_steps=2 * 3 * length
+)
+error = None
+try:
+    Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        limit_val_batches=0,
+    ).fit(algorithm, data)
+except LitRLError as caught:
+    error = str(caught)
+ledger = data.ledger
+print(json.dumps([error, algorithm.env_steps_done, ledger.delivered, dict(ledger.discarded), ledger.restarts]))
+"""
+
+
+@pytest.mark.parametrize(("disk", "length"), [("free", 48), ("full", 90)])
+def test_a_full_object_store_moves_to_the_disk_and_without_one_ends_the_run_with_one_sentence(
+    disk: str, length: int, tmp_path: Path
+) -> None:
+    """FT5: the store holds 80 MB, a fragment takes one for each of its rows."""
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_STORE, disk, str(length)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    error, env_steps, delivered, discarded, restarts = json.loads(done.stdout.splitlines()[-1])
+    assert restarts == 0
+    if disk == "free":
+        assert (error, env_steps, delivered, discarded) == (None, 6 * length, 6 * length, {})
+    else:
+        assert error.startswith("Ray's object store has no room for a fragment of env runner") and "\n" not in error
+        assert "Free disk space" in error and "OutOfDiskError" in error
+        assert (env_steps, delivered, discarded) == (0, 0, {"unread": 2 * length})  # all are accounted for

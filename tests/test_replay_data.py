@@ -511,8 +511,7 @@ def test_a_batch_without_a_whole_sequence_is_refused(make_trainer) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("prefetch", [0, 1])
-@pytest.mark.parametrize("network", [None, LSTMNetwork])
+@pytest.mark.parametrize(("network", "prefetch"), [(None, 1), (LSTMNetwork, 0)])
 def test_several_runners_fill_one_buffer(prefetch: int, network: Any, make_trainer) -> None:
     algorithm = Watched(network=network, sequence_length=4)
     data = run(

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from envs import CounterEnv, MaskedEnv, RepeatPreviousEnv
 from gymnasium import spaces
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_rl import DQN, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl import DQN, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner
@@ -24,11 +25,12 @@ OFF_POLICY = {
     "num_envs_per_env_runner": 2, "rollout_length": 2, "env_steps_per_batch": 40, "batches_per_epoch": 2,
     "max_env_steps": 400, "learning_starts": 60, "batch_size": 32, "buffer_size": 300,
 }  # fmt: skip
+SMALL = functools.partial(MLP, hidden_sizes=[32])
 PPO_OPTIONS = {"minibatch_size": 16, "num_epochs": 2, "normalize_observations": True, "normalize_returns": True}
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "PPO": lambda: (PPO(**PPO_OPTIONS), RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY)),
     "PPO with memory": lambda: (
-        PPO(minibatch_size=16, num_epochs=1, network=LSTMNetwork),
+        PPO(minibatch_size=16, num_epochs=1, network=functools.partial(LSTMNetwork, hidden_size=16)),
         RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY),
     ),
     "PPO, nested actions, masks": lambda: (
@@ -49,10 +51,10 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
         ReplayDataModule("CartPole-v1", seed=3, prioritized=True, n_step=[1, 3], **OFF_POLICY),
     ),
     "DQN with memory": lambda: (
-        DQN(network=GRUNetwork, sequence_length=8, burn_in=4),
+        DQN(network=functools.partial(GRUNetwork, hidden_size=16), sequence_length=8, burn_in=4),
         ReplayDataModule(RepeatPreviousEnv, seed=3, **OFF_POLICY),
     ),
-    "SAC": lambda: (SAC(), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
+    "SAC": lambda: (SAC(network=SMALL), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
 }
 
 
@@ -81,10 +83,9 @@ def series(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
-    name: str, batch: int, make_trainer: Callable, tmp_path: Path
+    name: str, make_trainer: Callable, tmp_path: Path
 ) -> None:
     def fit(folder: str, ckpt_path: str | None = None, **options: Any) -> tuple[Any, Any]:
         algorithm, data = CASES[name]()
@@ -95,20 +96,21 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
         return algorithm, trainer
 
     whole, whole_trainer = fit("whole")
-    fit("first", callbacks=[SaveAt(batch)])
-    resumed, resumed_trainer = fit("second", "broken.ckpt")
-    assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
-    a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
-    assert a.keys() == b.keys()
-    for key in a:
-        for part in a[key]:
-            assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
-    unbroken, first, second = (series(tmp_path / folder) for folder in ("whole", "first", "second"))
-    assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
-    for key, row in (first | second).items():
-        assert row == unbroken[key], key
+    for batch in (1, 3):
+        fit(f"first-{batch}", callbacks=[SaveAt(batch)])
+        resumed, resumed_trainer = fit(f"second-{batch}", "broken.ckpt")
+        assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+        a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
+        assert a.keys() == b.keys()
+        for key in a:
+            for part in a[key]:
+                assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
+        unbroken, first, second = (series(tmp_path / f) for f in ("whole", f"first-{batch}", f"second-{batch}"))
+        assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
+        for key, row in (first | second).items():
+            assert row == unbroken[key], key
 
 
 class Forgetful(CounterEnv):
@@ -171,3 +173,41 @@ def test_very_long_episodes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         one.sample()
     assert one.get_state()["actions"] == [None] * 3
     assert other.set_state(one.get_state()) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_goes_on_with_fewer_env_runners_and_with_none(make_trainer: Callable) -> None:
+    """RS2."""
+    path = None
+    for i, num_env_runners in enumerate((2, 1, 0)):
+        data = RolloutDataModule(
+            "CartPole-v1", num_env_runners=num_env_runners, num_envs_per_env_runner=2, rollout_length=16,
+            max_env_steps=128 * (i + 1),
+        )  # fmt: skip
+        algorithm, trainer = PPO(**PPO_OPTIONS), make_trainer(limit_val_batches=0)
+        trainer.fit(algorithm, data, ckpt_path=path)
+        assert algorithm.env_steps_done == 128 * (i + 1) == data.ledger.delivered
+        assert all(value.isfinite().all() for value in algorithm.state_dict().values())
+        path = f"{num_env_runners}.ckpt"
+        trainer.save_checkpoint(path)
+    assert algorithm.updates_done == 2 + 4 + 4  # rollouts are half as long with one runner
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_replay_buffer_goes_on_with_another_number_of_environments(num_envs: int, make_trainer: Callable) -> None:
+    def fit(num_envs: int, max_env_steps: int, path: str | None) -> tuple[DQN, ReplayDataModule]:
+        options = OFF_POLICY | {"num_envs_per_env_runner": num_envs, "max_env_steps": max_env_steps, "buffer_size": 900}
+        algorithm, data = DQN(), ReplayDataModule("CartPole-v1", seed=3, **options)
+        trainer = make_trainer(limit_val_batches=0)
+        trainer.fit(algorithm, data, ckpt_path=path)
+        trainer.save_checkpoint("buffer.ckpt")
+        return algorithm, data
+
+    fit(2, 120, None)
+    algorithm, data = fit(num_envs, 240, "buffer.ckpt")
+    assert algorithm.env_steps_done == 240 == len(data.buffer)
+    batch = data.buffer.sample(500)
+    moved = (batch["next", "observation"] - batch["observation"])[:, 0]  # the cart's position, by its speed
+    torch.testing.assert_close(moved, 0.02 * batch["observation"][:, 1], atol=1e-4, rtol=1e-3)

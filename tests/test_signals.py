@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1: the batch is finished and a checkpoint written, from which the run goes on unchanged."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -56,6 +57,18 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@pytest.fixture(scope="module")
+def unbroken() -> tuple[Any, Any, int, int]:
+    """Weights, optimizer, gradient steps and epochs of a run that nothing interrupts."""
+    torch.set_num_threads(1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    algorithm, trainer = fit(
+        L.Trainer, accelerator="cpu", devices=1, max_epochs=-1, enable_model_summary=False, num_sanity_val_steps=0,
+        **quiet,
+    )  # fmt: skip
+    return algorithm.state_dict(), trainer.optimizers[0].state_dict(), trainer.global_step, trainer.current_epoch
+
+
 class Send(L.Callback):
     """Sends this process a signal in the middle of a hook."""
 
@@ -82,10 +95,10 @@ class Send(L.Callback):
     ],
 )
 def test_a_run_that_is_interrupted_and_resumed_equals_an_unbroken_one(
-    make_trainer, tmp_path: Path, number: int, hook: str, updates: int, saved: int
+    make_trainer, unbroken: tuple, tmp_path: Path, number: int, hook: str, updates: int, saved: int
 ) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    unbroken, whole = fit(make_trainer)
+    weights, optimizer, global_step, current_epoch = unbroken
     with pytest.raises(SystemExit) as ended:
         fit(make_trainer, Send(number, hook, updates))
     assert ended.value.code == 128 + number
@@ -93,11 +106,11 @@ def test_a_run_that_is_interrupted_and_resumed_equals_an_unbroken_one(
     checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     assert int(checkpoint["state_dict"]["updates"]) == saved
     resumed, trainer = fit(make_trainer, path=tmp_path / "interrupted.ckpt")
-    assert same(unbroken.state_dict(), resumed.state_dict())
-    assert same(whole.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
-    assert trainer.global_step == whole.global_step
+    assert same(weights, resumed.state_dict())
+    assert same(optimizer, trainer.optimizers[0].state_dict())
+    assert trainer.global_step == global_step
     if saved < 9:  # else there was nothing left to train
-        assert trainer.current_epoch == whole.current_epoch
+        assert trainer.current_epoch == current_epoch
 
 
 def test_a_program_keeps_its_own_handler_of_sigusr1(make_trainer) -> None:
@@ -116,6 +129,49 @@ def start(folder: Path, *more: str, step_s: float = 0.02) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "lit_rl", *RUN, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
+
+
+class Forked:
+    """The command in a process forked from one that has imported everything, which takes longer than the run."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self._errors = folder / "stderr.txt"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lightning", "lit_rl.cli", "test_signals"])
+        self._process = context.Process(target=command, args=(folder, self._errors))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        self._process.join(timeout=60)
+        return self._process.exitcode, self._errors.read_text()
+
+
+class Started:
+    """The command in a process of its own."""
+
+    def __init__(self, folder: Path, *more: str):
+        self._process = start(folder, *more)
+        self.poll, self.send_signal = self._process.poll, self._process.send_signal
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self._process.communicate(timeout=60)
+        return self._process.returncode, errors
+
+
+def command(folder: Path, errors: Path) -> None:
+    os.chdir(folder)
+    os.environ["STEP_S"] = "0.02"
+    torch.set_num_threads(1)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    cli.main(RUN)
 
 
 def wait_for_a_batch(folder: Path, process: subprocess.Popen) -> None:
@@ -152,14 +208,13 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
     rng = random.Random(SEED)
     cases = {tmp_path / f"run-{i}": number for i, number in enumerate(SIGNALS * 2)}
     with_ray = tmp_path / "run-0"
-    started = {
-        folder: start(folder, *(["--data.num_env_runners", "1"] if folder == with_ray else [])) for folder in cases
-    }
+    started = {folder: Started(folder) if i == 1 else Forked(folder) for i, folder in enumerate(cases) if i}
+    started[with_ray] = Started(with_ray, "--data.num_env_runners", "1")
     waiting = dict(started)
     while waiting:
         time.sleep(0.05)
         for folder, process in list(waiting.items()):
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.end()
             if any(len(path.read_text().splitlines()) > 1 for path in folder.rglob("metrics.csv")):
                 time.sleep(rng.uniform(0, 0.3))
                 process.send_signal(cases[folder])
@@ -170,8 +225,8 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
     last = Path("runs/ppo_cartpole/version_0/checkpoints/last.ckpt")
     whole = torch.load(last, weights_only=True)
     for folder, number in cases.items():
-        _, errors = started[folder].communicate(timeout=60)
-        assert started[folder].returncode == 128 + number, errors
+        code, errors = started[folder].end()
+        assert code == 128 + number, errors
         assert "training was stopped. To go on: ckpt_path=" in errors
         assert nothing_left_of(folder)
         monkeypatch.chdir(folder)

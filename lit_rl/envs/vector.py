@@ -40,10 +40,10 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
     Attributes:
         recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
             seed of the one that is made in its place, or raises. None lets errors out.
-        on_reset: told before and after each reset within a step, by True and False.
-        checks: whether what a step returns is looked at; what must not be ends the run with its name.
+        on_reset: told before and after each reset within a step, by True and False; None: nobody is.
         failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
             say nothing.
+        remembers: whether `begins` is kept as episodes end.
         begins: of each environment, how its episode under way began.
     """
 
@@ -55,8 +55,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         self.env_id = env_id
         self._shape = self.single_observation_space.shape  # None if it is nested
         self.recover: Callable[[int, str, Exception], int] | None = None
-        self.on_reset: Callable[[bool], None] = lambda begins: None
-        self.checks = True
+        self.on_reset: Callable[[bool], None] | None = None
+        self.remembers = False
         self.failed: list[int] = []
         self.begins = [Begin(None, None)] * self.num_envs
         self._as_array = isinstance(self._observations, np.ndarray)
@@ -82,11 +82,11 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 env_obs, info = self._rebuild(i, "step", error)
                 result = env_obs, 0.0, False, False, info
                 self.failed.append(i)
-            if self.checks and not (result.__class__ is tuple and len(result) == 5):
+            if not (result.__class__ is tuple and len(result) == 5):
                 self._check(i, result)
             env_obs, reward, terminated, truncated, info = result
             # Types and shape are nearly always these; what is not is looked at closely.
-            if self.checks and not (
+            if not (
                 reward.__class__ in NUMBERS
                 and terminated.__class__ in FLAGS
                 and truncated.__class__ in FLAGS
@@ -95,7 +95,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
             ):
                 self._check(i, result)
             if terminated or truncated:
-                infos = self._add_info(infos, {"final_obs": copy.deepcopy(env_obs), "final_info": info}, i)
+                final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
+                infos = self._add_info(infos, {"final_obs": final_obs, "final_info": info}, i)
                 env_obs, info = self._next_episode(i)
             if info:
                 infos = self._add_info(infos, info, i)
@@ -142,14 +143,17 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
 
     def _next_episode(self, i: int) -> tuple[Any, dict[str, Any]]:
         env = self.envs[i]
-        bit_generator = getattr(env.unwrapped.np_random, "bit_generator", None)
-        self.begins[i] = Begin(self.begins[i].seed, getattr(bit_generator, "state", None))
-        self.on_reset(True)
+        if self.remembers:
+            bit_generator = getattr(env.unwrapped.np_random, "bit_generator", None)
+            self.begins[i] = Begin(self.begins[i].seed, getattr(bit_generator, "state", None))
+        if self.on_reset is not None:
+            self.on_reset(True)
         try:
             found = env.reset()
         except Exception as error:
             found = self._rebuild(i, "reset", error)
-        self.on_reset(False)
+        if self.on_reset is not None:
+            self.on_reset(False)
         return found
 
     def _check(self, i: int, result: Any) -> None:
@@ -167,11 +171,13 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 self.envs[i].close()
             try:
                 self.envs[i] = self._makers[i]()
-                self.on_reset(True)
+                if self.on_reset is not None:
+                    self.on_reset(True)
                 found = self.envs[i].reset(seed=seed)
             except Exception as again:
                 what, error = "reset", again
             else:
-                self.on_reset(False)
+                if self.on_reset is not None:
+                    self.on_reset(False)
                 self.begins[i] = Begin(seed, None)
                 return found

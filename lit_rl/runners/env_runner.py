@@ -1,6 +1,7 @@
 """Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import Begin, SyncVectorEnv
 from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.faults import BACKOFF_S, IDLE, INIT, RESET, STEP, FaultTolerance, Restarts, Watchdog
+from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Phase, Restarts, Watchdog
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
@@ -112,6 +113,7 @@ class EnvRunner:
         self._restarts = Restarts(faults)
         self._faults = faults
         self._watchdog = watchdog or Watchdog()
+        self._replayable = replayable
         self._keep_states = keep_states and policy.has_memory
         self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
         self._no_finals: Packed | None = None  # what no episode's end packs to
@@ -133,7 +135,7 @@ class EnvRunner:
             self._make_envs([_number(child) for child in self._seeds])
         except EnvFailure as error:
             self._rebuild_all(error)
-        can_replay = replayable and isinstance(self._envs, SyncVectorEnv)
+        can_replay = self._replayable and isinstance(self._envs, SyncVectorEnv)
         self._history = ActionHistory(num_envs) if can_replay else None
 
     @property
@@ -161,7 +163,7 @@ class EnvRunner:
                     raise
                 self._rebuild_all(error)
             finally:
-                self._watchdog.enter(IDLE)
+                self._watchdog.enter(Phase.IDLE)
 
     def _collect(self) -> Fragment:
         length, policy, envs = self._rollout_length, self.policy, self._envs
@@ -190,7 +192,7 @@ class EnvRunner:
             write_step(action_rows, t, action)
             log_prob_rows[:, t] = log_prob
             is_init_rows[:, t] = self._is_init
-            watchdog.enter(STEP)
+            watchdog.enter(Phase.STEP)
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
             except Exception as error:
@@ -289,16 +291,18 @@ class EnvRunner:
     def _make_envs(self, seeds: list[int]) -> None:
         """Environments at their first observations."""
         num_envs, policy = self._num_envs, self.policy
-        self._watchdog.enter(INIT)
+        self._watchdog.enter(Phase.INIT)
         self._envs = self._env.make_vector(num_envs)
         self._mode = autoreset_mode(self._envs)
         check_spaces(self._envs, policy)
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.recover = self._recover
-            self._envs.on_reset = lambda begins: self._watchdog.enter(RESET if begins else STEP)
-        self._watchdog.enter(RESET)
+            self._envs.remembers = self._replayable
+            if self._watchdog.is_on:
+                self._envs.on_reset = self._watchdog.enter_reset
+        self._watchdog.enter(Phase.RESET)
         self._obs = policy.as_rows(reset(self._envs, self._env, seeds)[0])
-        self._watchdog.enter(IDLE)
+        self._watchdog.enter(Phase.IDLE)
         self._is_init = np.ones(num_envs, np.bool_)
         self._resetting = np.zeros(num_envs, np.bool_)  # NEXT_STEP: envs whose next step is a reset, not a transition
         self._state = policy.initial_state(num_envs)
@@ -311,7 +315,7 @@ class EnvRunner:
             self._restarts.went_well()
         self._unproven.add(b)
         self._survive(env_error(self._env.env_id, f"raised in {what}", error), f"Environment {b} is")
-        self._watchdog.enter(INIT)
+        self._watchdog.enter(Phase.INIT)
         return _number(self._seeds[b].spawn(1)[0])
 
     def _rebuild_all(self, error: EnvFailure) -> None:
@@ -334,7 +338,7 @@ class EnvRunner:
 
     def _survive(self, error: Exception, who: str) -> None:
         """Count a failure, and wait before the next try; raises if the budget is spent."""
-        self._watchdog.enter(IDLE)
+        self._watchdog.enter(Phase.IDLE)
         wait = self._restarts.failed()
         if wait is None or not isinstance(error, EnvFailure):
             if not self._faults.max_restarts or not isinstance(error, EnvFailure):
@@ -458,7 +462,7 @@ class EnvRunner:
         """Once per fragment, so that it costs nothing per step. Named is what was wrong first: the rest follows."""
         wrong = []
         for name, array in view.items():
-            if array.dtype.kind == "f" and not np.isfinite(array.sum()):
+            if array.dtype.kind == "f" and not math.isfinite(array.sum()):
                 bad = np.argwhere(~np.isfinite(array))
                 if len(bad):
                     root = name.split("/")[0]

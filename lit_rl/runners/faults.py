@@ -6,6 +6,7 @@ import struct
 import time
 from collections import deque
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from lit_rl.checks import check_count, check_range
@@ -84,8 +85,16 @@ class Restarts:
         return f"max_restarts={self._faults.max_restarts} in {self._faults.restart_window_s:g} s"
 
 
+class Phase(IntEnum):
+    """What a runner is doing."""
+
+    IDLE = 0
+    INIT = 1
+    RESET = 2
+    STEP = 3
+
+
 NUMBERS = struct.Struct("qq")
-PHASES = ("idle", "init", "reset", "step")
 
 
 class Heartbeat:
@@ -109,33 +118,49 @@ class Heartbeat:
         return NUMBERS.unpack_from(self._memory)[0]
 
     @property
-    def phase(self) -> str:
-        return PHASES[NUMBERS.unpack_from(self._memory)[1]]
+    def phase(self) -> Phase:
+        return Phase(NUMBERS.unpack_from(self._memory)[1])
 
-    def write(self, executed: int, phase: int) -> None:
+    def write(self, executed: int, phase: Phase) -> None:
         NUMBERS.pack_into(self._memory, 0, executed, phase)
 
 
 class Watchdog:
     """Ends this process when a phase takes too long, whatever holds the interpreter: the kernel's alarm does it.
 
-    One that was given no limits does nothing, as in the learner's own process.
+    The alarm comes when the limit is over, or up to `SLACK` of it later: so an alarm serves many short steps, and is
+    set about twice a second instead of at each of them. One that was given no limits does nothing, as in the learner's
+    own process.
+
+    Attributes:
+        executed: env steps so far, which its owner counts.
+        is_on: whether there are limits.
     """
+
+    SLACK = 0.02
 
     def __init__(self, faults: FaultTolerance | None = None, heartbeat: Heartbeat | None = None):
         self.executed = 0
+        self.is_on = faults is not None
         self._heartbeat = heartbeat
-        self._limits = None
+        self._limits = self._latest = (0.0,) * len(Phase)
+        self._alarm_at = 0.0
         if faults is not None:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
             self._limits = (0.0, faults.init_timeout_s, faults.reset_timeout_s, faults.step_timeout_s)
+            self._latest = tuple(limit * (1 + self.SLACK) for limit in self._limits)
 
-    def enter(self, phase: int) -> None:
-        """A phase begins: an index of `PHASES`."""
+    def enter(self, phase: Phase) -> None:
+        """A phase begins."""
+        if not self.is_on:
+            return
         if self._heartbeat is not None:
             self._heartbeat.write(self.executed, phase)
-        if self._limits is not None:
-            signal.setitimer(signal.ITIMER_REAL, self._limits[phase])
+        begun, latest = time.monotonic(), self._latest[phase]
+        if not begun + self._limits[phase] <= self._alarm_at <= begun + latest:
+            self._alarm_at = begun + latest
+            signal.setitimer(signal.ITIMER_REAL, latest)  # 0: none
 
-
-IDLE, INIT, RESET, STEP = range(4)
+    def enter_reset(self, begins: bool) -> None:
+        """A reset within a step begins, or is over."""
+        self.enter(Phase.RESET if begins else Phase.STEP)

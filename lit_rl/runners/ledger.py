@@ -79,3 +79,9 @@ class Ledger:
         """Go on from what `state` returned."""
         self.delivered, self.restarts = state["delivered"], state["restarts"]
         self.discarded = Counter(state["discarded"])
+
+    def add(self, state: dict) -> None:
+        """Count what another ledger, of which this is the `state`, counted."""
+        self.delivered += state["delivered"]
+        self.restarts += state["restarts"]
+        self.discarded.update(state["discarded"])

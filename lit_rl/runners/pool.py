@@ -16,7 +16,7 @@ from lit_rl.checks import check_choice, check_range
 from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Restarts, Watchdog
+from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
@@ -209,7 +209,10 @@ class RunnerPool:
         if not idle and self._reference is not None and any(slot.fragment for slot in self._slots):
             return
         # One copy for all of them, and for those that join while no other is left.
-        self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+        try:
+            self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+        except _store_errors(self._ray) as error:
+            raise _store_is_full("the policy's weights", error) from None
         for slot in idle:
             self._begin_fragment(slot)
 
@@ -279,12 +282,16 @@ class RunnerPool:
         try:
             fragment: Fragment = self._ray.get(slot.fragment)
         except exceptions.RayTaskError as error:
+            if isinstance(error.cause, _store_errors(self._ray)):
+                raise _store_is_full(f"a fragment of env runner {runner}", error.cause) from None
             cause = _cause(error)
             if not isinstance(cause, EnvFailure):
                 raise type(cause)(f"Env runner {runner}: {cause}") from None
             slot.fragment = None
             self._give_up(runner, "env_error", f"failed: {str(cause).rstrip('.')}")
             return None
+        except _store_errors(self._ray) as error:
+            raise _store_is_full(f"a fragment of env runner {runner}", error) from None
         except exceptions.RayError as error:  # died, unreachable, or its fragment was lost with its node
             self._failed(runner, *self._why(runner, error))
             return None
@@ -398,19 +405,25 @@ class RunnerPool:
     def _why(self, runner: int, error: Exception) -> tuple[str, str]:
         """The reason for the ledger, and in words, why Ray lost a runner."""
         slot, faults = self._slots[runner], self._faults
-        phase = "idle" if slot.heartbeat is None else slot.heartbeat.phase
-        limit = {"init": faults.init_timeout_s, "reset": faults.reset_timeout_s, "step": faults.step_timeout_s}.get(
-            phase
-        )
+        phase = self._phase(runner)
+        limits = {
+            Phase.INIT: faults.init_timeout_s,
+            Phase.RESET: faults.reset_timeout_s,
+            Phase.STEP: faults.step_timeout_s,
+        }
+        limit = limits.get(phase)
         if limit is not None and time.monotonic() - slot.since >= limit:
-            return "stalled", f"took longer than {phase}_timeout_s={limit:g} and was ended"
+            return "stalled", f"took longer than {phase.name.lower()}_timeout_s={limit:g} and was ended"
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return "died", f"died{self._doing(runner)}: {reason.rstrip('.')}"
 
     def _doing(self, runner: int) -> str:
+        phase = self._phase(runner)
+        return "" if phase is Phase.IDLE else f" (in {phase.name.lower()})"
+
+    def _phase(self, runner: int) -> Phase:
         heartbeat = self._slots[runner].heartbeat
-        phase = "idle" if heartbeat is None else heartbeat.phase
-        return "" if phase == "idle" else f" (in {phase})"
+        return Phase.IDLE if heartbeat is None else heartbeat.phase
 
 
 class _RunnerActor:
@@ -440,6 +453,19 @@ class _RunnerActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def _store_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """What Ray raises where an object has no room, in memory or on disk."""
+    return ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError
+
+
+def _store_is_full(what: str, error: Exception) -> RunnerError:
+    return RunnerError(
+        f"Ray's object store has no room for {what}, and cannot move others to the disk ({type(error).__name__}). Free "
+        "disk space where Ray keeps its files (/tmp/ray), give Ray more memory (ray start --object-store-memory), or "
+        "lower rollout_length or num_envs_per_env_runner."
+    )
 
 
 def _cause(error: Any) -> Exception:
