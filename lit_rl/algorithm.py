@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
+from lit_rl.evaluation import summarize
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
@@ -300,6 +301,8 @@ class Algorithm(L.LightningModule):
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
         self._interruption = Interruption(self.trainer)
+        if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
+            self._datamodule.begin_evaluation()  # the first that is logged
         self._batch_ended = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -314,6 +317,8 @@ class Algorithm(L.LightningModule):
     def on_train_end(self) -> None:
         self._log_update()  # the last one is logged, whatever `log_every_n_steps`
         self._obey_signals()
+        if getattr(self._datamodule, "evaluating", False):
+            self.log_evaluation([episode._asdict() for episode in self._datamodule.end_evaluation()])
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
@@ -373,6 +378,12 @@ class Algorithm(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The recorded episode itself."""
         return batch
+
+    def log_evaluation(self, episodes: list[dict[str, Any]]) -> None:
+        """Log an evaluation that went on beside training and is not this validation's."""
+        values = self._summarize(episodes, "eval")
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._log_evaluation(values)
 
     # --- Lightning's hooks: checkpoints -------------------------------------------------------------------------
 
@@ -501,23 +512,14 @@ class Algorithm(L.LightningModule):
         if episode:  # empty: a rank whose share is one episode smaller
             self._evaluated.append(episode)
 
+    def _summarize(self, episodes: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+        """The metrics of all ranks' episodes."""
+        ranks = _gather((episodes, getattr(self._datamodule, "lost_episodes", 0)))
+        metrics = summarize([episode for part, _ in ranks for episode in part], sum(lost for _, lost in ranks))
+        return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
     def _log_episodes(self, prefix: str) -> None:
-        episodes = [episode for part in _gather(self._evaluated) for episode in part]
-        if not episodes:
-            return
-        returns = np.array([episode["return_"] for episode in episodes])
-        metrics = {
-            "return_mean": returns.mean(),
-            "return_std": returns.std(),
-            "return_min": returns.min(),
-            "return_max": returns.max(),
-            "length_mean": np.mean([episode["length"] for episode in episodes]),
-            "episodes": len(episodes),
-            "cut_episodes": sum(episode["cut"] for episode in episodes),
-        }
-        for key in sorted({key for episode in episodes for key in episode["info"]}):
-            metrics[f"info/{key}_mean"] = np.mean([e["info"][key] for e in episodes if key in e["info"]])
-        values = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+        values = self._summarize(self._evaluated, prefix)
         in_fit = self.trainer.state.fn == "fit"
         with warnings.catch_warnings():
             # `trainer.validate` returns what was logged, whether there is a logger or not.
@@ -525,8 +527,14 @@ class Algorithm(L.LightningModule):
             # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
             self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
         if in_fit and not self.trainer.sanity_checking:
-            self.trainer.progress_bar_metrics[f"{prefix}/return_mean"] = values[f"{prefix}/return_mean"]
-            self._log(values | {"env_steps": float(self.env_steps_done)}, self.env_steps_done)
+            self._log_evaluation(values)
+
+    def _log_evaluation(self, values: dict[str, float]) -> None:
+        """Hand an evaluation's metrics to the loggers, at the env steps of the policy that played."""
+        shown = "eval/return_mean"
+        self.trainer.progress_bar_metrics.update({shown: values[shown]} if shown in values else {})
+        env_steps = getattr(self._datamodule, "evaluated_at", self.env_steps_done)
+        self._log(values | {"env_steps": float(env_steps)}, env_steps)
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

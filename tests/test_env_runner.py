@@ -185,9 +185,9 @@ def test_info_metrics_are_read_at_the_last_step_in_every_mode() -> None:
     ("how", "words"),
     [
         ("raise", ["FailingEnv", "step", "ValueError", "the simulator fell over"]),
-        ("nan reward", ["FailingEnv", "reward=nan", "row 6", "environment 0"]),
-        ("nan observation", ["FailingEnv", "last_observation=[nan]", "environment 0"]),
-        ("nan final observation", ["FailingEnv", "final_observation=", "nan", "environment 0"]),
+        ("nan reward", ["FailingEnv", "reward=nan at step 1 of episode 2 of environment 0"]),
+        ("nan observation", ["FailingEnv", ": observation=[nan] at step 2 of episode 2 of environment 0"]),
+        ("nan final observation", ["FailingEnv", ": observation=[nan] at step 3 of episode 1 of environment 0"]),
     ],
 )
 def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str]) -> None:
@@ -210,6 +210,11 @@ def test_a_bad_environment_is_named_with_what_it_did(how: str, words: list[str])
         (lambda: EnvConfig(3), OptionError, ["env=3", "gymnasium id"]),
         (lambda: EnvConfig("CartPole-v1", vectorization="fast"), OptionError, ["vectorization='fast'", "'sync'"]),
         (lambda: EnvConfig("Pendulum-v1", vectorization="native").spec(), OptionError, ["Pendulum-v1", "native"]),
+        (
+            lambda: EnvConfig("CartPole-v1", {}, ["gymnasium.wrappers:TimeAwareObservation"], "native").spec(),
+            OptionError,
+            ["wrappers: TimeAwareObservation wraps one environment", "vectorization='native'", "VectorWrapper"],
+        ),
         (lambda: EnvConfig(CounterEnv, {"offset": 0}, ["nothing:Here"]).make(), EnvError, ["nothing"]),
         (lambda: EnvConfig(lambda: 3).make(), EnvError, ["int", "gymnasium.Env"]),
         (lambda: Policy(EnvSpec("e", spaces.Text(4), spaces.Discrete(2))), SpaceError, ["Text", "not supported"]),

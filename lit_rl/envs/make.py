@@ -147,6 +147,11 @@ class EnvConfig:
                 if found is None:
                     raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
                 wrapper = found
+            if isinstance(env, VectorEnv) and isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper):
+                raise OptionError(
+                    f"wrappers: {wrapper.__name__} wraps one environment, and env={self.env_id} with vectorization="
+                    "'native' is many in one. Use a gymnasium.vector.VectorWrapper, or vectorization='sync'."
+                )
             env = _call(self.env_id, wrapper, env, **_with_tuples(wrapper, kwargs or {}))
         return env
 

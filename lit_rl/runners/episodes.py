@@ -9,11 +9,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import env_error
+from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
-from lit_rl.trees import from_env, iterate
+from lit_rl.trees import Tree, from_env, iterate
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -81,6 +81,7 @@ def play(
             real = ~resetting
             returns += np.where(real, reward, 0.0)
             lengths += real
+            _check_finite(env.env_id, next_obs, reward, lengths, seed_of)
             if not warned and (lengths[playing] >= LONG_EPISODE).any():
                 warned = True
                 log.warning(
@@ -123,6 +124,16 @@ def play(
                 return
     finally:
         envs.close()
+
+
+def _check_finite(env_id: str, obs: Tree, reward: Any, lengths: np.ndarray, seeds: Sequence[int]) -> None:
+    for name, array in (*iterate(obs, "observation"), ("reward", np.asarray(reward))):
+        if array.dtype.kind == "f" and not np.isfinite(array.sum()):
+            for b, *_ in np.argwhere(~np.isfinite(array))[:1].tolist():
+                raise EnvError(
+                    f"env={env_id}: {name}={array[b].tolist()} at step {lengths[b]} of the evaluation episode with "
+                    f"seed {seeds[b]}: expected finite numbers. Mend the environment."
+                )
 
 
 class _Recorder:
