@@ -20,11 +20,11 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.loaders import EpisodeLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import EnvFailure, OptionError
+from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
 from lit_rl.runners.eval_pool import EvalPool
-from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
 from lit_rl.spec import EnvSpec
@@ -391,10 +391,16 @@ class EnvDataModule(L.LightningDataModule):
 
     def _try_out(self, env: EnvConfig) -> EnvSpec:
         """An environment's spaces, also of one that fails sometimes."""
-        for _ in range(TRY_OUTS - 1 if self.fault_tolerance.max_restarts else 0):
-            with contextlib.suppress(EnvFailure):
-                return env.spec()
-        return env.spec()
+        limit = self.fault_tolerance.init_timeout_s
+        error = EnvError(
+            f"env={env.env_id} was not made, reset and stepped once within fault_tolerance.init_timeout_s={limit:g} "
+            "seconds. Mend the environment, or raise it."
+        )
+        with time_limit(limit, error):
+            for _ in range(TRY_OUTS - 1 if self.fault_tolerance.max_restarts else 0):
+                with contextlib.suppress(EnvFailure):
+                    return env.spec()
+            return env.spec()
 
     def _check_eval_env(self, spec: EnvSpec) -> None:
         found = self._try_out(self.eval_env)

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import CounterEnv, FailingEnv, SampleEnv, WrongEnv, counter_vector
+from envs import CounterEnv, FailingEnv, SampleEnv, counter_vector
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
@@ -270,24 +270,6 @@ def test_played_episodes_do_not_depend_on_how_many_are_played_at_a_time() -> Non
     policy = Policy(config.spec())
     few, many = (sorted(e.return_ for e in play(config, policy, range(100, 112), num_envs=n)) for n in (1, 5))
     assert few == many
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("no space", "observation_space=None: expected a gymnasium.Space"),
-        ("no info", "reset returned array([0.], dtype=float32): expected (observation, info)"),
-        ("obs shape", "observation has shape (3,): expected (1,), in Box"),
-        ("four", "expected (observation, reward, terminated, truncated, info)"),
-        ("reward list", "step returned reward=[1.0]: expected one number"),
-        ("reward none", "step returned reward=None: expected one number"),
-        ("flag array", "step returned terminated=array([False]): expected True or False"),
-    ],
-)
-def test_an_environment_is_tried_out_and_told_what_it_gets_wrong(how: str, words: str) -> None:
-    with pytest.raises(EnvError) as caught:
-        EnvConfig(WrongEnv, {"how": how}).spec()
-    assert "env=WrongEnv" in str(caught.value) and words in str(caught.value)
 
 
 def test_an_episode_that_does_not_end_is_said(monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -10,7 +10,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from lit_rl.checks import check_choice
-from lit_rl.envs.check import check_env
+from lit_rl.envs.check import check_env, check_spaces
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.spec import EnvSpec
@@ -98,6 +98,8 @@ class EnvConfig:
                 check_env(env, self.env_id)
             observation_space = env.single_observation_space if native else env.observation_space
             action_space = env.single_action_space if native else env.action_space
+            if native:
+                check_spaces(self.env_id, observation_space, action_space)
             return EnvSpec(self.env_id, observation_space, action_space)
         finally:
             env.close()

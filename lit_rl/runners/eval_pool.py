@@ -47,8 +47,8 @@ class EvalPool:
         self._env = env
         self._make_policy = make_policy
         self._faults = faults
-        self._actor_class = ray.remote(**placement.options())(_EvalActor)
-        self._actors = [self._actor_class.remote(make_policy) for _ in range(num_runners)]
+        self._actor_class: Any = ray.remote(**placement.options())(_EvalActor)
+        self._actors: list[Any] = [self._actor_class.remote(make_policy) for _ in range(num_runners)]
         self._under_way: dict[Any, tuple[int, list[int]]] = {}  # Ray's reference: which actor, and the seeds it plays
 
     def start(self, policy: Policy, seeds: Sequence[int], timeout_s: float, **options: Any) -> None:
