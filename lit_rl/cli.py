@@ -301,7 +301,7 @@ def _quieten() -> None:
         ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
     ):
         warnings.filterwarnings("ignore", message=message)
-    advice = ("litlogger", "`weights_only` was not set")
+    advice = ("litlogger", "litmodels", "`weights_only` was not set", "TPU available: False")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
 
