@@ -83,12 +83,12 @@ def test_an_evaluation_environment_with_other_spaces_is_refused_before_training(
         make_trainer().fit(PPO(minibatch_size=64), data)
 
 
-@pytest.mark.parametrize("how", ["nan reward", "nan observation"])
-def test_a_number_that_is_not_finite_in_evaluation_names_episode_step_and_value(how: str) -> None:
-    env = EnvConfig(FailingEnv, {"how": how, "at": 2})
+@pytest.mark.parametrize(("how", "step"), [("nan reward", 0), ("nan observation", 1)])
+def test_a_number_that_is_not_finite_in_evaluation_names_episode_step_and_value(how: str, step: int) -> None:
+    env = EnvConfig(FailingEnv, {"how": how, "at": 1})
     what = how.removeprefix("nan ")
     with pytest.raises(
-        EnvError, match=rf"env=FailingEnv: {what}=\[?nan\]? at step 2 of the evaluation episode .*seed 7"
+        EnvError, match=rf"env=FailingEnv: {what}=\[?nan\]? at step {step} of the evaluation episode .*seed 7"
     ):
         list(play(env, Policy(EnvConfig(CounterEnv).spec()), [7]))
 
@@ -138,13 +138,15 @@ def evaluations(folder: Path) -> dict[int, float]:
     return {int(float(row["env_steps"])): float(row["eval/return_mean"]) for row in rows}
 
 
-def fit(make_trainer: Callable, name: str, *callbacks: Any, **options: Any) -> tuple[Any, PPO]:
-    data = RolloutDataModule("CartPole-v1", max_env_steps=512, eval_episodes=5, **SMALL | options)
+def fit(
+    make_trainer: Callable, name: str, *callbacks: Any, ckpt_path: str | None = None, **options: Any
+) -> tuple[Any, PPO]:
+    data = RolloutDataModule("CartPole-v1", **SMALL | {"max_env_steps": 512, "eval_episodes": 5} | options)
     trainer = make_trainer(
         logger=CSVLogger(".", name=name), callbacks=list(callbacks), enable_checkpointing=bool(callbacks)
     )
     algorithm = PPO(minibatch_size=32, lr=5e-3)
-    trainer.fit(algorithm, data)
+    trainer.fit(algorithm, data, ckpt_path=ckpt_path)
     return trainer, algorithm
 
 
@@ -182,6 +184,14 @@ class TestWithRay:
         assert best.best_model_score == max(seen)
         for name in ("eval/return_mean", "eval/return_iqm", "eval/return_iqm_low"):
             assert beside.callback_metrics[name] == pytest.approx(waits.callback_metrics[name].item())
+
+    def test_a_resumed_run_evaluates_what_it_begins_with(self, make_trainer: Callable) -> None:
+        fit(make_trainer, "waits")
+        trainer, _ = fit(make_trainer, "begun", max_env_steps=256, num_eval_env_runners=1, eval_parallel=True)
+        trainer.save_checkpoint("begun.ckpt")
+        fit(make_trainer, "resumed", ckpt_path="begun.ckpt", num_eval_env_runners=1, eval_parallel=True)
+        expected, found = evaluations(Path("waits")), evaluations(Path("resumed"))
+        assert found == pytest.approx({steps: expected[steps] for steps in (256, 384, 512)})
 
     def test_the_last_evaluation_is_logged_whatever_ends_the_run(self, make_trainer: Callable) -> None:
         stop = EarlyStopping(monitor="eval/return_mean", mode="max", stopping_threshold=1.0)

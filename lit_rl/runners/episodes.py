@@ -13,7 +13,7 @@ from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
-from lit_rl.trees import Tree, from_env, iterate
+from lit_rl.trees import from_env, iterate
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -71,6 +71,7 @@ def play(
             if state is not None and is_init.any():
                 state = policy.reset_state(state, is_init)
             check_obs(policy, obs, lengths, resetting)
+            _check_finite(env.env_id, dict(iterate(obs, "observation")), playing & ~resetting, lengths, seed_of)
             recorded, log_prob, state = policy.step(obs, state, deterministic)
             action = policy.to_env(recorded)
             try:
@@ -81,7 +82,7 @@ def play(
             real = ~resetting
             returns += np.where(real, reward, 0.0)
             lengths += real
-            _check_finite(env.env_id, next_obs, reward, lengths, seed_of)
+            _check_finite(env.env_id, {"reward": np.asarray(reward)}, playing & real, lengths - 1, seed_of)
             if not warned and (lengths[playing] >= LONG_EPISODE).any():
                 warned = True
                 log.warning(
@@ -126,13 +127,17 @@ def play(
         envs.close()
 
 
-def _check_finite(env_id: str, obs: Tree, reward: Any, lengths: np.ndarray, seeds: Sequence[int]) -> None:
-    for name, array in (*iterate(obs, "observation"), ("reward", np.asarray(reward))):
+def _check_finite(
+    env_id: str, arrays: dict[str, np.ndarray], counts: np.ndarray, steps: np.ndarray, seeds: Sequence[int]
+) -> None:
+    """Refuse numbers [B, ...] that are not finite, in environments that count."""
+    for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array.sum()):
-            for b, *_ in np.argwhere(~np.isfinite(array))[:1].tolist():
+            wrong = ~np.isfinite(array).reshape(len(array), -1).all(1)
+            for b in np.flatnonzero(wrong & counts)[:1]:
                 raise EnvError(
-                    f"env={env_id}: {name}={array[b].tolist()} at step {lengths[b]} of the evaluation episode with "
-                    f"seed {seeds[b]}: expected finite numbers. Mend the environment."
+                    f"env={env_id}: {name}={array[b].tolist()} at step {steps[b]} of the evaluation episode with seed "
+                    f"{seeds[b]}: expected finite numbers. Mend the environment."
                 )
 
 
