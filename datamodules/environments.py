@@ -199,7 +199,7 @@ class EnvDataModule(L.LightningDataModule):
     def end_evaluation(self) -> list[Episode]:
         """The episodes of the evaluation under way, as soon as they are played."""
         assert self._eval_pool is not None and self._evaluating is not None
-        episodes = self._eval_pool.finish()
+        episodes = distributed.together(self._eval_pool.finish, self.algorithm.device)
         (self.evaluated_at, asked), self._evaluating = self._evaluating, None
         self.lost_episodes = asked - len(episodes)
         ended = sum(not episode.cut for episode in episodes)

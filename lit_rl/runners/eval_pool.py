@@ -1,6 +1,7 @@
 """Evaluation in Ray actors, while the learner waits or goes on."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class EvalPool:
         self._faults = faults
         self._actor_class: Any = ray.remote(**placement.options())(_EvalActor)
         self._actors: list[Any] = [self._actor_class.remote(make_policy) for _ in range(num_runners)]
-        self._under_way: dict[Any, tuple[int, list[int]]] = {}  # Ray's reference: which actor, and the seeds it plays
+        self._under_way: dict[Any, tuple[int, list[int]]] = {}  # by Ray's reference: which actor, and what seeds it has
 
     def start(self, policy: Policy, seeds: Sequence[int], timeout_s: float, **options: Any) -> None:
         """Begin an evaluation of the policy as it is now.
@@ -139,6 +140,4 @@ class _EvalActor:
         return list(play(env, self._policy, seeds, timeout_s=timeout_s, **options))
 
     def pid(self) -> int:
-        import os
-
         return os.getpid()
