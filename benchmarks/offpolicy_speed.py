@@ -25,7 +25,7 @@ RANDOM = {"sac": 300, "dqn": 1_000}
 TIMED = {"sac": 1_500, "dqn": 16_000}
 
 
-def lit_rl(task: str) -> float:
+def lit_rl(task: str, compile: bool = False) -> float:
     import lightning as L
 
     from lit_rl import DQN, MLP, SAC, ReplayDataModule
@@ -50,7 +50,7 @@ def lit_rl(task: str) -> float:
             "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=4, update_to_data=0.25, **options
         )
         algorithm = DQN(
-            lr=1e-3, epsilon=0.05, double=False, target_update_interval=250,
+            lr=1e-3, epsilon=0.05, double=False, target_update_interval=250, compile=compile,
             network=functools.partial(MLP, hidden_sizes=[64, 64], activation="relu"),
         )  # fmt: skip
     trainer = L.Trainer(
@@ -89,7 +89,11 @@ def sb3(task: str) -> float:
     return timed / (begun[1] - begun[0])
 
 
-SYSTEMS = {"lit_rl": lit_rl, "SB3": sb3}
+SYSTEMS = {
+    "lit_rl": lit_rl,
+    "lit_rl, compiled": functools.partial(lit_rl, compile=True),  # the time begins after compilation
+    "SB3": sb3,
+}
 
 
 def main() -> None:
@@ -105,23 +109,25 @@ def main() -> None:
         return
     results = {}
     for task in args.tasks:
-        speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+        speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS if task == "dqn" or "compiled" not in name}
         for number in range(args.rounds):
-            for name in SYSTEMS:
+            for name in speeds:
                 done = subprocess.run(
                     [sys.executable, __file__, "--one", name, task], capture_output=True, text=True, check=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 speeds[name].append(json.loads(done.stdout.splitlines()[-1])["env_steps_per_s"])
-            ours, theirs = speeds["lit_rl"][-1], speeds["SB3"][-1]
-            print(f"{task} round {number + 1}: lit_rl {ours:.0f}, SB3 {theirs:.0f}: {ours / theirs:.2f}", flush=True)
-        ratios = [ours / theirs for ours, theirs in zip(speeds["lit_rl"], speeds["SB3"])]
-        print(f"{task}: median ratio {statistics.median(ratios):.2f}", flush=True)
+            print(
+                f"{task} round {number + 1}: { ({name: round(found[-1]) for name, found in speeds.items()}) }",
+                flush=True,
+            )
         results[task] = {
-            "env_steps_per_s": {name: [round(speed, 1) for speed in found] for name, found in speeds.items()},
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "median_ratio": round(statistics.median(ratios), 3),
+            "env_steps_per_s": {name: [round(speed, 1) for speed in found] for name, found in speeds.items()}
         }
+        for name in speeds.keys() - {"SB3"}:  # within each round
+            ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds["SB3"])]
+            results[task][f"{name} / SB3"] = [round(ratio, 3) for ratio in ratios]
+            print(f"{task}: {name} / SB3, median {statistics.median(ratios):.2f}", flush=True)
     if args.write:
         OUT.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
+from lit_rl.checks import check_choice, check_flag
+from lit_rl.compiled import CompiledStep, factor
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
 from lit_rl.evaluation import summarize
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
@@ -29,6 +31,7 @@ from lit_rl.schedules import Schedule, scheduled
 from lit_rl.signals import Interruption
 from lit_rl.spec import EnvSpec
 
+CLIP_BY = ("global_norm", "norm", "value")
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
@@ -45,7 +48,10 @@ class Algorithm(L.LightningModule):
         network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default.
         policy_class: a subclass of the algorithm's policy that chooses actions in its own way; None for that itself.
         spec: an `EnvSpec` in plain data. None: the datamodule's. Checkpoints hold it.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
+        max_grad_norm: bound of the gradient; None leaves it as it is.
+        grad_clip_by: what is bounded: the "global_norm" of all gradients together, the "norm" of each parameter's, or
+            the absolute "value" of each number.
+        compile: whether `gradient_step` is one compiled function, see `CompiledStep`.
 
     Attributes:
         policy: what acts.
@@ -68,6 +74,8 @@ class Algorithm(L.LightningModule):
         policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
         max_grad_norm: float | None = None,
+        grad_clip_by: str = "global_norm",
+        compile: bool = False,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -76,6 +84,9 @@ class Algorithm(L.LightningModule):
         self.network = network
         self.policy_class = policy_class or self.POLICY
         self.max_grad_norm = max_grad_norm
+        self.grad_clip_by = check_choice("grad_clip_by", grad_clip_by, CLIP_BY)
+        self._compiles = check_flag("compile", compile)
+        self._compiled_step: CompiledStep | None = None
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
         self.init_from: str | None = None
@@ -102,6 +113,10 @@ class Algorithm(L.LightningModule):
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         """Learn from one batch; returns metrics to log. Takes what it needs from the batch, not from the Trainer."""
         raise NotImplementedError(f"{type(self).__name__} must define update(batch).")
+
+    def loss(self, batch: TensorDict) -> tuple[Tensor, Any]:
+        """What `gradient_step` minimises, and any tree of tensors beside it."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(batch) to call gradient_step.")
 
     def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
         """The policy's network where none is asked for; None for the observation space's default."""
@@ -134,6 +149,14 @@ class Algorithm(L.LightningModule):
                 "one. Leave it out: policy and critic then share the network."
             )
 
+    def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
+        """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss."""
+        if self._compiled_step is not None:
+            loss, norm, rest = self._compiled_step(batch)
+            return self._note_step(loss, norm, self._compiled_step.optimizer), rest
+        loss, rest = self.loss(batch)
+        return self.optimize(loss), rest
+
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool:
         """One gradient step on `loss`: backward (all-reduced over ranks), clip, step; whether it was taken.
 
@@ -149,14 +172,12 @@ class Algorithm(L.LightningModule):
         # norm: they need not ask each other.
         self.manual_backward(loss, gradient=loss.detach() * 0 + 1)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = grad_norm(grads)
-        if not math.isfinite(norm):
-            self._skip(loss, optimizer)
+        norms = torch._foreach_norm(grads)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if not self._note_step(loss, norm, optimizer):
             return False
-        self._skipped_in_a_row.pop(optimizer, None)
-        self._grad_norms.append(norm)
         if self.max_grad_norm is not None:
-            clip_grads(grads, norm, self.max_grad_norm)
+            clip_gradients(grads, norms, norm, self.max_grad_norm, self.grad_clip_by)
         optimizer.step()
         return True
 
@@ -301,6 +322,7 @@ class Algorithm(L.LightningModule):
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
         self._interruption = Interruption(self.trainer)
+        self._compiled_step = CompiledStep(self) if self._compiles else None
         if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
             self._datamodule.begin_evaluation()  # the first that is logged
         self._batch_ended = time.perf_counter()
@@ -460,11 +482,17 @@ class Algorithm(L.LightningModule):
         if self._interruption is not None:
             self._interruption.obey()
 
-    def _skip(self, loss: Tensor, optimizer: LightningOptimizer) -> None:
+    def _note_step(self, loss: Tensor, norm: Tensor, optimizer: LightningOptimizer) -> bool:
+        """Whether a step is to be taken: not if the gradient's norm is not finite, which is counted."""
+        if math.isfinite(norm):
+            self._skipped_in_a_row.pop(optimizer, None)
+            self._grad_norms.append(norm)
+            return True
         self.skipped_updates += 1
         self._skipped_in_a_row[optimizer] = self._skipped_in_a_row.get(optimizer, 0) + 1
         wrong = (n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         self._not_finite = f"The gradient of {next(wrong, 'all parameters')}" if loss.isfinite() else "The loss"
+        return False
 
     def _save_batch(self, batch: TensorDict) -> None:
         name = f"nonfinite_batch_{self.env_steps_done}_rank{self.global_rank}.pt"
@@ -537,17 +565,18 @@ class Algorithm(L.LightningModule):
         self._log(values | {"env_steps": float(env_steps)}, env_steps)
 
 
-def grad_norm(grads: list[Tensor]) -> Tensor:
-    """The global norm of gradients of one device and dtype.
+def clip_gradients(grads: list[Tensor], norms: Sequence[Tensor], norm: Tensor, bound: float, by: str) -> None:
+    """Bound gradients in place, whose own norms and global norm are known.
 
-    With `clip_grads` it does what `nn.utils.clip_grad_norm_` does, in half its time: that sorts them first.
+    As `nn.utils.clip_grad_norm_` and `clip_grad_value_` do, in half their time: they sort gradients by device first.
     """
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-
-
-def clip_grads(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients of a global norm down to another, in place."""
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if by == "value":
+        torch._foreach_clamp_min_(grads, -bound)
+        torch._foreach_clamp_max_(grads, bound)
+    elif by == "norm":
+        torch._foreach_mul_(grads, [factor(each, bound) for each in norms])
+    else:
+        torch._foreach_mul_(grads, factor(norm, bound))
 
 
 def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor) -> Tensor:
     """Clipped surrogate loss.
 
     -min(r A, clip(r, 1 - clip, 1 + clip) A) with r = exp(log_ratio): eq. 7 of Schulman et al. 2017, arXiv:1707.06347.
@@ -30,6 +30,18 @@ def value_loss(value: Tensor, target: Tensor) -> Tensor:
     tensor([2.])
     """
     return 0.5 * (value - target).square()
+
+
+def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
+    """The greater of `value_loss` and of that of a value no further than `clip` from the old one, shape [*N].
+
+    As in OpenAI's baselines (ppo2); no part of the paper. `old_value` and `target` are detached by the caller.
+
+    >>> clipped_value_loss(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), torch.tensor([2.0, 0.0]), clip=0.5)
+    tensor([1.1250, 0.5000])
+    """
+    near = old_value + (value - old_value).clamp(-clip, clip)
+    return torch.maximum(value_loss(value, target), value_loss(near, target))
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:

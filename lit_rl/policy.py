@@ -60,6 +60,7 @@ class Policy(nn.Module):
         state_dependent_std: whether the head gives the standard deviations of Box actions too; else they are
             parameters of their own, the same for every observation.
         squash: keep Box actions within their bounds by a tanh, instead of clipping them.
+        log_std_init: the log standard deviations of Box actions before training.
 
     Attributes:
         epsilon: the probability with which `sample` takes an action that knows nothing of the observation instead.
@@ -73,6 +74,7 @@ class Policy(nn.Module):
         normalize_observations: bool = False,
         state_dependent_std: bool = False,
         squash: bool = False,
+        log_std_init: float = 0.0,
     ):
         super().__init__()
         self.spec = spec
@@ -82,6 +84,7 @@ class Policy(nn.Module):
             "normalize_observations": normalize_observations,
             "state_dependent_std": state_dependent_std,
             "squash": squash,
+            "log_std_init": log_std_init,
         }
         self.as_rows = row_converter(spec.observation_space)
         leaf_spaces = space_leaves(spec.observation_space)
@@ -248,9 +251,11 @@ class Policy(nn.Module):
                 )
             size += num_scales
         elif num_scales:
-            self.log_std = nn.Parameter(torch.zeros(num_scales))
+            self.log_std = nn.Parameter(torch.full((num_scales,), self._arguments["log_std_init"]))
         # A small gain makes the first policy close to uniform (Andrychowicz et al. 2021).
         self.head = orthogonal(nn.Linear(num_features, size), gain=0.01)
+        if num_scales and self.log_std is None:
+            nn.init.constant_(self.head.bias[-num_scales:], self._arguments["log_std_init"])
 
     def choose(self, features: Tensor, obs: Tree, deterministic: bool) -> tuple[Tree, Any]:
         """Actions [B, *action] and their log-probabilities [B] for features [B, F]; `obs` holds the action mask."""
@@ -425,8 +430,12 @@ class Policy(nn.Module):
             self._masks.apply_numpy(out, obs[ACTION_MASK])
         return out
 
+    def weights_moved(self) -> None:
+        """To be called when parameters were given other memory: `act` may read it without torch."""
+        self._forward_numpy = None
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
-        self._forward_numpy = None  # its arrays are views of the old device's memory
+        self.weights_moved()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lit_rl.schedules import Schedule, check_points, check_schedule, value_at
 from lit_rl.spec import EnvSpec
 
 EPSILON = [[0, 1.0], [10_000, 0.05]]  # where it is not set
+TERMS = ("loss/value", "value/td_error", "value/q_mean")
 
 
 class DQN(OffPolicy):
@@ -72,6 +73,8 @@ class DQN(OffPolicy):
             (two hidden layers of 64 tanh units for a vector).
         sequence_length: steps of each sequence that a network with memory is trained on.
         burn_in: steps before each sequence that refresh the memory first, without gradients.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for about
+            a minute of compilation.
         policy_class: a subclass of `QPolicy` that chooses actions in its own way.
         spec: the environment's spaces in plain data; None takes the datamodule's.
     """
@@ -104,12 +107,15 @@ class DQN(OffPolicy):
         network: NetworkFactory | dict[str, Any] | None = None,
         sequence_length: int = 20,
         burn_in: int = 0,
+        compile: bool = False,
         policy_class: type[QPolicy] | None = None,
         spec: dict[str, Any] | None = None,
     ):
         if max_grad_norm is not None:
             max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm)
+        super().__init__(
+            network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm, compile=compile
+        )
         lr = check_range("lr", lr, 0.0, exclusive_low=True)
         lr_schedule = check_schedule("lr_schedule", lr_schedule)
         gamma = check_range("gamma", gamma, 0.0, 1.0)
@@ -171,7 +177,15 @@ class DQN(OffPolicy):
         if hp.noisy:
             set_noise(self.policy, self.generator)
             set_noise(self.target, self.generator)
-        if hp.double:
+        _, (td_error, terms) = self.gradient_step(batch)
+        set_priority(batch, td_error)
+        if (self.updates_done + 1) % hp.target_update_interval == 0:
+            self.follow(hp.tau)
+        return dict(zip(TERMS, terms.unbind()))
+
+    def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss of a minibatch, each row's TD error [*N], and the means named by `TERMS`."""
+        if self.hp.double:
             feature, next_feature = features(self.policy, batch)
         else:
             feature, next_feature = self.policy.features(batch), None
@@ -180,14 +194,10 @@ class DQN(OffPolicy):
             next_outputs = self.next_outputs(batch, next_feature)  # [*N, Z]
         output = of_action(outputs, batch["action"])
         loss, td_error = self.losses(batch, output, next_outputs)
-        self.optimize(weighted_mean(loss, batch))
-        set_priority(batch, td_error)
-        if (self.updates_done + 1) % hp.target_update_interval == 0:
-            self.follow(hp.tau)
         with torch.no_grad():
             q = self.policy.expectation(output.unsqueeze(-2)).squeeze(-1)
-            means = row_means(mask_of(batch), loss, td_error.abs(), q)
-        return dict(zip(("loss/value", "value/td_error", "value/q_mean"), means.unbind()))
+            terms = row_means(mask_of(batch), loss, td_error.abs(), q)
+        return weighted_mean(loss, batch), (td_error, terms)
 
     def next_outputs(self, batch: TensorDict, online: Tensor | None) -> Tensor:
         """What the target network says of the best legal next action, [*N, Z].
@@ -256,6 +266,7 @@ class Rainbow(DQN):
         network: NetworkFactory | dict[str, Any] | None = None,
         sequence_length: int = 20,
         burn_in: int = 0,
+        compile: bool = False,
         policy_class: type[QPolicy] | None = None,
         spec: dict[str, Any] | None = None,
     ):
@@ -279,6 +290,7 @@ class Rainbow(DQN):
             network=network,
             sequence_length=sequence_length,
             burn_in=burn_in,
+            compile=compile,
             policy_class=policy_class,
             spec=spec,
         )

@@ -10,9 +10,9 @@ from torch import Tensor
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count, check_flag, check_range
-from lit_rl.distributed import masked_mean, row_means, standardize
+from lit_rl.distributed import masked_mean, rank_mean, row_means, standardize
 from lit_rl.errors import OptionError
-from lit_rl.losses import approximate_kl, ppo_clip, value_loss
+from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import (
     NetworkFactory,
     ValueHead,
@@ -27,6 +27,9 @@ from lit_rl.rollout import mask_of, next_values, next_values_with_memory, rows, 
 from lit_rl.schedules import Schedule, check_schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
+
+TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
+KL = TERMS.index("policy/kl")
 
 
 class PPO(Algorithm):
@@ -49,11 +52,21 @@ class PPO(Algorithm):
         gamma: discount per env step; 0.9 to 0.999.
         gae_lambda: 0 (one-step, biased) to 1 (Monte-Carlo, noisy); usually 0.9 to 0.98.
         clip: how far the probability ratio may leave 1; 0.1 to 0.3.
+        clip_schedule: of `clip`, as `lr_schedule` is of `lr`.
         value_coef: weight of the value loss.
+        value_clip: how far a value may move from the one before the update until its gradient stops; None: any way.
         entropy_coef: weight of the entropy bonus; 0 to 0.02.
+        entropy_schedule: of `entropy_coef`, as `lr_schedule` is of `lr`.
+        kl_coef: first weight of a penalty on the KL divergence from the policy that acted (the paper's section 4);
+            after an update in which it exceeded twice `kl_target` the weight is multiplied by 1.5, and halved after
+            one in which it stayed below half of it. 0: no penalty.
+        kl_target: the KL divergence the penalty aims at.
+        target_kl: an update ends after the gradient step whose minibatch exceeds this KL divergence; None: never.
         num_epochs: passes over each rollout; 3 to 20.
         minibatch_size: rows per gradient step and rank; at most the rollout's rows.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
+        max_grad_norm: bound of the gradient; None leaves it as it is.
+        grad_clip_by: what is bounded: the "global_norm" of all gradients together, the "norm" of each parameter's, or
+            the absolute "value" of each number.
         normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
         normalize_observations: standardise observations by running statistics.
         normalize_returns: divide rewards by the running standard deviation of the discounted return.
@@ -61,13 +74,20 @@ class PPO(Algorithm):
             (two hidden layers of 64 tanh units for a vector).
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
+        log_std_init: the log standard deviations of Box actions before training; -2 to 0.
+        squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
         sequence_length: steps of each sequence that a network with memory is trained on; divides `rollout_length`.
         burn_in: steps before each sequence that refresh the memory first, without gradients; at most `sequence_length`.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for about
+            a minute of compilation.
         policy_class: a subclass of `Policy` that chooses actions in its own way.
         spec: the environment's spaces in plain data; None takes the datamodule's.
     """
 
     critic: ValueNetwork | ValueHead
+    clip: Tensor
+    entropy_coef: Tensor
+    kl_coef: Tensor | None
 
     def __init__(
         self,
@@ -77,32 +97,57 @@ class PPO(Algorithm):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         clip: float = 0.2,
+        clip_schedule: Schedule = "constant",
         value_coef: float = 0.5,
+        value_clip: float | None = None,
         entropy_coef: float = 0.0,
+        entropy_schedule: Schedule = "constant",
+        kl_coef: float = 0.0,
+        kl_target: float = 0.01,
+        target_kl: float | None = None,
         num_epochs: int = 4,
         minibatch_size: int = 256,
         max_grad_norm: float | None = 0.5,
+        grad_clip_by: str = "global_norm",
         normalize_advantage: bool = True,
         normalize_observations: bool = False,
         normalize_returns: bool = False,
         network: NetworkFactory | dict[str, Any] | None = None,
         share_encoder: bool | None = None,
         state_dependent_std: bool = False,
+        log_std_init: float = 0.0,
+        squash_actions: bool = False,
         sequence_length: int = 16,
         burn_in: int = 0,
+        compile: bool = False,
         policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
     ):
         if max_grad_norm is not None:
             max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm)
+        super().__init__(
+            network=network,
+            policy_class=policy_class,
+            spec=spec,
+            max_grad_norm=max_grad_norm,
+            grad_clip_by=grad_clip_by,
+            compile=compile,
+        )
         lr = check_range("lr", lr, 0.0, exclusive_low=True)
         lr_schedule = check_schedule("lr_schedule", lr_schedule)
+        clip_schedule = check_schedule("clip_schedule", clip_schedule)
+        entropy_schedule = check_schedule("entropy_schedule", entropy_schedule)
         gamma = check_range("gamma", gamma, 0.0, 1.0)
         gae_lambda = check_range("gae_lambda", gae_lambda, 0.0, 1.0)
         clip = check_range("clip", clip, 0.0, exclusive_low=True)
         value_coef = check_range("value_coef", value_coef, 0.0)
+        if value_clip is not None:
+            value_clip = check_range("value_clip", value_clip, 0.0, exclusive_low=True)
         entropy_coef = check_range("entropy_coef", entropy_coef, 0.0)
+        kl_coef = check_range("kl_coef", kl_coef, 0.0)
+        kl_target = check_range("kl_target", kl_target, 0.0, exclusive_low=True)
+        if target_kl is not None:
+            target_kl = check_range("target_kl", target_kl, 0.0, exclusive_low=True)
         num_epochs = check_count("num_epochs", num_epochs)
         minibatch_size = check_count("minibatch_size", minibatch_size)
         check_flag("normalize_advantage", normalize_advantage)
@@ -111,6 +156,8 @@ class PPO(Algorithm):
         if share_encoder is not None:
             check_flag("share_encoder", share_encoder)
         check_flag("state_dependent_std", state_dependent_std)
+        log_std_init = float(check_range("log_std_init", log_std_init))
+        check_flag("squash_actions", squash_actions)
         sequence_length = check_count("sequence_length", sequence_length)
         burn_in = check_count("burn_in", burn_in, 0)
         if burn_in > sequence_length:
@@ -120,7 +167,11 @@ class PPO(Algorithm):
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
         self.policy = self.make_policy(
-            spec, normalize_observations=hp.normalize_observations, state_dependent_std=hp.state_dependent_std
+            spec,
+            normalize_observations=hp.normalize_observations,
+            state_dependent_std=hp.state_dependent_std,
+            squash=hp.squash_actions,
+            log_std_init=hp.log_std_init,
         )
         check_same_in_training(self.policy)
         self.check_memory()
@@ -129,6 +180,11 @@ class PPO(Algorithm):
         else:
             self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+        # Numbers that change while training are tensors, so that a compiled step need not be compiled anew.
+        self.register_buffer("clip", torch.tensor(float(hp.clip)), persistent=False)
+        self.register_buffer("entropy_coef", torch.tensor(float(hp.entropy_coef)), persistent=False)
+        # In checkpoints, since it depends on what was learned.
+        self.register_buffer("kl_coef", torch.tensor(float(hp.kl_coef)) if hp.kl_coef else None)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
@@ -137,8 +193,21 @@ class PPO(Algorithm):
     def lr_at(self, env_steps: int) -> float:
         return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":  # schedules that cannot be followed are refused now
+            self.clip_at(0), self.entropy_coef_at(0)
+
+    def clip_at(self, env_steps: int) -> float:
+        return self.schedule("clip_schedule", self.hp.clip, self.hp.clip_schedule, env_steps)
+
+    def entropy_coef_at(self, env_steps: int) -> float:
+        return self.schedule("entropy_schedule", self.hp.entropy_coef, self.hp.entropy_schedule, env_steps)
+
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         hp, mask = self.hp, mask_of(rollout)
+        self.clip.fill_(self.clip_at(self.env_steps_done))
+        self.entropy_coef.fill_(self.entropy_coef_at(self.env_steps_done))
         with torch.no_grad():
             value, next_value, states = self.values(rollout)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
@@ -149,38 +218,61 @@ class PPO(Algorithm):
             )
             rollout["advantage"] = standardize(advantage, mask) if hp.normalize_advantage else advantage
             rollout["value_target"] = value_target
+            if hp.value_clip is not None:
+                rollout["state_value"] = value
 
         terms = []
         for minibatch in self.minibatches(rollout, states):
-            loss, minibatch_terms = self.loss(minibatch)
-            if self.optimize(loss):
+            taken, minibatch_terms = self.gradient_step(minibatch)
+            if taken:
                 terms.append(minibatch_terms)
+                if hp.target_kl is not None and rank_mean(minibatch_terms[KL].clone()) > hp.target_kl:
+                    break
 
         self.policy.update_normalizer(rollout["observation"], mask)
-        names = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
         metrics: dict[str, Tensor | float] = {}
         if terms:
-            metrics |= zip(names, torch.stack(terms).mean(0).unbind())
+            metrics |= zip(TERMS, torch.stack(terms).mean(0).unbind())
+        if hp.target_kl is not None:
+            metrics["optim/gradient_steps"] = float(len(terms))
+        if self.kl_coef is not None and terms:
+            metrics["policy/kl_coef"] = float(self.kl_coef)
+            self.adapt_kl_coef(self.kl_coef, terms)
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
 
     def loss(self, minibatch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch [M] (with memory [M, L]), and the means of its terms.
 
-        The terms are policy loss, value loss, entropy, KL and clip fraction.
+        The terms are those of `TERMS`.
         """
         hp, mask, advantage = self.hp, mask_of(minibatch), minibatch["advantage"]
         features = self.policy.features(minibatch)
         log_prob, entropy = self.policy.evaluate(minibatch, features)
         value = self.critic(features) if self.shares_encoder else self.value(minibatch["observation"])
         log_ratio = log_prob - minibatch["action_log_prob"]
-        policy_loss = ppo_clip(log_ratio, advantage, hp.clip)
-        critic_loss = value_loss(value, minibatch["value_target"])
-        loss = masked_mean(policy_loss + hp.value_coef * critic_loss - hp.entropy_coef * entropy, mask)
+        policy_loss = ppo_clip(log_ratio, advantage, self.clip)
+        if hp.value_clip is None:
+            critic_loss = value_loss(value, minibatch["value_target"])
+        else:
+            critic_loss = clipped_value_loss(value, minibatch["state_value"], minibatch["value_target"], hp.value_clip)
+        kl = approximate_kl(log_ratio)
+        row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef * entropy
+        if self.kl_coef is not None:
+            row_loss = row_loss + self.kl_coef * kl
+        clipped = ((log_ratio.detach().exp() - 1).abs() > self.clip).float()
         with torch.no_grad():
-            clipped = ((log_ratio.exp() - 1).abs() > hp.clip).float()
-            terms = row_means(mask, policy_loss, critic_loss, entropy, approximate_kl(log_ratio), clipped)
-        return loss, terms
+            terms = row_means(mask, policy_loss, critic_loss, entropy, kl, clipped)
+        return masked_mean(row_loss, mask), terms
+
+    def adapt_kl_coef(self, kl_coef: Tensor, terms: list[Tensor]) -> None:
+        """Weigh the KL penalty by what the last pass over a rollout measured: section 4 of the paper."""
+        last_pass = terms[-max(1, len(terms) // self.hp.num_epochs) :]
+        kl = float(rank_mean(torch.stack(last_pass).mean(0))[KL])
+        if kl > 2 * self.hp.kl_target:
+            kl_coef.mul_(1.5)
+        elif kl < self.hp.kl_target / 2:
+            kl_coef.mul_(0.5)
 
     @property
     def shares_encoder(self) -> bool:
@@ -205,7 +297,7 @@ class PPO(Algorithm):
         With memory the order is that of sequences, each of which counts `sequence_length` rows.
         """
         hp, size = self.hp, self.hp.minibatch_size
-        keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "mask")
+        keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
         if self.policy.has_memory:
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
         else:

@@ -71,7 +71,8 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
             first.append(batch["observation"][:, 0].clone())
             return super().update(batch)
 
-    algorithm = Watch(minibatch_size=32, num_epochs=2, lr=1e-3)
+    target_kl = None if num_env_runners else 5e-4  # which the ranks do not exceed at the same time
+    algorithm = Watch(minibatch_size=32, num_epochs=2, lr=1e-3, target_kl=target_kl)
     trainer = fit(algorithm, data, world_size)
     trainer.save_checkpoint(out / "ddp.ckpt")
     torch.save(

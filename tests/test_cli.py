@@ -56,6 +56,8 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
         steps += begin
     else:
         more = ["--model.num_epochs", "1"]
+    if config["model"]["init_args"].get("compile"):  # takes half a minute; see test_compiled.py
+        more += ["--model.compile", "false"]
     lit_rl(
         "fit", "--config", str(recipe), "--data.max_env_steps", str(steps), "--trainer.enable_progress_bar", "false",
         "--data.eval_episodes", "1", *more,

@@ -161,6 +161,13 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
         ("num_epochs", 1),
         ("minibatch_size", 32),
         ("max_grad_norm", 0.01),
+        ("grad_clip_by", "value"),
+        ("grad_clip_by", "norm"),
+        ("clip_schedule", [[0, 0.01]]),
+        ("entropy_schedule", [[0, 0.5]]),
+        ("value_clip", 0.01),
+        ("kl_coef", 10.0),
+        ("target_kl", 1e-6),
         ("network", MLP),  # the default, said aloud: changes nothing
     ],
 )
@@ -186,6 +193,15 @@ def test_every_option_changes_what_is_learned(make_trainer, option: str, value: 
         ({"minibatch_size": 2.5}, "minibatch_size=2.5"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"normalize_advantage": "no"}, "normalize_advantage='no': expected True or False"),
+        ({"grad_clip_by": "norms"}, "grad_clip_by='norms': expected one of 'global_norm', 'norm', 'value'"),
+        ({"clip_schedule": "cosine"}, "clip_schedule='cosine': expected 'constant', 'linear'"),
+        ({"entropy_schedule": [[5, -1.0]]}, "entropy_schedule=-1.0: expected a number, at least 0"),
+        ({"value_clip": 0}, "value_clip=0: expected a number, above 0"),
+        ({"kl_coef": -1}, "kl_coef=-1: expected a number, at least 0"),
+        ({"kl_target": 0}, "kl_target=0: expected a number, above 0"),
+        ({"target_kl": 0}, "target_kl=0: expected a number, above 0"),
+        ({"squash_actions": "yes"}, "squash_actions='yes': expected True or False"),
+        ({"compile": 1}, "compile=1: expected True or False"),
         ({"lr_schedule": "cosine"}, "lr_schedule='cosine': expected 'constant', 'linear'"),
         ({"lr_schedule": [[0, 1.0], [0, 0.5]]}, "rising order"),
     ],
@@ -248,6 +264,182 @@ def test_the_observation_statistics_change_only_after_the_update(make_trainer) -
     algorithm = Watch(minibatch_size=64, normalize_observations=True)
     make_trainer(limit_val_batches=0).fit(algorithm, data)
     assert len(seen) == 8 and max(seen) < 1e-4
+
+
+class Watched(PPO):
+    """Notes what each loss was computed with."""
+
+    def loss(self, minibatch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen = getattr(self, "seen", [])
+        self.seen.append((self.env_steps_done, float(self.clip), float(self.entropy_coef)))
+        return super().loss(minibatch)
+
+
+def test_clip_and_entropy_follow_their_schedules(make_trainer) -> None:
+    model = {
+        "minibatch_size": 64, "num_epochs": 1, "clip": 0.4, "clip_schedule": "linear", "entropy_coef": 0.9,
+        "entropy_schedule": [[0, 0.1], [256, 0.3]],
+    }  # fmt: skip
+    data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL)
+    algorithm = Watched(**model)
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    steps, clips, entropies = zip(*algorithm.seen[::2])  # two minibatches in each rollout of 128
+    assert steps == (0, 128, 256, 384)
+    assert clips == pytest.approx((0.4, 0.3, 0.2, 0.1))
+    assert entropies == pytest.approx((0.1, 0.2, 0.3, 0.3))
+
+
+@pytest.mark.parametrize("name", ["clip_schedule", "entropy_schedule"])
+def test_a_linear_schedule_without_a_budget_is_refused(make_trainer, name: str) -> None:
+    data = RolloutDataModule("CartPole-v1", rollouts_per_epoch=1, seed=0, **SMALL)
+    with pytest.raises(OptionError, match=f"{name}='linear': expected a budget to end at"):
+        make_trainer(max_epochs=1).fit(PPO(minibatch_size=64, **{name: "linear"}), data)
+
+
+def test_an_update_ends_after_the_step_that_went_too_far(make_trainer) -> None:
+    def steps(**model) -> tuple[int, dict]:
+        data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL)
+        trainer = make_trainer(limit_val_batches=0)
+        trainer.fit(PPO(minibatch_size=64, lr=1e-2, **model), data)
+        return trainer.global_step, trainer.callback_metrics
+
+    whole, metrics = steps()
+    assert whole == 4 * 4 * 2 and "optim/gradient_steps" not in metrics
+    stopped, metrics = steps(target_kl=0.01)
+    assert 4 <= stopped < whole
+    assert 1 <= metrics["optim/gradient_steps"] <= 8
+    few, metrics = steps(target_kl=1e-9)
+    assert few < 4 * 3  # the first step of each update has a divergence of 0
+    assert metrics["policy/kl"] > 1e-9
+
+
+def test_the_penalty_adapts_to_the_divergence_it_finds(make_trainer, tmp_path) -> None:
+    def weights(path: str | None = None, steps: int = 512, **model) -> tuple[PPO, list[float]]:
+        seen = []
+
+        class Watch(PPO):
+            def update(self, batch: TensorDict) -> dict:
+                metrics = super().update(batch)
+                seen.append((metrics["policy/kl_coef"], float(metrics["policy/kl"])))
+                return metrics
+
+        data = RolloutDataModule("CartPole-v1", max_env_steps=steps, seed=0, **SMALL)
+        algorithm, trainer = Watch(minibatch_size=128, num_epochs=1, kl_coef=2.0, **model), make_trainer()
+        trainer.fit(algorithm, data, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return algorithm, [coef for coef, _ in seen]
+
+    # One step from the policy that acted: its own divergence is 0, which is too small.
+    algorithm, seen = weights()
+    assert seen == [2.0, 1.0, 0.5, 0.25] and float(algorithm.kl_coef) == 0.125
+    algorithm, seen = weights(tmp_path / "last.ckpt", steps=768)
+    assert seen == [0.125, 0.0625]
+    bare = PPO(kl_coef=1.0, kl_target=0.01, num_epochs=2, spec=algorithm.spec.to_dict())
+    bare.build(algorithm.spec)
+    rows = torch.zeros(4, 5)  # two passes of two minibatches: only the second pass counts
+    for second_pass, expected in (
+        ([0.0, 0.05], 1.5),
+        ([0.02, 0.02], 1.5),
+        ([0.003, 0.005], 0.75),
+        ([0.01, 0.01], 0.75),
+    ):
+        rows[:, 3] = torch.tensor([9.0, 9.0, *second_pass])
+        bare.adapt_kl_coef(bare.kl_coef, list(rows))
+        assert float(bare.kl_coef) == pytest.approx(expected)
+
+
+def test_the_penalty_is_the_divergence_times_its_weight(make_trainer) -> None:
+    model = {"minibatch_size": 128, "num_epochs": 1}
+    algorithm, rollout = collect(make_trainer, CounterEnv, SMALL, model)
+    rollout["advantage"], rollout["value_target"] = torch.ones(8, 16), torch.zeros(8, 16)
+    rollout["action_log_prob"] -= 0.1  # the ratio is e^0.1
+    (minibatch,) = algorithm.minibatches(rollout, None)
+    plain, terms = algorithm.loss(minibatch)
+    algorithm.kl_coef = torch.tensor(3.0)
+    penalised, _ = algorithm.loss(minibatch)
+    assert float(terms[3]) == pytest.approx(np.exp(0.1) - 1 - 0.1, rel=1e-3)
+    assert float(penalised - plain) == pytest.approx(3 * float(terms[3]), rel=1e-3)
+
+
+def test_the_value_may_move_no_further_than_its_clip(make_trainer) -> None:
+    model = {"minibatch_size": 128, "num_epochs": 1, "value_clip": 0.5}
+    algorithm, rollout = collect(make_trainer, CounterEnv, SMALL, model)
+    algorithm.update(rollout)
+    assert rollout["state_value"].shape == (8, 16)
+    torch.testing.assert_close(rollout["state_value"], algorithm.values(rollout)[0])
+    rollout["state_value"] -= 2.0  # has moved by 2, towards a target of
+    rollout["value_target"] = algorithm.values(rollout)[0] + 3.0
+    (minibatch,) = algorithm.minibatches(rollout, None)
+    _, terms = algorithm.loss(minibatch)
+    assert float(terms[1]) == pytest.approx(0.5 * (2 - 0.5 + 3) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(("by", "bound"), [("global_norm", 0.1), ("norm", 0.05), ("value", 0.01)])
+def test_gradients_are_bounded_as_torch_does_it(make_trainer, by: str, bound: float) -> None:
+    kept = []
+
+    class Keep(PPO):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            kept.append([parameter.grad.clone() for parameter in self.parameters()])
+
+    def gradients(**model) -> list[torch.Tensor]:
+        kept.clear()
+        data = RolloutDataModule("CartPole-v1", max_env_steps=128, seed=0, **SMALL)
+        make_trainer(limit_val_batches=0).fit(Keep(minibatch_size=128, num_epochs=1, **model), data)
+        return kept[0]
+
+    free, bounded = gradients(max_grad_norm=None), gradients(max_grad_norm=bound, grad_clip_by=by)
+    parameters = [torch.nn.Parameter(gradient) for gradient in free]
+    for parameter, gradient in zip(parameters, free):
+        parameter.grad = gradient.clone()
+    if by == "value":
+        torch.nn.utils.clip_grad_value_(parameters, bound)
+    for group in [parameters] if by == "global_norm" else [[p] for p in parameters] if by == "norm" else []:
+        torch.nn.utils.clip_grad_norm_(group, bound)
+    for parameter, gradient in zip(parameters, bounded):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert any(not torch.equal(gradient, before) for gradient, before in zip(bounded, free))
+
+
+def test_squashed_actions_stay_inside_and_learn(make_trainer) -> None:
+    model = {
+        "lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 64, "gamma": 0.0, "normalize_observations": True,
+        "squash_actions": True,
+    }  # fmt: skip
+    algorithm, data, return_ = train(make_trainer, TargetEnv, 4_000, model, SMALL)
+    assert return_ > -0.05  # acting at random costs about 0.7
+    space = data.spec.action_space
+    obs = np.full((100, *data.spec.observation_space.shape), 50, np.float32)
+    action = algorithm.policy.to_env(algorithm.policy.sample(obs)[0])
+    assert (action >= space.low).all() and (action <= space.high).all()
+
+
+@pytest.mark.parametrize("state_dependent_std", [False, True])
+def test_the_first_standard_deviation_is_the_one_asked_for(make_trainer, state_dependent_std: bool) -> None:
+    model = {"log_std_init": -2, "state_dependent_std": state_dependent_std}
+    algorithm, rollout = collect(make_trainer, TargetEnv, SMALL, model | {"minibatch_size": 64})
+    log_std = algorithm.policy(rollout["observation"])[..., 1:]
+    torch.testing.assert_close(log_std, torch.full_like(log_std, -2.0), atol=0.1, rtol=0)
+    assert rollout["action"].std() < 0.3
+
+
+def test_one_pass_over_one_minibatch_is_advantage_actor_critic(make_trainer) -> None:
+    """docs/ppo.md says how A2C is had."""
+    model = {
+        "num_epochs": 1, "minibatch_size": 128, "gae_lambda": 1.0, "normalize_advantage": False, "entropy_coef": 0.01,
+        "value_coef": 0.5, "max_grad_norm": None,
+    }  # fmt: skip
+    algorithm, rollout = collect(make_trainer, CounterEnv, SMALL, model)
+    algorithm.update(rollout)
+    for parameter in algorithm.parameters():
+        parameter.grad = None
+    log_prob, entropy = algorithm.policy.evaluate(rollout)
+    value = algorithm.value(rollout["observation"])
+    target = rollout["value_target"]
+    loss = -(log_prob * (target - value.detach())) + 0.25 * (value - target).square() - 0.01 * entropy
+    loss.mean().backward()
+    for found, parameter in zip(algorithm.gradients, algorithm.parameters()):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_ignores_masked_rows() -> None:

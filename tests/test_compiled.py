@@ -1,0 +1,187 @@
+"""`compile=True`: the same training as without, in one function."""
+
+import copy
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tensordict import TensorDict
+from test_replay_data import CycleEnv
+from test_signals import same
+
+from lit_rl import DQN, MLP, PPO, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl.errors import DivergedError, OptionError
+
+PPO_OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 24, "num_epochs": 2, "entropy_coef": 0.01, "kl_coef": 0.2,
+    "clip_schedule": "linear", "entropy_schedule": "linear", "value_clip": 0.2,
+    "network": partial(MLP, hidden_sizes=[8]),
+}  # fmt: skip
+CASES: dict[str, Any] = {
+    "PPO": (PPO, PPO_OPTIONS),
+    "PPO, shared": (PPO, {"minibatch_size": 24, "share_encoder": True, "grad_clip_by": "norm", "max_grad_norm": 0.1}),
+    "PPO, by value": (PPO, {"minibatch_size": 24, "grad_clip_by": "value", "max_grad_norm": 0.01}),
+    "DQN": (DQN, {"lr": 1e-2, "target_update_interval": 7, "network": partial(MLP, hidden_sizes=[8])}),
+    "Rainbow": (
+        Rainbow,
+        {"lr": 1e-3, "network": partial(MLP, hidden_sizes=[8]), "v_min": 0, "v_max": 5, "num_atoms": 11},
+    ),
+}
+
+
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled function is run as it is written."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def fit(make_trainer: Any, case: str, *, path: Any = None, steps: int = 320, **options: Any) -> tuple[Any, L.Trainer]:
+    """`steps` / 64 updates of PPO, of two minibatches of 24 rows and one of 16; (`steps` - 80) / 4 of the others."""
+    cls, own = CASES[case]
+    more: dict[str, Any] = {"max_env_steps": steps, "eval_episodes": 2, "num_envs_per_env_runner": 2, "seed": 0}
+    if cls is PPO:
+        data: Any = RolloutDataModule(CycleEnv, rollout_length=32, **more)
+    else:
+        data = ReplayDataModule(
+            CycleEnv, learning_starts=80, batch_size=16, buffer_size=400, env_steps_per_batch=40, update_to_data=0.25,
+            **more,
+        )  # fmt: skip
+    algorithm, trainer = cls(**copy.deepcopy(own) | options), make_trainer()
+    trainer.fit(algorithm, data, ckpt_path=path)
+    return algorithm, trainer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_steps_give_the_weights_of_eager_ones(make_trainer, in_python: None, case: str) -> None:
+    eager, trainer = fit(make_trainer, case, steps=160)
+    compiled, other = fit(make_trainer, case, steps=160, compile=True)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    assert trainer.global_step == other.global_step > 10
+    for name in ("optim/grad_norm", "optim/lr", "loss/value"):
+        torch.testing.assert_close(
+            trainer.callback_metrics[name], other.callback_metrics[name], rtol=1e-2, atol=1e-4, msg=name
+        )
+    first, second = (each.optimizers[0].state_dict()["state"] for each in (trainer, other))
+    assert first.keys() == second.keys()
+    for index, state in first.items():
+        assert state["step"] == second[index]["step"]
+        torch.testing.assert_close(state["exp_avg"], second[index]["exp_avg"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_is_compiled_is_what_is_written(make_trainer) -> None:
+    eager, trainer = fit(make_trainer, "PPO", minibatch_size=32)
+    compiled, other = fit(make_trainer, "PPO", minibatch_size=32, compile=True)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    assert trainer.global_step == other.global_step
+
+
+@pytest.mark.parametrize("case", ["PPO", "DQN"])
+def test_a_resumed_compiled_run_equals_an_unbroken_one(
+    make_trainer, in_python: None, case: str, tmp_path: Path
+) -> None:
+    options = {"lr_schedule": "constant"}  # a run of half the budget follows another schedule
+    if case == "PPO":
+        options |= {"clip_schedule": "constant", "entropy_schedule": "constant"}
+    whole, trainer = fit(make_trainer, case, compile=True, **options)
+    _, first = fit(make_trainer, case, compile=True, steps=192, **options)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert {state["step"].item() for state in checkpoint["optimizer_states"][0]["state"].values()} == {
+        float(first.global_step)
+    }
+    resumed, again = fit(make_trainer, case, compile=True, path=tmp_path / "half.ckpt", **options)
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert same(trainer.optimizers[0].state_dict(), again.optimizers[0].state_dict())
+    assert trainer.global_step == again.global_step
+
+
+def test_the_policy_acts_by_the_weights_that_were_learned(make_trainer, in_python: None, tmp_path: Path) -> None:
+    algorithm, trainer = fit(make_trainer, "PPO", compile=True)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    obs = torch.eye(5).numpy()
+    assert (algorithm.policy.act(obs)[0] == load_policy(tmp_path / "last.ckpt").act(obs)[0]).all()
+    assert torch.equal(
+        torch.as_tensor(algorithm.policy.parameters_of(obs)).argmax(-1),
+        algorithm.policy(torch.eye(5)).argmax(-1),
+    )
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, in_python: None) -> None:
+    class Broken(PPO):
+        losses = 0
+
+        def loss(self, minibatch: TensorDict) -> Any:
+            loss, terms = super().loss(minibatch)
+            self.losses += 1
+            return (loss * float("nan") if self.losses == 2 else loss), terms
+
+        def gradient_step(self, batch: TensorDict) -> Any:
+            before = [parameter.clone() for parameter in self.policy.parameters()]
+            taken, terms = super().gradient_step(batch)
+            equal = all(map(torch.equal, before, self.policy.parameters()))
+            assert equal == (self.losses == 2) and taken != equal
+            return taken, terms
+
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    algorithm, trainer = Broken(minibatch_size=8, compile=True), make_trainer(limit_val_batches=0)
+    trainer.fit(algorithm, data)
+    assert trainer.callback_metrics["optim/skipped_updates"] == 1
+    assert trainer.global_step == algorithm.losses - 1
+    assert {float(state["step"]) for state in trainer.optimizers[0].state.values()} == {trainer.global_step}
+
+
+def test_a_loss_that_is_never_finite_ends_the_run(make_trainer, in_python: None) -> None:
+    class Broken(PPO):
+        def loss(self, minibatch: TensorDict) -> Any:
+            loss, terms = super().loss(minibatch)
+            return loss * float("nan"), terms
+
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    with pytest.raises(DivergedError, match="The loss is not finite"):
+        make_trainer(limit_val_batches=0).fit(Broken(minibatch_size=8, compile=True), data)
+
+
+class OtherOptimizer(PPO):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(self.parameters(), lr=self.hp.lr)
+
+
+class Uncompilable(PPO):
+    def loss(self, minibatch: TensorDict) -> Any:
+        loss, terms = super().loss(minibatch)
+        return (loss if float(loss) > 1e9 else 2 * loss), terms
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "trainer", "words"),
+    [
+        (OtherOptimizer, {}, r"compile=True: expected configure_optimizers to return torch.optim.Adam .* got RMSprop"),
+        (PPO, {"precision": "bf16-mixed"}, "expected Trainer.precision='32-true'., got 'bf16-mixed'"),
+        (partial(PPO, network=LSTMNetwork, sequence_length=8), {}, "compile=True: .* has memory"),
+        (Uncompilable, {}, "the gradient step of Uncompilable with this network cannot be compiled"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(make_trainer, algorithm: Any, trainer: dict, words: str) -> None:
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    with pytest.raises(OptionError, match=words):
+        make_trainer(**trainer).fit(algorithm(minibatch_size=8, compile=True), data)
+
+
+def test_two_algorithms_in_one_process_are_compiled_apart(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is told not to check whether what it read has changed."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, fullgraph=True, backend="eager"))
+    for value_coef in (0.5, 5.0):
+        options = {"value_coef": value_coef, "max_grad_norm": None, "share_encoder": True}
+        eager, _ = fit(make_trainer, "PPO", steps=64, **options)
+        compiled, _ = fit(make_trainer, "PPO", steps=64, compile=True, **options)
+        for name, value in eager.state_dict().items():
+            torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=2e-4, msg=name)
