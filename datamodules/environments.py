@@ -1,5 +1,7 @@
 """What every datamodule with environments does: make them, run them, evaluate in them."""
 
+import contextlib
+import dataclasses
 import logging
 import os
 from collections import deque
@@ -18,9 +20,11 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.loaders import EpisodeLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import EnvFailure, OptionError
+from lit_rl.errors import EnvError, EnvFailure, OptionError
+from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
-from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.eval_pool import EvalPool
+from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
 from lit_rl.spec import EnvSpec
@@ -54,9 +58,14 @@ class EnvDataModule(L.LightningDataModule):
         rollout_length: int,
         max_env_steps: int | None,
         prefetch: int,
+        reward_scale: float,
+        reward_clip: float | None,
         eval_episodes: int,
         eval_deterministic: bool,
         eval_timeout_s: float,
+        eval_env_kwargs: dict[str, Any] | None,
+        num_eval_env_runners: int,
+        eval_parallel: bool,
         return_window: int,
         info_metrics: Sequence[str],
         seed: int | None,
@@ -78,9 +87,22 @@ class EnvDataModule(L.LightningDataModule):
             raise OptionError(
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
             )
+        self.reward_scale = check_range("reward_scale", reward_scale, 0.0, exclusive_low=True)
+        if reward_clip is not None:
+            reward_clip = check_range("reward_clip", reward_clip, 0.0, exclusive_low=True)
+        self.reward_clip = reward_clip
         self.eval_episodes = check_count("eval_episodes", eval_episodes)
         self.eval_deterministic = check_flag("eval_deterministic", eval_deterministic)
         self.eval_timeout_s = check_range("eval_timeout_s", eval_timeout_s, 0.0, exclusive_low=True)
+        if not isinstance(eval_env_kwargs, dict | None):
+            raise OptionError(f"eval_env_kwargs={eval_env_kwargs!r}: expected a dict of arguments.")
+        self.eval_env = dataclasses.replace(self.env, env_kwargs=self.env.env_kwargs | (eval_env_kwargs or {}))
+        self.num_eval_env_runners = check_count("num_eval_env_runners", num_eval_env_runners, 0)
+        self.eval_parallel = check_flag("eval_parallel", eval_parallel)
+        if eval_parallel and not num_eval_env_runners:
+            raise OptionError(
+                "eval_parallel=True: evaluating while training goes on needs num_eval_env_runners of at least 1, got 0."
+            )
         if isinstance(info_metrics, str):
             raise OptionError(f"info_metrics={info_metrics!r}: expected a list of keys.")
         self.info_metrics = tuple(info_metrics)
@@ -93,7 +115,11 @@ class EnvDataModule(L.LightningDataModule):
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
+        self.evaluated_at = 0  # env steps after which the policy was as the last evaluation's episodes played it
+        self.lost_episodes = 0  # of this rank's share, that the last evaluation could not play
         self._pool: Pool | None = None
+        self._eval_pool: EvalPool | None = None
+        self._evaluating: tuple[int, int] | None = None  # of the evaluation under way: env steps, this rank's episodes
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=check_count("return_window", return_window))
@@ -104,12 +130,9 @@ class EnvDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self._seed_given:
             self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
-        for tries_left in reversed(range(TRY_OUTS if self.fault_tolerance.max_restarts else 1)):
-            try:
-                self.spec = self.spec or self.env.spec()
-            except EnvFailure:
-                if not tries_left:
-                    raise
+        self.spec = self.spec or self._try_out(self.env)
+        if self.eval_env.env_kwargs != self.env.env_kwargs:
+            self._check_eval_env(self.spec)
         if stage == "fit":
             self._check_budget()
 
@@ -133,12 +156,64 @@ class EnvDataModule(L.LightningDataModule):
             self._runner_states = self._pool.get_state()  # a checkpoint may still be written
             self._pool.close()
             self._pool = None
+        if self._eval_pool is not None:
+            self._eval_pool.close()
+            self._eval_pool, self._evaluating = None, None
 
     # --- what runners and evaluation need ------------------------------------------------------------------------
 
     def eval_seed(self, episode: int) -> int:
         """With which evaluation resets the environment for its `episode`-th episode."""
         return int(self._seed_sequence(EVALUATION, episode).generate_state(1)[0])
+
+    def eval_seeds(self) -> list[int]:
+        """Those of this rank's share of the episodes."""
+        trainer = self.attached_trainer
+        return [
+            self.eval_seed(episode) for episode in range(trainer.global_rank, self.eval_episodes, trainer.world_size)
+        ]
+
+    def play_options(self, record: bool) -> dict[str, Any]:
+        """How evaluation plays episodes: arguments of `play`."""
+        return {"deterministic": self.eval_deterministic, "info_metrics": self.info_metrics, "record": record}
+
+    @property
+    def evaluates_in_parallel(self) -> bool:
+        """Whether training goes on beside the evaluation that is asked for now."""
+        trainer = self.attached_trainer
+        return self.eval_parallel and trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation is under way in eval runners."""
+        return self._evaluating is not None
+
+    def begin_evaluation(self, *, record: bool = False) -> None:
+        """Have the eval runners play this rank's share of an evaluation, with the weights the policy has now."""
+        if self._eval_pool is None:
+            self._eval_pool = self._make_eval_pool()
+        algorithm, seeds = self.algorithm, self.eval_seeds()
+        self._eval_pool.start(algorithm.policy, seeds, self.eval_timeout_s, **self.play_options(record))
+        self._evaluating = algorithm.env_steps_done, len(seeds)
+
+    def end_evaluation(self) -> list[Episode]:
+        """The episodes of the evaluation under way, as soon as they are played."""
+        assert self._eval_pool is not None and self._evaluating is not None
+        episodes = distributed.together(self._eval_pool.finish, self.algorithm.device)
+        (self.evaluated_at, asked), self._evaluating = self._evaluating, None
+        self.lost_episodes = asked - len(episodes)
+        ended = sum(not episode.cut for episode in episodes)
+        if ended < len(episodes):
+            self.say_cut(ended, asked)
+        return episodes
+
+    def say_cut(self, num_ended: int, asked: int) -> None:
+        log.warning(
+            "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
+            self.eval_timeout_s,
+            num_ended,
+            asked,
+        )
 
     def rollout_metrics(self) -> dict[str, float]:
         """Means over the last `return_window` episodes of every rank; absent before the first one ends."""
@@ -278,6 +353,7 @@ class EnvDataModule(L.LightningDataModule):
         keep_states, num_env_runners = self.keep_states, self.num_env_runners
         num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
 
+        reward_scale, reward_clip = self.reward_scale, self.reward_clip
         faults = self.fault_tolerance
 
         def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
@@ -293,6 +369,8 @@ class EnvDataModule(L.LightningDataModule):
                 faults=faults,
                 watchdog=watchdog,
                 replayable=not num_env_runners,
+                reward_scale=reward_scale,
+                reward_clip=reward_clip,
             )
 
         saved = self._resume
@@ -314,6 +392,38 @@ class EnvDataModule(L.LightningDataModule):
                     env.vectorization,
                 )
         return pool
+
+    def _make_eval_pool(self) -> EvalPool:
+        policy_class, network = self.algorithm.policy_class, self.algorithm.network
+        description = self.algorithm.policy.describe()
+
+        def make_policy() -> Policy:
+            return policy_class.from_description(description, network=network)
+
+        self._connect_ray()
+        return EvalPool(self.eval_env, make_policy, self.num_eval_env_runners, self.fault_tolerance, self.placement)
+
+    def _try_out(self, env: EnvConfig) -> EnvSpec:
+        """An environment's spaces, also of one that fails sometimes."""
+        limit = self.fault_tolerance.init_timeout_s
+        error = EnvError(
+            f"env={env.env_id} was not made, reset and stepped once within fault_tolerance.init_timeout_s={limit:g} "
+            "seconds. Mend the environment, or raise it."
+        )
+        with time_limit(limit, error):
+            for _ in range(TRY_OUTS - 1 if self.fault_tolerance.max_restarts else 0):
+                with contextlib.suppress(EnvFailure):
+                    return env.spec()
+            return env.spec()
+
+    def _check_eval_env(self, spec: EnvSpec) -> None:
+        found = self._try_out(self.eval_env)
+        if (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
+            raise OptionError(
+                f"eval_env_kwargs: with {self.eval_env.env_kwargs} the environment {spec.env_id} has observation "
+                f"{found.observation_space}, action {found.action_space}: expected those of training, "
+                f"{spec.observation_space} and {spec.action_space}."
+            )
 
     def _connect_ray(self) -> None:
         """Rank 0 starts or joins Ray, the others join the same one."""
@@ -348,7 +458,8 @@ class EnvDataModule(L.LightningDataModule):
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
             return
-        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - self.num_env_runners
+        num_runners = self.num_env_runners + (self.num_eval_env_runners if self.eval_parallel else 0)
+        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - num_runners
         small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
         torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
 

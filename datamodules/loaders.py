@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from lit_rl.errors import EnvFailure
 from lit_rl.off_policy import ReplayStream
 from lit_rl.rollout import evened
+from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import Restarts
 
@@ -95,14 +96,22 @@ class EpisodeLoader:
     def __init__(self, data: "EnvDataModule", *, record: bool = False):
         self._data = data
         self._record = record
-        trainer = data.attached_trainer
-        episodes = range(trainer.global_rank, data.eval_episodes, trainer.world_size)
-        self._seeds = [data.eval_seed(episode) for episode in episodes]
+        self._seeds = data.eval_seeds()
 
     def __len__(self) -> int:
         return -(-self._data.eval_episodes // self._data.attached_trainer.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        data = self._data
+        data.evaluated_at = data.algorithm.env_steps_done
+        played = 0
+        for episode in self._play_here() if not data.num_eval_env_runners else self._play_elsewhere():
+            played += 1
+            yield episode._asdict()
+        for _ in range(len(self) - played):
+            yield {}
+
+    def _play_here(self) -> Iterator[Episode]:
         data = self._data
         policy = data.algorithm.policy
         acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
@@ -110,42 +119,43 @@ class EpisodeLoader:
         acting.rng = np.random.default_rng(self._seeds)
         deadline = time.monotonic() + data.eval_timeout_s
         left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False
+        data.lost_episodes = 0
         while left:
             try:
-                episodes = play(
-                    data.env,
-                    acting,
-                    left,
-                    deterministic=data.eval_deterministic,
-                    info_metrics=data.info_metrics,
-                    record=self._record,
-                    timeout_s=max(deadline - time.monotonic(), 0.0),
-                )
-                for episode in episodes:
+                options = data.play_options(record=self._record)
+                for episode in play(
+                    data.eval_env, acting, left, timeout_s=max(deadline - time.monotonic(), 0.0), **options
+                ):
                     if episode.cut and not said:
                         said = True
-                        log.warning(
-                            "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
-                            data.eval_timeout_s,
-                            self.played(left),
-                            len(self._seeds),
-                        )
+                        data.say_cut(len(self._seeds) - len(left), len(self._seeds))
                     left = [seed for seed in left if seed != episode.seed]
-                    yield episode._asdict()
+                    # What time was too short to begin is lost, and Lightning may not ask again after the last one.
+                    data.lost_episodes = len(left) if said else 0
+                    yield episode
             except EnvFailure as error:
                 wait = restarts.failed()
+                played = len(self._seeds) - len(left)
                 if wait is None:
-                    log.warning(
-                        "%s Evaluation ends with %d of %d episodes.", error, self.played(left), len(self._seeds)
-                    )
+                    log.warning("%s Evaluation ends with %d of %d episodes.", error, played, len(self._seeds))
+                    data.lost_episodes = len(left)
                     break
                 log.warning("%s The evaluation episodes that had not ended are played again.", error)
                 time.sleep(wait)
             else:
                 break
-        for _ in range(len(self) - self.played(left)):
-            yield {}
 
-    def played(self, left: Sequence[int]) -> int:
-        """Episodes that were yielded, where the seeds `left` were not."""
-        return len(self._seeds) - len(left)
+    def _play_elsewhere(self) -> list[Episode]:
+        """By the eval runners. While training goes on beside them, it is the evaluation before this one."""
+        data, trainer = self._data, self._data.attached_trainer
+        if not data.evaluates_in_parallel:
+            data.begin_evaluation(record=self._record)
+            return data.end_evaluation()
+        if not data.evaluating:
+            data.begin_evaluation()
+        episodes = data.end_evaluation()
+        data.begin_evaluation()
+        if trainer.should_stop:  # no other one follows
+            data.algorithm.log_evaluation([episode._asdict() for episode in episodes])
+            episodes = data.end_evaluation()
+        return episodes

@@ -58,7 +58,9 @@ class ReplayDataModule(EnvDataModule):
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
         prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
             env steps were taken (needs num_env_runners >= 1).
-        eval_episodes, eval_deterministic, eval_timeout_s, return_window, info_metrics, seed: as in `RolloutDataModule`.
+        reward_scale, reward_clip, return_window, info_metrics, seed: as in `RolloutDataModule`.
+        eval_episodes, eval_deterministic, eval_timeout_s, eval_env_kwargs, num_eval_env_runners, eval_parallel: as
+            there.
         ray_address, placement, fault_tolerance, torch_threads: as in `RolloutDataModule`.
     """
 
@@ -87,9 +89,14 @@ class ReplayDataModule(EnvDataModule):
         env_steps_per_batch: int = 1000,
         batches_per_epoch: int = 10,
         prefetch: int = 0,
+        reward_scale: float = 1.0,
+        reward_clip: float | None = None,
         eval_episodes: int = 10,
         eval_deterministic: bool = True,
         eval_timeout_s: float = 1800.0,
+        eval_env_kwargs: dict[str, Any] | None = None,
+        num_eval_env_runners: int = 0,
+        eval_parallel: bool = False,
         return_window: int = 100,
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
@@ -108,9 +115,14 @@ class ReplayDataModule(EnvDataModule):
             rollout_length=rollout_length,
             max_env_steps=max_env_steps,
             prefetch=prefetch,
+            reward_scale=reward_scale,
+            reward_clip=reward_clip,
             eval_episodes=eval_episodes,
             eval_deterministic=eval_deterministic,
             eval_timeout_s=eval_timeout_s,
+            eval_env_kwargs=eval_env_kwargs,
+            num_eval_env_runners=num_eval_env_runners,
+            eval_parallel=eval_parallel,
             return_window=return_window,
             info_metrics=info_metrics,
             seed=seed,

@@ -33,9 +33,18 @@ class RolloutDataModule(EnvDataModule):
         rollouts_per_epoch: batches in a Lightning epoch: how often evaluation and checkpoints can happen.
         prefetch: 0 collects every rollout with the newest weights; 1 collects the next one while the learner updates,
             with weights one version behind (needs num_env_runners >= 1).
+        reward_scale: rewards are multiplied by it before the learner sees them. Returns that are logged stay the
+            environment's own.
+        reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; None leaves
+            them.
         eval_episodes: whole episodes that `validate` plays, each with the same seed every time.
         eval_deterministic: whether evaluation takes the most probable action.
         eval_timeout_s: seconds after which an evaluation ends with the episodes it has.
+        eval_env_kwargs: for evaluation these are passed to the environment too, in place of `env_kwargs` of that name.
+        num_eval_env_runners: Ray actors that play the evaluation's episodes, per learner process; 0 plays them in the
+            learner process.
+        eval_parallel: go on training while the eval runners play. Each evaluation is then logged when the next one is
+            due, and the last one at the end (needs num_eval_env_runners >= 1).
         return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
         seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
@@ -58,9 +67,14 @@ class RolloutDataModule(EnvDataModule):
         max_env_steps: int | None = None,
         rollouts_per_epoch: int = 10,
         prefetch: int = 0,
+        reward_scale: float = 1.0,
+        reward_clip: float | None = None,
         eval_episodes: int = 10,
         eval_deterministic: bool = True,
         eval_timeout_s: float = 1800.0,
+        eval_env_kwargs: dict[str, Any] | None = None,
+        num_eval_env_runners: int = 0,
+        eval_parallel: bool = False,
         return_window: int = 100,
         info_metrics: Sequence[str] = (),
         seed: int | None = None,
@@ -79,9 +93,14 @@ class RolloutDataModule(EnvDataModule):
             rollout_length=rollout_length,
             max_env_steps=max_env_steps,
             prefetch=prefetch,
+            reward_scale=reward_scale,
+            reward_clip=reward_clip,
             eval_episodes=eval_episodes,
             eval_deterministic=eval_deterministic,
             eval_timeout_s=eval_timeout_s,
+            eval_env_kwargs=eval_env_kwargs,
+            num_eval_env_runners=num_eval_env_runners,
+            eval_parallel=eval_parallel,
             return_window=return_window,
             info_metrics=info_metrics,
             seed=seed,

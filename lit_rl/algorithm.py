@@ -22,6 +22,7 @@ from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.checks import check_choice, check_flag
 from lit_rl.compiled import CompiledStep, factor
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
+from lit_rl.evaluation import summarize
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.policy import Policy, class_name
@@ -325,6 +326,8 @@ class Algorithm(L.LightningModule):
         self._set_lr()
         self._interruption = Interruption(self.trainer)
         self._compiled_step = CompiledStep(self) if self._compiles else None
+        if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
+            self._datamodule.begin_evaluation()  # the first that is logged
         self._batch_ended = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -339,6 +342,8 @@ class Algorithm(L.LightningModule):
     def on_train_end(self) -> None:
         self._log_update()  # the last one is logged, whatever `log_every_n_steps`
         self._obey_signals()
+        if getattr(self._datamodule, "evaluating", False):
+            self.log_evaluation([episode._asdict() for episode in self._datamodule.end_evaluation()])
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
@@ -398,6 +403,12 @@ class Algorithm(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The recorded episode itself."""
         return batch
+
+    def log_evaluation(self, episodes: list[dict[str, Any]]) -> None:
+        """Log an evaluation that went on beside training and is not this validation's."""
+        values = self._summarize(episodes, "eval")
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._log_evaluation(values)
 
     # --- Lightning's hooks: checkpoints -------------------------------------------------------------------------
 
@@ -532,23 +543,14 @@ class Algorithm(L.LightningModule):
         if episode:  # empty: a rank whose share is one episode smaller
             self._evaluated.append(episode)
 
+    def _summarize(self, episodes: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+        """The metrics of all ranks' episodes."""
+        ranks = _gather((episodes, getattr(self._datamodule, "lost_episodes", 0)))
+        metrics = summarize([episode for part, _ in ranks for episode in part], sum(lost for _, lost in ranks))
+        return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
     def _log_episodes(self, prefix: str) -> None:
-        episodes = [episode for part in _gather(self._evaluated) for episode in part]
-        if not episodes:
-            return
-        returns = np.array([episode["return_"] for episode in episodes])
-        metrics = {
-            "return_mean": returns.mean(),
-            "return_std": returns.std(),
-            "return_min": returns.min(),
-            "return_max": returns.max(),
-            "length_mean": np.mean([episode["length"] for episode in episodes]),
-            "episodes": len(episodes),
-            "cut_episodes": sum(episode["cut"] for episode in episodes),
-        }
-        for key in sorted({key for episode in episodes for key in episode["info"]}):
-            metrics[f"info/{key}_mean"] = np.mean([e["info"][key] for e in episodes if key in e["info"]])
-        values = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+        values = self._summarize(self._evaluated, prefix)
         in_fit = self.trainer.state.fn == "fit"
         with warnings.catch_warnings():
             # `trainer.validate` returns what was logged, whether there is a logger or not.
@@ -556,8 +558,14 @@ class Algorithm(L.LightningModule):
             # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
             self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
         if in_fit and not self.trainer.sanity_checking:
-            self.trainer.progress_bar_metrics[f"{prefix}/return_mean"] = values[f"{prefix}/return_mean"]
-            self._log(values | {"env_steps": float(self.env_steps_done)}, self.env_steps_done)
+            self._log_evaluation(values)
+
+    def _log_evaluation(self, values: dict[str, float]) -> None:
+        """Hand an evaluation's metrics to the loggers, at the env steps of the policy that played."""
+        shown = "eval/return_mean"
+        self.trainer.progress_bar_metrics.update({shown: values[shown]} if shown in values else {})
+        env_steps = getattr(self._datamodule, "evaluated_at", self.env_steps_done)
+        self._log(values | {"env_steps": float(env_steps)}, env_steps)
 
 
 def clip_gradients(grads: list[Tensor], norms: Sequence[Tensor], norm: Tensor, bound: float, by: str) -> None:

@@ -24,6 +24,7 @@ import lit_rl.modules  # so that short class names such as PPO are found
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cluster import Cluster, last_reported, run_learners, trainer_arguments
+from lit_rl.configs import check_config, suggestion
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.loading import read_first, whole_checkpoint
 from lit_rl.networks import NETWORKS
@@ -174,9 +175,10 @@ def recipe_path(name: str) -> str:
     """The file a `--config` value means: a path that exists, or a packaged recipe's name.
 
     Raises:
-        OptionError: if it is neither.
+        OptionError: if it is neither, or a file that is no config.
     """
     if Path(name).is_file():
+        check_config(name)
         return name
     folder = importlib.resources.files(lit_rl) / "recipes"
     recipes = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
@@ -226,8 +228,6 @@ def _sentence(error: BaseException) -> str:
     text = str(error)
     noise = r"Subtypes:|Errors:|Given value|Expected (a )?<class 'NoneType'>|Problem with given class_path"
     lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
-    if any(line.startswith("in ") and ", line " in line for line in lines):  # a YAML error: what, then where
-        return " ".join(lines)
     key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]
     complaint = re.sub(r"[Pp]arser key [\"'][\w.]+[\"']:?\s*", "", lines[-1] if lines else text).strip()
     given = (re.findall(r"Given value: (\S.*)", text) or [""])[0]
@@ -242,6 +242,7 @@ def _sentence(error: BaseException) -> str:
         )
     if "arguments are required" in complaint:
         complaint += ". Give a recipe: --config ppo_cartpole"
+    complaint += suggestion(text)
     value = f"={given}" if given and len(given) < 80 else ""
     return f"{key}{value}: {complaint}" if key else complaint
 
@@ -262,10 +263,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
         own = _own_error(error)
-        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError | UnicodeDecodeError)):
+        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
             raise
-        if isinstance(error, UnicodeDecodeError):
-            sys.exit(_fail(f"A config file is not UTF-8: {error}", 2))
         if own is None or isinstance(own, OptionError | MisconfigurationException):
             sys.exit(_fail(_sentence(error) if own is None else str(own), 2))
         sys.exit(_fail(str(own), 1))
@@ -302,7 +301,7 @@ def _quieten() -> None:
         ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
     ):
         warnings.filterwarnings("ignore", message=message)
-    advice = ("litlogger", "`weights_only` was not set")
+    advice = ("litlogger", "litmodels", "`weights_only` was not set", "TPU available: False")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
 

@@ -35,7 +35,7 @@ def together(function: Callable[[], Result], device: torch.device) -> Result:
     except Exception as raised:
         error = raised
     if greatest([int(error is not None)], device) == [1] and error is None:
-        raise RunnerError("Another learner process could not collect env steps and ended the run: see its error.")
+        raise RunnerError("Another learner process could not step its environments and ended the run: see its error.")
     if error is not None:
         raise error
     return result

@@ -35,7 +35,8 @@ class ActionMasks:
     """Rules illegal actions out of an action distribution's parameters.
 
     A mask is a vector with a number for each value of a Discrete action, or for all values of a MultiDiscrete one after
-    the other; 0 means illegal. For a Dict or Tuple action it is a Dict or Tuple of such, for the parts that have one.
+    the other; above 0 means legal. For a Dict or Tuple action it is a Dict or Tuple of such, for the parts that have
+    one.
 
     Args:
         mask_space: of the mask.
@@ -69,7 +70,7 @@ class ActionMasks:
 
     def blocked(self, mask: Tree) -> np.ndarray:
         """Which rows of masks [B, ...] allow no action, [B]."""
-        rows = [~(find(mask, path)[:, mask_at] != 0).any(-1) for path, mask_at, _ in self._choices]
+        rows = [~(find(mask, path)[:, mask_at] > 0).any(-1) for path, mask_at, _ in self._choices]
         return np.logical_or.reduce(rows)
 
     def apply(self, parameters: Tensor, mask: Tree) -> Tensor:
@@ -80,14 +81,14 @@ class ActionMasks:
         """
         allowed = torch.ones_like(parameters, dtype=torch.bool)
         for path, mask_at, logits_at in self._choices:
-            legal = find(mask, path)[..., mask_at] != 0
+            legal = find(mask, path)[..., mask_at] > 0
             allowed[..., logits_at] = legal | ~legal.any(-1, keepdim=True)
         return parameters.masked_fill(~allowed, NEVER)
 
     def apply_numpy(self, parameters: np.ndarray, mask: Tree) -> None:
         """`apply` for arrays [B, P], in place."""
         for path, mask_at, logits_at in self._choices:
-            legal = find(mask, path)[:, mask_at] != 0
+            legal = find(mask, path)[:, mask_at] > 0
             parameters[:, logits_at][~(legal | ~legal.any(-1, keepdims=True))] = NEVER
 
 

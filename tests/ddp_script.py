@@ -66,7 +66,8 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
     """A short run on CartPole: what each rank ends with."""
     data = RolloutDataModule(
         "CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048, rollouts_per_epoch=4, seed=0,
-        eval_episodes=3, num_env_runners=num_env_runners,
+        eval_episodes=3, num_env_runners=num_env_runners, num_eval_env_runners=num_env_runners,
+        eval_parallel=bool(num_env_runners),
     )  # fmt: skip
     first = []
 

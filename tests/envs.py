@@ -89,28 +89,6 @@ class ClockEnv(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, self._t == 5, {}
 
 
-class WrongEnv(CounterEnv):
-    """Does not keep to gymnasium's interface, each time in another way."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        self._how = how
-        if how == "no space":
-            del self.observation_space
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
-        obs, info = super().reset(seed=seed)
-        return {"no info": obs, "obs shape": (np.zeros(3), info)}.get(self._how, (obs, info))
-
-    def step(self, action: Any) -> Any:
-        obs, reward, terminated, truncated, info = super().step(action)
-        if self._how == "four":
-            return obs, reward, terminated, info
-        reward = {"reward list": [1.0], "reward none": None}.get(self._how, reward)
-        terminated = {"flag array": np.array([False])}.get(self._how, terminated)
-        return obs, reward, terminated, truncated, info
-
-
 class FailingEnv(CounterEnv):
     """Raises, or gives a bad number, at its `at`-th step."""
 

@@ -184,20 +184,14 @@ def test_init_from_takes_the_weights_and_counts_from_zero() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["fit", "--config", "no_such"], 2, ["config='no_such'", "ppo_cartpole"]),
-        (["fit", *TINY, "--model.lrr", "1"], 2, ["lrr"]),
-        (["fit", *TINY, "--model.lr", "high"], 2, ["lr", "high"]),
-        (["fit", *TINY, "--model.lr", "-1"], 2, ["lr=-1"]),
-        (["fit", *TINY, "--model", "PPPO"], 2, ["PPPO"]),
-        (["fit", *TINY, "--data.env", "NoSuch-v0"], 1, ["NoSuch-v0"]),
-        (["fit", *TINY, "--data.max_env_steps", "null"], 2, ["data.max_env_steps"]),
         (["fit", *TINY, "--ckpt_path", "last"], 1, ["ckpt_path='last'", "runs"]),
         (["fit", *TINY, "--ckpt_path", "gone.ckpt"], 1, ["gone.ckpt", "does not exist"]),
         (["validate", *TINY], 2, ["--ckpt_path"]),
-        (["fit", *TINY, "--trainer.gradient_clip_val", "1.0"], 2, ["max_grad_norm"]),
     ],
 )
-def test_a_mistake_is_answered_in_one_sentence(capsys, args: list[str], code: int, words: list[str]) -> None:
+def test_a_mistake_with_checkpoints_is_answered_in_one_sentence(
+    capsys, args: list[str], code: int, words: list[str]
+) -> None:
     got, line = fails(capsys, *args)
     assert line.startswith("lit-rl: error: ")
     assert all(word in line for word in words), line

@@ -279,6 +279,7 @@ def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
     metrics = trainer.callback_metrics
     assert module.env_steps_done == 64  # training went on
     assert metrics["eval/cut_episodes"] == episodes - ended  # 16 are played at a time
+    assert metrics["eval/partial"] == (ended < episodes)
     assert metrics["eval/episodes"] == episodes and torch.isfinite(metrics["eval/return_mean"])
     said = f"Evaluation took longer than eval_timeout_s=0.5: only {ended} of {episodes} episodes have ended."
     assert (said in caplog.text) == (ended < episodes)
@@ -297,7 +298,8 @@ def test_evaluation_plays_again_what_an_environment_broke_and_in_the_end_does_wi
         data.fault_tolerance = MANY if step < 1 else FaultTolerance(max_restarts=2)
         with caplog.at_level(logging.WARNING):
             results.append(make_trainer().validate(algorithm, data))
-    assert results[0][0]["eval/episodes"] == 8 and results[1] == [{}]
+    assert results[0][0]["eval/episodes"] == 8 and results[0][0]["eval/partial"] == 0
+    assert results[1] == [{"eval/episodes": 0, "eval/cut_episodes": 0, "eval/partial": 1}]
     assert "The evaluation episodes that had not ended are played again." in caplog.text
     assert "Evaluation ends with 0 of 8 episodes." in caplog.text
 
@@ -352,11 +354,11 @@ class WrongLater(CounterEnv):
         ("observation", np.zeros(3, np.float32), "observation has shape (3,): expected (1,)"),
         ("observation", None, "observation=None: expected numbers"),
         ("observation", "left", "observation='left'"),
-        ("observation", np.array([np.nan], np.float32), "observation=[nan] at row 3 of environment 0"),
-        ("observation", np.array([np.inf], np.float32), "observation=[inf] at row 3 of environment 0"),
+        ("observation", np.array([np.nan], np.float32), "observation=[nan] at step 1 of episode 1 of environment 0"),
+        ("observation", np.array([np.inf], np.float32), "observation=[inf] at step 1 of episode 1 of environment 0"),
         ("reward", None, "reward=None: expected one number"),
         ("reward", [1.0], "reward=[1.0]: expected one number"),
-        ("reward", float("nan"), "reward=nan at row 2 of environment 0"),
+        ("reward", float("nan"), "reward=nan at step 0 of episode 1 of environment 0"),
         ("reward", "much", "reward='much': expected one number"),
         ("terminated", "no", "terminated='no': expected True or False"),
         ("truncated", np.array([True]), "truncated=array([ True]): expected True or False"),

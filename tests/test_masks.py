@@ -131,6 +131,19 @@ def test_a_mask_that_does_not_fit_the_action_is_refused(mask: gym.Space, action:
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("illegal", [-1, 0])
+def test_only_numbers_above_0_make_an_action_legal(illegal: int) -> None:
+    space = spaces.Dict(observation=spaces.Box(-1, 1, (2,)), action_mask=spaces.Box(-1, 1, (6,), np.int8))
+    policy = Policy(EnvSpec("e", space, DISCRETE))
+    mask = np.full((64, 6), illegal, np.int8)
+    assert policy.blocked({"action_mask": mask}).all()
+    mask[:, 2] = 1
+    obs = {"observation": np.zeros((64, 2), np.float32), "action_mask": mask}
+    assert (policy.sample(obs, None)[0] == 2).all()
+    batch = {"observation": {key: torch.from_numpy(x) for key, x in obs.items()}, "action": torch.full((64,), 2)}
+    assert (policy.evaluate(batch)[0] == 0).all()
+
+
 def test_the_encoder_does_not_see_the_mask() -> None:
     policy = Policy(EnvConfig(MaskedEnv, {"action_space": DISCRETE}).spec())
     assert policy.input_space == spaces.Box(-1, 1, (2,))

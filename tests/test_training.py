@@ -241,6 +241,11 @@ def test_seed_everything_seeds_the_datamodule(make_trainer) -> None:
         ({"info_metrics": "score"}, "info_metrics='score': expected a list"),
         ({"wrappers": "a:B"}, "wrappers='a:B': expected a list"),
         ({"env_kwargs": [1]}, "env_kwargs=[1]: expected a dict"),
+        ({"eval_parallel": True}, "eval_parallel=True: evaluating while training goes on needs num_eval_env_runners"),
+        ({"eval_env_kwargs": [1]}, "eval_env_kwargs=[1]: expected a dict"),
+        ({"num_eval_env_runners": -1}, "num_eval_env_runners=-1"),
+        ({"reward_scale": 0}, "reward_scale=0: expected a number, above 0"),
+        ({"reward_clip": float("nan")}, "reward_clip=nan: expected a number, above 0"),
         ({"eval_deterministic": "no"}, "eval_deterministic='no': expected True or False"),
     ],
 )

@@ -5,12 +5,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 
 from lit_rl.distributions import distribution_for
-from lit_rl.errors import EnvError, env_error
+from lit_rl.errors import EnvError, SpaceError, env_error
 from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
 from lit_rl.observations import complaint, short
-from lit_rl.trees import map_tree, row_converter
+from lit_rl.spec import space_to_dict
+from lit_rl.trees import map_tree, row_converter, space_leaves
 
 
 def check_env(env: gym.Env, env_id: str) -> None:
@@ -22,6 +24,7 @@ def check_env(env: gym.Env, env_id: str) -> None:
     for name in ("observation_space", "action_space"):
         if not isinstance(getattr(env, name, None), gym.Space):
             raise EnvError(f"env={env_id}: {name}={getattr(env, name, None)!r}: expected a gymnasium.Space.")
+    check_spaces(env_id, env.observation_space, env.action_space)
     result = _call(env_id, "reset", env.reset, seed=0)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise EnvError(f"env={env_id}: reset returned {short(result)}: expected (observation, info).")
@@ -29,6 +32,32 @@ def check_env(env: gym.Env, env_id: str) -> None:
     problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, _legal_action(env, result[0])))
     if problem:
         raise EnvError(f"env={env_id}: step returned {problem}.")
+
+
+def check_spaces(env_id: str, observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Refuse spaces that nothing can be in, and those that lit_rl has no network or distribution for.
+
+    Raises:
+        SpaceError: naming the environment and the space.
+    """
+    try:
+        for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+            for path, leaf in space_leaves(space, name).items():
+                _check_leaf(path, leaf)
+        space_to_dict(observation_space)
+        distribution_for(action_space)
+    except SpaceError as error:
+        raise SpaceError(f"env={env_id}: {error}") from error
+
+
+def _check_leaf(path: str, space: gym.Space) -> None:
+    if isinstance(space, spaces.Discrete) and int(space.n) < 1:
+        raise SpaceError(f"{path}={space}: expected at least one value. Mend the environment.")
+    if isinstance(space, spaces.Box) and not (space.low <= space.high).all():
+        raise SpaceError(
+            f"{path}={short(space)}: expected low to be at most high, got low={short(space.low)}, "
+            f"high={short(space.high)}. Mend the environment."
+        )
 
 
 def step_complaint(observation_space: gym.Space, result: Any) -> str | None:

@@ -10,7 +10,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from lit_rl.checks import check_choice
-from lit_rl.envs.check import check_env
+from lit_rl.envs.check import check_env, check_spaces
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.spec import EnvSpec
@@ -98,6 +98,8 @@ class EnvConfig:
                 check_env(env, self.env_id)
             observation_space = env.single_observation_space if native else env.observation_space
             action_space = env.single_action_space if native else env.action_space
+            if native:
+                check_spaces(self.env_id, observation_space, action_space)
             return EnvSpec(self.env_id, observation_space, action_space)
         finally:
             env.close()
@@ -147,6 +149,11 @@ class EnvConfig:
                 if found is None:
                     raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
                 wrapper = found
+            if isinstance(env, VectorEnv) and isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper):
+                raise OptionError(
+                    f"wrappers: {wrapper.__name__} wraps one environment, and env={self.env_id} with vectorization="
+                    "'native' is many in one. Use a gymnasium.vector.VectorWrapper, or vectorization='sync'."
+                )
             env = _call(self.env_id, wrapper, env, **_with_tuples(wrapper, kwargs or {}))
         return env
 

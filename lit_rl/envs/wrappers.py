@@ -27,7 +27,7 @@ class ActionMaskFromInfo(_AddToObservation):
     """Moves the action mask from `info` into the observation, where policies find it.
 
     Args:
-        env: gives `info[key]` at every reset and step, a number for each action, 0 for an illegal one.
+        env: gives `info[key]` at every reset and step, a number for each action, above 0 for a legal one.
         key: of the mask.
 
     Raises:
@@ -58,7 +58,7 @@ class ActionMaskFromInfo(_AddToObservation):
         mask = np.asarray(info[self._key])
         if mask.shape != (self._size,):
             raise EnvError(f"ActionMaskFromInfo: info[{self._key!r}] has shape {mask.shape}, expected ({self._size},).")
-        return self._add(obs, {"action_mask": (mask != 0).astype(np.int8)})
+        return self._add(obs, {"action_mask": (mask > 0).astype(np.int8)})
 
 
 class PreviousActionReward(_AddToObservation):

@@ -88,6 +88,8 @@ class EnvRunner:
         faults: how many failures of environments are survived.
         watchdog: what is told of every phase.
         replayable: keep what `get_state` needs of the episodes under way.
+        reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
+        reward_clip: rewards of fragments, as scaled, are clipped to plus or minus this; None leaves them.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class EnvRunner:
         faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
         watchdog: Watchdog | None = None,
         replayable: bool = False,
+        reward_scale: float = 1.0,
+        reward_clip: float | None = None,
     ):
         self.policy = policy.eval()
         self.policy_version = 0
@@ -114,6 +118,7 @@ class EnvRunner:
         self._faults = faults
         self._watchdog = watchdog or Watchdog()
         self._replayable = replayable
+        self._reward_scale, self._reward_clip = reward_scale, reward_clip
         self._keep_states = keep_states and policy.has_memory
         self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
         self._no_finals: Packed | None = None  # what no episode's end packs to
@@ -131,6 +136,7 @@ class EnvRunner:
         self._resetting: np.ndarray
         self._returns: np.ndarray
         self._lengths: np.ndarray
+        self._begun = np.zeros(num_envs, np.int64)  # episodes of each environment so far
         try:
             self._make_envs([_number(child) for child in self._seeds])
         except EnvFailure as error:
@@ -178,6 +184,7 @@ class EnvRunner:
         episodes: list[Episode] = []
         failed: list[tuple[int, int]] = []
         watchdog, sync = self._watchdog, isinstance(envs, SyncVectorEnv)
+        begun, lengths = self._begun.copy(), self._lengths.copy()
         obs, state = self._obs, self._state
         if state is not None and not self._keep_states:
             map_tree(np.copyto, columns["state"], state)
@@ -220,9 +227,14 @@ class EnvRunner:
                     next_obs = self._after_episode_end(t, ended, done, next_obs, info, finals)
             obs = next_obs
         self._obs, self._state = obs, state
+        self._begun += is_init_rows.sum(1)
         map_tree(np.copyto, columns["last_observation"], obs)
         packed_finals = self._pack_finals(finals, failed)
-        self._check_finite(view | packed_finals.views())
+        self._check_finite(view | packed_finals.views(), begun, lengths)
+        if self._reward_scale != 1.0:
+            reward_rows *= np.float32(self._reward_scale)
+        if self._reward_clip is not None:
+            np.clip(reward_rows, -self._reward_clip, self._reward_clip, out=reward_rows)
         if self._history is not None:
             self._history.add(view, self._is_init, self._lengths)
         delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())
@@ -458,28 +470,44 @@ class EnvRunner:
             self._no_finals = packed
         return packed
 
-    def _check_finite(self, view: dict[str, np.ndarray]) -> None:
-        """Once per fragment, so that it costs nothing per step. Named is what was wrong first: the rest follows."""
+    def _check_finite(self, view: dict[str, np.ndarray], begun: np.ndarray, lengths: np.ndarray) -> None:
+        """Once per fragment, so that it costs nothing per step. Named is what was wrong first: the rest follows.
+
+        Args:
+            view: the fragment.
+            begun: episodes of each environment before it.
+            lengths: env steps by then in the episodes under way.
+        """
         wrong = []
         for name, array in view.items():
             if array.dtype.kind == "f" and not math.isfinite(array.sum()):
-                bad = np.argwhere(~np.isfinite(array))
-                if len(bad):
-                    root = name.split("/")[0]
-                    t = int(bad[:, 1].min()) if root in ROWS else self._rollout_length
-                    order = ROWS.index(root) if root in ROWS else 0
-                    wrong.append(((t, order), root, array, bad))
+                places = [
+                    (b, k) for b, k, *_ in np.argwhere(~np.isfinite(array[:, None] if array.ndim == 1 else array))
+                ]
+                wrong += [self._where(name.split("/")[0], array, int(b), int(k), view) for b, k in places]
         if not wrong:
             return
-        (t, _), root, array, bad = min(wrong, key=lambda found: found[0])
-        in_rows = root in ROWS
-        b = int(bad[bad[:, 1] == t][0][0]) if in_rows else int(bad[0][0])
-        where = f"at row {t} of environment {b}" if in_rows else f"of environment {b}"
-        value = array[b, t] if in_rows else array[b]
+        _, _, b, row, after, name, value = min(wrong)
+        is_init = view["is_init"][b, : row + 1]
+        episode, step = int(begun[b] + is_init.sum()) - 1, row + after
+        step += -int(np.flatnonzero(is_init)[-1]) if is_init.any() else int(lengths[b])
+        if name == "last_observation" and self._is_init[b]:
+            episode, step = episode + 1, 0
+        what = name.removeprefix("last_").removeprefix("final_")
         raise EnvError(
-            f"env={self._env.env_id}: {root}={value.tolist()} {where}: expected finite numbers. "
-            + ("The policy has diverged: lower lr." if root in OF_POLICY else "Mend the environment.")
+            f"env={self._env.env_id}: {what}={value} at step {step} of episode {episode} of environment {b}: expected "
+            f"finite numbers. {'The policy has diverged: lower lr.' if name in OF_POLICY else 'Mend the environment.'}"
         )
+
+    def _where(self, name: str, array: np.ndarray, b: int, k: int, view: dict[str, np.ndarray]) -> tuple:
+        """What sorts before what it brought about, and tells the place: time, part of a step, b, row, steps after."""
+        if name in ROWS:
+            return k, ROWS.index(name), b, k, 0, name, array[b, k].tolist()
+        if name == "final_observation":
+            row = int(view["final_step"][b, k])
+            return row + 1, 0, b, row, 1, name, array[b, k].tolist()
+        last = self._rollout_length - 1
+        return last + 1, 0, b, last, 1, name, array[b].tolist()
 
 
 def _number(seed: np.random.SeedSequence) -> int:

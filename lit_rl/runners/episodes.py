@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import env_error
+from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
@@ -71,6 +71,7 @@ def play(
             if state is not None and is_init.any():
                 state = policy.reset_state(state, is_init)
             check_obs(policy, obs, lengths, resetting)
+            _check_finite(env.env_id, dict(iterate(obs, "observation")), playing & ~resetting, lengths, seed_of)
             recorded, log_prob, state = policy.step(obs, state, deterministic)
             action = policy.to_env(recorded)
             try:
@@ -81,6 +82,7 @@ def play(
             real = ~resetting
             returns += np.where(real, reward, 0.0)
             lengths += real
+            _check_finite(env.env_id, {"reward": np.asarray(reward)}, playing & real, lengths - 1, seed_of)
             if not warned and (lengths[playing] >= LONG_EPISODE).any():
                 warned = True
                 log.warning(
@@ -123,6 +125,20 @@ def play(
                 return
     finally:
         envs.close()
+
+
+def _check_finite(
+    env_id: str, arrays: dict[str, np.ndarray], counts: np.ndarray, steps: np.ndarray, seeds: Sequence[int]
+) -> None:
+    """Refuse numbers [B, ...] that are not finite, in environments that count."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array.sum()):
+            wrong = ~np.isfinite(array).reshape(len(array), -1).all(1)
+            for b in np.flatnonzero(wrong & counts)[:1]:
+                raise EnvError(
+                    f"env={env_id}: {name}={array[b].tolist()} at step {steps[b]} of the evaluation episode with seed "
+                    f"{seeds[b]}: expected finite numbers. Mend the environment."
+                )
 
 
 class _Recorder:

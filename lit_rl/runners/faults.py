@@ -1,13 +1,17 @@
 """What is survived, how often, and how long anything may take."""
 
+import contextlib
 import mmap
 import signal
 import struct
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from types import FrameType
 
 from lit_rl.checks import check_count, check_range
 
@@ -92,6 +96,27 @@ class Phase(IntEnum):
     INIT = 1
     RESET = 2
     STEP = 3
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, error: Exception) -> Iterator[None]:
+    """Raise `error` in the main thread where the block takes longer, unless compiled code holds it."""
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise error
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous, started = signal.signal(signal.SIGALRM, expire), time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of an alarm somebody else has set
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3))
 
 
 NUMBERS = struct.Struct("qq")

@@ -78,7 +78,10 @@ class LocalPool:
         self._runner.set_version(version, epsilon)
 
     def finish(self) -> list[tuple[int, Fragment]]:
-        fragment = self._runner.sample()
+        try:
+            fragment = self._runner.sample()
+        except EnvError as error:
+            raise type(error)(f"Env runner 0: {error}") from error
         self.ledger.deliver(0, 0, fragment.entry)
         self.ledger.restarts += len(fragment.failures)
         return [(0, fragment)]
@@ -143,6 +146,16 @@ class Placement:
         for name, amount in (self.resources or {}).items():
             check_range(f"placement.resources[{name!r}]", amount, 0.0)
 
+    def options(self) -> dict[str, Any]:
+        """Ray's, of an actor that nobody but its pool replaces: a task that ran is never run again in secret."""
+        return {
+            "num_cpus": self.num_cpus,
+            "resources": dict(self.resources or {}),
+            "scheduling_strategy": self.strategy,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+
 
 class RunnerPool:
     """Ray actors. One that dies, stalls or raises is replaced while the others' fragments are learned from.
@@ -174,10 +187,7 @@ class RunnerPool:
 
         self.ledger = ledger
         self._ray = ray
-        # A task that ran is never run again in secret (max_task_retries=0): this pool decides.
-        options: dict[str, Any] = {"num_cpus": placement.num_cpus, "resources": dict(placement.resources or {})}
-        options |= {"scheduling_strategy": placement.strategy, "max_restarts": 0, "max_task_retries": 0}
-        self._actor_class = ray.remote(**options)(_RunnerActor)
+        self._actor_class = ray.remote(**placement.options())(_RunnerActor)
         self._make_runner = make_runner
         self._faults = faults
         self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
@@ -284,7 +294,7 @@ class RunnerPool:
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, _store_errors(self._ray)):
                 raise _store_is_full(f"a fragment of env runner {runner}", error.cause) from None
-            cause = _cause(error)
+            cause = cause_of(error)
             if not isinstance(cause, EnvFailure):
                 raise type(cause)(f"Env runner {runner}: {cause}") from None
             slot.fragment = None
@@ -337,7 +347,7 @@ class RunnerPool:
             try:
                 self._ray.get(slot.ready)
             except exceptions.RayTaskError as error:
-                cause = _cause(error)
+                cause = cause_of(error)
                 if not isinstance(cause, EnvFailure):
                     raise cause from None
                 self._failed(runner, "env_error", f"cannot be made: {str(cause).rstrip('.')}")
@@ -468,7 +478,8 @@ def _store_is_full(what: str, error: Exception) -> RunnerError:
     )
 
 
-def _cause(error: Any) -> Exception:
+def cause_of(error: Any) -> Exception:
+    """What was raised in an actor: ours as it was, anything else as an EnvError."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, LitRLError):
         return cause
