@@ -27,7 +27,7 @@ SAME_RUN = (
 )
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")  # Okabe and Ito's
 MAX_NAMED = 3  # options in a legend's entry
-MANY_POINTS = 40  # above, points are not marked
+MANY_POINTS = 25  # above, points are not marked
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 0.8 + 3.6 * len(metrics)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 3.0 * len(metrics)), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever display there is
-    all_axes = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
+    alike = len({metric.rpartition("/")[2] for metric in metrics}) == 1  # training and evaluation returns, say
+    all_axes = figure.subplots(len(metrics), sharex=True, sharey=alike, squeeze=False)[:, 0]
     for axes, metric, curves in zip(all_axes, metrics, panels):
         _draw_panel(axes, curves)
         axes.set_ylabel(metric if smooth == 1 else f"{metric}\n(mean of {smooth} points)")
@@ -148,7 +149,14 @@ def draw(
         handles, labels = all_axes[0].get_legend_handles_labels()
         columns = 1 if max(map(len, labels)) > 40 else 2
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, title=title
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+            title=title,
+            title_fontsize=9,
         )
     else:
         all_axes[0].set_title("\n".join(filter(None, (_with_count(panels[0][0]), title))), fontsize=10)

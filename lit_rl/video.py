@@ -43,6 +43,9 @@ def rendering(env: EnvConfig, mode: str) -> EnvConfig:
         raise OptionError(
             f"env={env.env_id} with vectorization='native' cannot be rendered: its vector form shows no pictures."
         )
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame's complaints where there is no sound
+    if not display_is_there():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     return replace(env, env_kwargs={**env.env_kwargs, "render_mode": mode}, vectorization="sync")
 
 
