@@ -19,17 +19,16 @@ log = logging.getLogger(__name__)
 
 ADVICE = {
     "entropy": (
-        "The policy has all but stopped exploring: policy/entropy={value:.3g}, {share:.2g} of what random actions have. "
-        "If returns are not good yet, raise entropy_coef or lower lr; if they are, nothing is wrong."
+        "The policy has all but stopped exploring: policy/entropy={value:.3g}, {share:.2g} of what random actions "
+        "have. If returns are not good yet, raise entropy_coef or lower lr; if they are, nothing is wrong."
     ),
     "kl": (
-        "The policy changes too much at once: policy/kl={value:.3g}, more than {limit:g}. What it learns from no longer "
-        "fits what it does, and returns may fall. Lower lr, take fewer num_epochs, or set target_kl."
+        "The policy changes too much at once: policy/kl={value:.3g}, more than {limit:g}. The batch no longer "
+        "tells what the new policy meets, and returns may fall. Lower lr, take fewer num_epochs, or set target_kl."
     ),
     "explained_variance": (
-        "The critic predicts worse than a constant: value/explained_variance={value:.3g}. Advantages are noise with "
-        "it. Set normalize_returns, raise the critic's share (value_coef) or num_epochs, or look at whether returns can be "
-        "told from the observation at all."
+        "The critic predicts worse than a constant: value/explained_variance={value:.3g}. The policy learns from "
+        "noise. Set normalize_returns, raise value_coef, or see if observations tell what the return depends on."
     ),
     "skipped": (
         "{value:.0f} gradient steps were skipped because a loss or gradient was not finite. Lower lr, set "
@@ -37,8 +36,8 @@ ADVICE = {
     ),
     "returns": (
         "Training returns have not moved: rollout/return_mean has stayed between {low:.6g} and {high:.6g} for "
-        "{steps:,} env steps. If that is not the best there is, the reward is never met: raise exploration "
-        "(entropy_coef, or DQN's epsilon), make the reward denser, or check it."
+        "{steps:,} env steps. If that is not the best there is, the policy never meets a reward: explore more "
+        "(entropy_coef, or DQN's epsilon), or make the reward denser."
     ),
 }
 
@@ -141,7 +140,8 @@ class Diagnostics(L.Callback):
 
     def _returns(self, metrics: Mapping[str, float], algorithm: Any) -> dict[str, float] | None:
         budget, steps = algorithm.max_env_steps, algorithm.env_steps_done
-        if budget is None or self._highest == -math.inf or steps < self.still_share * budget:
+        enough = self._median(metrics, "rollout/return_mean") is not None
+        if budget is None or not enough or steps < self.still_share * budget:
             return None
         if self._highest - self._lowest > 0.01 * max(abs(self._lowest), abs(self._highest)):
             return None

@@ -64,7 +64,7 @@ def check_renders(env: EnvConfig) -> float:
         if "rgb_array" not in made.metadata.get("render_modes", ()):
             raise OptionError(f"{refusal}: metadata['render_modes'] has no 'rgb_array'.")
         made.reset(seed=0)
-        frame = made.render()
+        frame: Any = made.render()
     except OptionError:
         raise
     except Exception as error:
@@ -106,10 +106,10 @@ class Frames(gym.Wrapper):
         return result
 
     def _show(self) -> None:
-        frame = self.env.render()
+        frame: Any = self.env.render()
         if not _is_picture(frame):
             raise EnvError(f"render() of {self.env} returned no picture: expected uint8 of shape [height, width, 3].")
-        self._add(frame)  # type: ignore[arg-type]
+        self._add(frame)
 
 
 class VideoFile(contextlib.AbstractContextManager):
