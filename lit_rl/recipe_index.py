@@ -72,7 +72,7 @@ def table() -> str:
                 recipe.env,
                 f"{recipe.env_steps:,}",
                 f"{recipe.median:.1f}" if measured else "not measured",
-                f"{recipe.seeds}, {recipe.episodes} greedy episodes each" if measured else "",
+                f"{recipe.seeds}, {recipe.episodes} episodes each" if measured else "",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
