@@ -3,6 +3,7 @@
 import csv
 import difflib
 import importlib.util
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import yaml
 
 from lit_rl.checks import check_choice, check_count
 from lit_rl.errors import OptionError
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 COUNTER = re.compile(r"(version|seed)[_=]?\d+")  # folders that tell repetitions of one run apart
@@ -30,7 +33,7 @@ MAX_NAMED = 3  # options in a legend's entry
 MANY_POINTS = 25  # above, points are not marked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run's log.
 
@@ -98,11 +101,24 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 def curves_of(runs: Sequence[Run], metric: str, x: str = "env_steps", smooth: int = 1) -> list[Curve]:
     """One curve for all runs of the same name and options, whatever their seed.
 
+    Runs without a value of both are left out, with a warning, as evaluations by themselves are.
+
     Args:
         runs: what `find_runs` returned.
         metric, x: names of logged columns.
         smooth: each point is the mean of so many: itself and those before it.
+
+    Raises:
+        OptionError: if no run has them.
     """
+    having = [run for run in runs if {x, metric} <= run.columns.keys() and len(run.points(x, metric)[0])]
+    if not having:
+        runs[0].points(x, metric)
+        raise OptionError(f"metric={metric!r}: {runs[0].folder} has no value of it.")
+    left_out = [str(run.folder) for run in runs if run not in having]
+    if left_out:
+        log.warning("Left out, without a value of %s: %s", metric, ", ".join(left_out))
+    runs = having
     groups: dict[tuple[str, frozenset], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.name, frozenset(run.options.items())), []).append(run)
@@ -135,8 +151,9 @@ def draw(
     FigureCanvasAgg(figure)  # no window, whatever display there is
     alike = len({metric.rpartition("/")[2] for metric in metrics}) == 1  # training and evaluation returns, say
     all_axes = figure.subplots(len(metrics), sharex=True, sharey=alike, squeeze=False)[:, 0]
+    labels = list(dict.fromkeys(curve.label for curves in panels for curve in curves))
     for axes, metric, curves in zip(all_axes, metrics, panels):
-        _draw_panel(axes, curves)
+        _draw_panel(axes, curves, labels)
         axes.set_ylabel(metric if smooth == 1 else f"{metric}\n(mean of {smooth} points)")
     all_axes[-1].set_xlabel(x.replace("_", " "))
     if x in ("env_steps", "step"):
@@ -146,11 +163,11 @@ def draw(
     several = any(curve.num_runs > 1 for curve in panels[0])
     title = "line: median of the runs, band: lowest to highest" if several else None
     if len(panels[0]) > 1:
-        handles, labels = all_axes[0].get_legend_handles_labels()
-        columns = 1 if max(map(len, labels)) > 40 else 2
+        handles, entries = all_axes[0].get_legend_handles_labels()
+        columns = 1 if max(map(len, entries)) > 40 else 2
         figure.legend(
             handles,
-            labels,
+            entries,
             loc="outside lower center",
             ncols=columns,
             frameon=False,
@@ -165,8 +182,9 @@ def draw(
     return panels[0]
 
 
-def _draw_panel(axes: Any, curves: Sequence[Curve]) -> None:
-    for i, curve in enumerate(curves):
+def _draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> None:
+    for curve in curves:
+        i = labels.index(curve.label)  # one colour in all panels
         color, line = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
         marker = "o" if len(curve.x) <= MANY_POINTS else None
         if curve.num_runs > 1:
@@ -192,9 +210,7 @@ def _with_count(curve: Curve) -> str:
 
 def _curve(label: str, runs: Sequence[Run], metric: str, x: str, smooth: int) -> Curve:
     points = [run.points(x, metric) for run in runs]
-    smoothed = [(xs, _running_mean(ys, smooth)) for xs, ys in points if len(xs)]
-    if not smoothed:
-        raise OptionError(f"metric={metric!r}: {runs[0].folder} has no value of it.")
+    smoothed = [(xs, _running_mean(ys, smooth)) for xs, ys in points]
     grid = np.unique(np.concatenate([xs for xs, _ in smoothed]))
     # A run counts where it has been: the rest of one that ended early is not made up.
     rows = np.stack([np.interp(grid, xs, ys, left=np.nan, right=np.nan) for xs, ys in smoothed])

@@ -44,11 +44,12 @@ def environment_of(
     saved = found.get("env")
     if saved is None:  # a callable, options that are no plain data, or a checkpoint of an older version
         env_id = found["policy"]["spec"]["env_id"]
-        known = env_id in gym.registry
-        if env is None and not (known and "env" not in found):
+        older = "env" not in found
+        if env is None and not (older and env_id in gym.registry):
+            why = "an older lit_rl wrote it" if older else "which was given as an object, not by name"
             raise CheckpointError(
-                f"Checkpoint {path} does not say how to make its environment {env_id}, which was given as an object, "
-                "not by name: add --env package.module:Class, or a gymnasium id."
+                f"Checkpoint {path} does not say how to make its environment {env_id}, {why}: add --env "
+                "package.module:Class, or a gymnasium id."
             )
         saved = {"env": env_id, "env_kwargs": {}, "wrappers": [], "vectorization": "sync"}
     if env is None:

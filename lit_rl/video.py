@@ -46,6 +46,7 @@ def rendering(env: EnvConfig, mode: str) -> EnvConfig:
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame's complaints where there is no sound
     if not display_is_there():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
     return replace(env, env_kwargs={**env.env_kwargs, "render_mode": mode}, vectorization="sync")
 
 

@@ -63,6 +63,15 @@ def test_smoothing_is_the_mean_of_a_point_and_those_before_it() -> None:
     np.testing.assert_allclose(curve.median, [1, 2, 4, 6])
 
 
+def test_an_evaluation_by_itself_is_no_curve_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    write_run("runs/cart/version_0", [0, 1])
+    other = write_run("runs/cart/version_1", [0, 1], lr=0.5)
+    (other / "metrics.csv").write_text("step,eval/return_mean\n0,500\n")
+    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    assert (curve.label, curve.num_runs) == ("cart", 1)
+    assert str(other) in caplog.text
+
+
 def test_each_run_is_read_once_and_in_the_order_of_numbers() -> None:
     for i in (10, 9):
         write_run(f"runs/cart/version_{i}", [i])

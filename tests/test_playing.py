@@ -133,6 +133,9 @@ def test_an_older_checkpoint_is_played_by_its_id_and_another_environment_is_refu
     torch.save(checkpoint, "old.ckpt")
     cli.main(["play", "old.ckpt", "--episodes", "1"])
     capsys.readouterr()
+    checkpoint["lit_rl"]["policy"]["spec"]["env_id"] = "somewhere:Else"
+    torch.save(checkpoint, "older.ckpt")
+    assert "somewhere:Else, an older lit_rl wrote it: add --env" in fails(capsys, "play", "older.ckpt")
     assert "The policy was made for CartPole-v1" in fails(capsys, "play", "old.ckpt", "--env", "Pendulum-v1")
 
 
