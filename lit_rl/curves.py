@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 COUNTER = re.compile(r"(version|seed)[_=]?\d+")  # folders that tell repetitions of one run apart
-# Options that tell repetitions apart, or say where a run writes and what it shows.
+# Options that tell repetitions apart, or say where a run is, where it writes and what it shows.
 SAME_RUN = (
     "seed_everything",
     "data.init_args.seed",
+    "cluster.cpus_per_learner",
+    "cluster.gpus_per_learner",
+    "cluster.max_failures",
+    "cluster.ray_address",
     "trainer.logger",
     "trainer.default_root_dir",
     "trainer.enable_progress_bar",
@@ -254,7 +258,11 @@ def _read(folder: Path) -> Run:
     path = folder.resolve()
     while COUNTER.fullmatch(path.name):
         path = path.parent
-    options = {key: value for key, value in _flat(_config(folder)).items() if not key.startswith(SAME_RUN)}
+    options = {
+        key: value
+        for key, value in _flat(_config(folder)).items()
+        if not key.startswith(SAME_RUN) and value != str(None)
+    }
     return Run(folder, path.name, options, columns)
 
 
