@@ -27,6 +27,7 @@ SAME_RUN = (
     "cluster.cpus_per_learner",
     "cluster.gpus_per_learner",
     "cluster.max_failures",
+    "cluster.storage_path",
     "cluster.ray_address",
     "trainer.logger",
     "trainer.default_root_dir",
