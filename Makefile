@@ -24,11 +24,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-train: venv  ## train PPO on CartPole-v1, then play 100 episodes with its last checkpoint
-	$(BIN)/lit-rl fit --config recipes/ppo_cartpole.yaml
+train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkpoint, draw its learning curve
+	$(BIN)/lit-rl fit --config recipes/ppo_cartpole.yaml $(ARGS)
 	$(BIN)/lit-rl validate --config recipes/ppo_cartpole.yaml --ckpt_path last --data.eval_episodes 100
 	@newest=$$(ls -t runs/ppo_cartpole/version_*/checkpoints/*.ckpt | head -n 1); \
-	  echo "Checkpoint: $$newest, log: $${newest%/checkpoints/*}/metrics.csv"
+	  run=$${newest%/checkpoints/*}; \
+	  $(BIN)/lit-rl plot $$run --metric rollout/return_mean --metric eval/return_mean -o $$run/curve.png >/dev/null \
+	    && echo "Checkpoint: $$newest, curve: $$run/curve.png, log: $$run/metrics.csv"
 
 test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)

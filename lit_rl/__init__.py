@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Algorithm": "lit_rl.algorithm",
+    "Diagnostics": "lit_rl.callbacks",
     "DQN": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
@@ -34,14 +35,17 @@ _PUBLIC = {
     "SAC": "lit_rl.modules",
     "ScaleEnvRunners": "lit_rl.callbacks",
     "TQC": "lit_rl.modules",
+    "Video": "lit_rl.callbacks",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
+    from lit_rl.callbacks import Diagnostics as Diagnostics
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
     from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
+    from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.loading import load_policy as load_policy

@@ -21,6 +21,7 @@ from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.checks import check_choice, check_flag
 from lit_rl.compiled import CompiledStep, factor
+from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
 from lit_rl.evaluation import summarize
 from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
@@ -430,6 +431,7 @@ class Algorithm(L.LightningModule):
             "format": FORMAT,
             "algorithm": type(self).__name__,
             "policy": self.policy.describe(),
+            "env": env.to_dict() if isinstance(env := getattr(datamodule, "env", None), EnvConfig) else None,
             "skipped_updates": self.skipped_updates,
             "ranks": _gather(state),
         }

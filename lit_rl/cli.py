@@ -1,6 +1,5 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
-import importlib.resources
 import logging
 import os
 import re
@@ -24,10 +23,12 @@ import lit_rl.modules  # so that short class names such as PPO are found
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cluster import Cluster, last_reported, run_learners, trainer_arguments
+from lit_rl.commands import COMMANDS
 from lit_rl.configs import check_config, suggestion
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.loading import read_first, whole_checkpoint
 from lit_rl.networks import NETWORKS
+from lit_rl.recipe_index import recipe_files
 
 DEFAULTS = {
     "max_epochs": -1,  # the budget is data.max_env_steps
@@ -180,10 +181,9 @@ def recipe_path(name: str) -> str:
     if Path(name).is_file():
         check_config(name)
         return name
-    folder = importlib.resources.files(lit_rl) / "recipes"
-    recipes = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    recipes = recipe_files()
     if name in recipes:
-        return str(folder / f"{name}.yaml")
+        return str(recipes[name])
     raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.")
 
 
@@ -260,7 +260,10 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
     _quieten()
     try:
-        _run(CLI, _resolve_recipes(arguments))
+        if arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
         own = _own_error(error)
         if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
@@ -287,6 +290,8 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
             "allow_abbrev": False,
             "version": lit_rl.__version__,
             "prog": "lit-rl",
+            "epilog": "lit-rl recipes|play|plot: the recipes and their results; watch a checkpoint; draw curves. "
+            "Each has its own --help.",
         },
         args=args,
     )

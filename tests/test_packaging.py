@@ -96,6 +96,27 @@ def test_wheel_runs_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -
         "--trainer.callbacks null --trainer.enable_progress_bar false"
     )
     run("-m", "lit_rl", "fit", *arguments.split())
+    listed = run("-m", "lit_rl", "recipes").splitlines()
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} <= {line.split(" ")[0] for line in listed}
+
+
+@pytest.mark.slow
+def test_make_train_ends_with_a_line_that_says_where_everything_is(tmp_path: Path) -> None:
+    for name in ("Makefile", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    small = "--data.max_env_steps 4096 --data.rollouts_per_epoch 2 --trainer.check_val_every_n_epoch 1"
+    command = ["make", "--assume-old=venv", "train", f"ARGS={small} --trainer.enable_progress_bar false"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    checkpoint, curve, log = (part.split(": ")[1] for part in done.stdout.splitlines()[-1].split(", "))
+    run = Path("runs/ppo_cartpole/version_0")
+    assert (Path(checkpoint).parent, Path(curve), Path(log)) == (
+        run / "checkpoints", run / "curve.png", run / "metrics.csv",
+    )  # fmt: skip
+    assert (tmp_path / checkpoint).stat().st_size and (tmp_path / log).stat().st_size
+    assert (tmp_path / curve).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_two_places_that_say_the_version_agree() -> None:

@@ -55,6 +55,16 @@ class EnvConfig:
         """How messages name the environment."""
         return self.env if isinstance(self.env, str) else getattr(self.env, "__qualname__", repr(self.env))
 
+    def to_dict(self) -> dict[str, Any] | None:
+        """The environment in plain data, or None where part of it is an object: a callable, an array."""
+        described = {
+            "env": self.env,
+            "env_kwargs": self.env_kwargs,
+            "wrappers": list(self.wrappers),
+            "vectorization": self.vectorization,
+        }
+        return described if _is_plain(described) else None
+
     def make(self) -> gym.Env:
         """One environment.
 
@@ -174,6 +184,14 @@ def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
         f"The vector environment {type(envs).__name__} says metadata['autoreset_mode']={mode!r}: expected one of "
         "gymnasium.vector.AutoresetMode. Set it in the environment's metadata."
     )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _entry_point(name: str) -> Callable[..., Any] | None:

@@ -1,0 +1,116 @@
+"""The commands that train nothing: `lit-rl recipes`, `lit-rl play` and `lit-rl plot`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jsonargparse
+import numpy as np
+
+from lit_rl import recipe_index
+from lit_rl.checks import check_count
+from lit_rl.curves import draw
+from lit_rl.playing import environment_of, episode_seeds, load_player, play_episodes
+from lit_rl.video import check_format, display_is_there
+
+
+def recipes(args: Sequence[str]) -> None:
+    """`lit-rl recipes`: lists the recipes that `--config` finds, with their measured results."""
+    parser = _parser("recipes", "List the recipes that --config finds, with their measured results.")
+    parser.parse_args(args)
+    print(recipe_index.table())
+    print("\nMedian over seeds of the mean return of greedy episodes. Run one: lit-rl fit --config ppo_cartpole")
+
+
+def play(args: Sequence[str]) -> None:
+    """`lit-rl play`: plays a checkpoint in its own environment, in a window or into a video file.
+
+    Raises:
+        OptionError: for options that cannot be, and an environment that cannot be recorded.
+        CheckpointError: if the checkpoint cannot be read, or does not say how to make its environment.
+        EnvError: if the environment cannot be made, or raises.
+    """
+    parser = _parser("play", "Play a checkpoint in the environment it was trained in.")
+    parser.add_argument("checkpoint", help="a file that a lit_rl run wrote")
+    parser.add_argument("--episodes", type=int, default=5, help="how many whole episodes")
+    parser.add_argument("--video", type=str | None, default=None, help="record them to this .mp4 or .gif file")
+    parser.add_argument("--seed", type=int, default=0, help="of the episodes, and of random actions")
+    parser.add_argument("--stochastic", action="store_true", help="draw actions instead of the most probable ones")
+    parser.add_argument("--timeout_s", type=float | None, default=None, help="cut the episode after so many seconds")
+    parser.add_argument("--env", type=str | None, default=None, help="in place of the checkpoint's environment")
+    parser.add_argument("--env_kwargs", type=dict | None, default=None, help="in place of the checkpoint's")
+    parser.add_argument("--wrappers", type=list | None, default=None, help="in place of the checkpoint's")
+    parser.add_argument("--network", type=str | None, default=None, help="package.module:Class, if it is your own")
+    parser.add_argument("--policy_class", type=str | None, default=None, help="package.module:Class, if it is your own")
+    options = parser.parse_args(args)
+    check_count("episodes", options.episodes)
+    check_count("seed", options.seed, 0)
+    if options.video is not None:
+        check_format("video", options.video)
+    env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)
+    policy = load_player(options.checkpoint, options.seed, options.network, options.policy_class)
+    window = options.video is None and _window(env)
+    returns, lengths = [], []
+    for episode in play_episodes(
+        env,
+        policy,
+        episode_seeds(options.seed, options.episodes),
+        deterministic=not options.stochastic,
+        video=options.video,
+        window=window,
+        timeout_s=options.timeout_s,
+    ):
+        returns.append(episode.return_)
+        lengths.append(episode.length)
+        cut = ", cut off" if episode.cut else ""
+        print(f"Episode {len(returns)}: return {episode.return_:g}, length {episode.length}{cut}", flush=True)
+    how = "random actions of the policy" if options.stochastic else "greedy"
+    print(f"Mean of {len(returns)} on {env.env_id}, {how}: return {np.mean(returns):g}, length {np.mean(lengths):g}")
+    if options.video is not None:
+        print(f"Video: {options.video}")
+
+
+def plot(args: Sequence[str]) -> None:
+    """`lit-rl plot`: draws learning curves of runs.
+
+    Raises:
+        OptionError: if there is no such run or metric, or the picture cannot be drawn.
+    """
+    parser = _parser("plot", "Draw learning curves. Runs that differ in their seed alone are one curve with a band.")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs, that CSVLogger wrote")
+    parser.add_argument("--metric", action="append", help="a logged name; again for another panel")
+    parser.add_argument("--x", default="env_steps", help="the logged name of the x axis")
+    parser.add_argument("--smooth", type=int, default=1, help="mean over so many points")
+    parser.add_argument("-o", "--output", default="curves.png", help="a .png, .svg or .pdf file")
+    options = parser.parse_args(args)
+    metrics = options.metric or ["rollout/return_mean"]
+    for curve in draw(options.runs, metrics, options.x, options.output, options.smooth):
+        runs = f"median of {curve.num_runs} runs" if curve.num_runs > 1 else "1 run"
+        print(f"{curve.label}: {metrics[0]} {curve.median[-1]:.4g} at {options.x} {curve.x[-1]:,.0f} ({runs})")
+    print(f"Curves: {options.output}")
+
+
+def _window(env: Any) -> bool:
+    """Whether there is a display, and an environment that uses it; says so where not."""
+    made = env.make() if env.vectorization != "native" else None
+    try:
+        modes = made.metadata.get("render_modes", ()) if made is not None else ()
+    finally:
+        if made is not None:
+            made.close()
+    if "human" not in modes:
+        print(f"{env.env_id} has no window to show.", file=sys.stderr)
+        return False
+    if not display_is_there():
+        print("There is no display, so no window is shown. Record the episodes: --video play.mp4", file=sys.stderr)
+        return False
+    return True
+
+
+def _parser(name: str, description: str) -> jsonargparse.ArgumentParser:
+    return jsonargparse.ArgumentParser(
+        prog=f"lit-rl {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot}

@@ -1,0 +1,162 @@
+"""A checkpoint plays its own environment, for people to watch."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from lit_rl.envs.make import EnvConfig, Wrapper
+from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.loading import load_policy, read_checkpoint, section
+from lit_rl.policy import Policy
+from lit_rl.runners.env_runner import Episode
+from lit_rl.runners.episodes import play
+from lit_rl.video import Frames, VideoFile, check_format, check_renders, rendering
+
+# Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.
+TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole")
+TRUSTED_PLUGINS = ("ale_py",)  # modules whose import registers environments: "ale_py:ALE/Pong-v5"
+
+
+def environment_of(
+    path: str | Path,
+    env: str | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    wrappers: Sequence[Wrapper] | None = None,
+) -> EnvConfig:
+    """The environment a checkpoint was trained in.
+
+    Args:
+        path: the checkpoint.
+        env, env_kwargs, wrappers: each in place of what the checkpoint says.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, if its environment was a callable, or if it names code that
+            is neither gymnasium's nor lit_rl's, which only a caller may ask for.
+    """
+    found = section(read_checkpoint(path), path)
+    saved = found.get("env")
+    if saved is None:  # a callable, options that are no plain data, or a checkpoint of an older version
+        env_id = found["policy"]["spec"]["env_id"]
+        older = "env" not in found
+        if env is None and not (older and env_id in gym.registry):
+            why = "an older lit_rl wrote it" if older else "which was given as an object, not by name"
+            raise CheckpointError(
+                f"Checkpoint {path} does not say how to make its environment {env_id}, {why}: add --env "
+                "package.module:Class, or a gymnasium id."
+            )
+        saved = {"env": env_id, "env_kwargs": {}, "wrappers": [], "vectorization": "sync"}
+    if env is None:
+        _check_env(path, saved["env"])
+    if wrappers is None:
+        for wrapper in saved["wrappers"]:
+            _check_wrapper(path, wrapper, saved["wrappers"])
+    return EnvConfig(
+        env=saved["env"] if env is None else env,
+        env_kwargs=saved["env_kwargs"] if env_kwargs is None else env_kwargs,
+        wrappers=saved["wrappers"] if wrappers is None else wrappers,
+        vectorization=saved["vectorization"] if saved["vectorization"] == "native" and env is None else "sync",
+    )
+
+
+def play_episodes(
+    env: EnvConfig,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    deterministic: bool = True,
+    video: str | Path | None = None,
+    window: bool = False,
+    timeout_s: float | None = None,
+) -> Iterator[Episode]:
+    """Play whole episodes one after the other, and yield each as it ends.
+
+    Args:
+        env: how to make the environment.
+        policy: what acts.
+        seeds: one for each episode.
+        deterministic: the most probable action, or a random one.
+        video: an .mp4 or .gif file to record all episodes to; whole once the iterator is exhausted.
+        window: show them, with `render_mode="human"`.
+        timeout_s: seconds after which the episode under way is yielded as it is (`cut`), and no more begun.
+
+    Raises:
+        OptionError: for a video of an environment that renders no pictures, or that cannot be written.
+        EnvError: if the environment raises.
+    """
+    with contextlib.ExitStack() as stack:
+        if video is not None:
+            check_format("video", video)
+            file = stack.enter_context(VideoFile(Path(video), check_renders(env)))
+            shown = rendering(env, "rgb_array")
+            env = replace(shown, wrappers=(*shown.wrappers, lambda made: Frames(made, file.add)))
+        elif window:
+            env = rendering(env, "human")
+        episodes = play(env, policy, seeds, deterministic=deterministic, num_envs=1, timeout_s=timeout_s)
+        stack.enter_context(contextlib.closing(episodes))  # type: ignore[type-var]
+        # Not asked for more: it would begin another episode before it saw that there is none.
+        yield from islice(episodes, len(seeds))
+
+
+def acting_copy(algorithm: Any) -> Policy:
+    """A copy of an algorithm's policy, on the CPU, that plays and leaves training as it is."""
+    policy = algorithm.policy
+    copy = type(policy).from_description(policy.describe(), network=algorithm.network)
+    copy.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
+    return copy.eval()
+
+
+def episode_seeds(seed: int, episodes: int) -> list[int]:
+    """A seed for each episode; the first ones are the same whatever the number."""
+    return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(episodes)]
+
+
+def load_player(path: str | Path, seed: int, network: str | None = None, policy_class: str | None = None) -> Policy:
+    """`load_policy` with classes by name, and the random numbers of a seed.
+
+    Raises:
+        OptionError: if a name leads nowhere.
+        CheckpointError: see `load_policy`.
+    """
+    classes = {"network": network, "policy_class": policy_class}
+    found: dict[str, Any] = {name: _imported(name, value) for name, value in classes.items() if value is not None}
+    policy = load_policy(path, **found)
+    policy.rng = np.random.default_rng(seed)
+    return policy
+
+
+def _imported(option: str, name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(f"{option}={name!r}: expected 'package.module:Class' ({error}).") from error
+
+
+def _check_env(path: Any, env: str) -> None:
+    module, colon, _ = env.rpartition(":")
+    if (colon and module not in TRUSTED_PLUGINS) or (not colon and env not in gym.registry):
+        option = env if colon else f"package.module:{env} with the module that registers it"
+        raise CheckpointError(
+            f"Checkpoint {path} names the environment {env}, which is not gymnasium's own. A file does not decide what "
+            f"is imported: if you trust it, add --env {option}."
+        )
+
+
+def _check_wrapper(path: Any, wrapper: Any, wrappers: Sequence[Any]) -> None:
+    name = next(iter(wrapper)) if isinstance(wrapper, dict) else wrapper
+    module, _, attribute = name.partition(":")
+    if module in TRUSTED_WRAPPERS:
+        found = getattr(importlib.import_module(module), attribute, None)
+        if isinstance(found, type) and issubclass(found, gym.Wrapper):
+            return
+    raise CheckpointError(
+        f"Checkpoint {path} names the wrapper {name}, which is neither gymnasium's nor lit_rl's. A file does not "
+        f'decide what is imported: if you trust it, add --wrappers "{list(wrappers)}".'
+    )

@@ -1,0 +1,86 @@
+"""The packaged recipes, and what each one's first comment says it reached."""
+
+import importlib.resources
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import lit_rl
+
+MEASURED = re.compile(r"Greedy return over (\d+) episodes, (seeds? [\d to]+): .*?; median (-?[\d.]+)\.")
+NOT_MEASURED = "# Not measured over seeds yet."
+ENV_STEPS = re.compile(r"([\d,]+) env steps")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe and its result.
+
+    Attributes:
+        name: what `--config` takes.
+        algorithm, env: the class and the environment.
+        env_steps: of one run: those it took where it was measured, its budget where not.
+        episodes, seeds: of the measurement; 0 and "" where there is none.
+        median: over the seeds, of the mean return of the greedy episodes; None where it is not measured.
+    """
+
+    name: str
+    algorithm: str
+    env: str
+    env_steps: int
+    episodes: int
+    seeds: str
+    median: float | None
+
+
+def recipe_files() -> dict[str, Path]:
+    """The YAML file of each packaged recipe, by name."""
+    folder = Path(str(importlib.resources.files(lit_rl) / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """What a recipe's options and its first comment say."""
+    text = path.read_text()
+    config = yaml.safe_load(text)
+    data = config["data"]["init_args"]
+    head = text.split("\nseed_everything")[0]
+    measured, steps = MEASURED.search(head), ENV_STEPS.search(head)
+    return Recipe(
+        name=path.stem,
+        algorithm=config["model"]["class_path"].rpartition(".")[2],
+        env=data["env"],
+        env_steps=int(steps[1].replace(",", "")) if measured and steps else data["max_env_steps"],
+        episodes=int(measured[1]) if measured else 0,
+        seeds=measured[2] if measured else "",
+        median=float(measured[3]) if measured else None,
+    )
+
+
+def table() -> str:
+    """All recipes with their results, one a line."""
+    rows = [("recipe", "algorithm", "environment", "env steps", "median return", "measured over")]
+    for path in recipe_files().values():
+        recipe = read_recipe(path)
+        measured = recipe.median is not None
+        rows.append(
+            (
+                recipe.name,
+                recipe.algorithm,
+                recipe.env,
+                f"{recipe.env_steps:,}",
+                f"{recipe.median:.1f}" if measured else "not measured",
+                f"{recipe.seeds}, {recipe.episodes} episodes each" if measured else "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    numbers = ("env steps", "median return")
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if name in numbers else cell.ljust(width)
+            for name, cell, width in zip(rows[0], row, widths)
+        ).rstrip()
+        for row in rows
+    )

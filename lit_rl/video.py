@@ -1,0 +1,146 @@
+"""Pictures of an environment while a policy plays it: in a window, or as a video file without a display."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from lit_rl.envs.make import EnvConfig
+from lit_rl.errors import EnvError, OptionError
+
+NEEDED = {".mp4": ("imageio", "imageio_ffmpeg"), ".gif": ("imageio",)}
+MAX_GIF_FPS = 50  # viewers show pictures of less than 20 ms far too slowly
+
+
+def check_format(option: str, path: str | Path) -> None:
+    """Refuse a video file that cannot be written.
+
+    Raises:
+        OptionError: if its ending is neither .mp4 nor .gif, or what writes it is not installed.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in NEEDED:
+        raise OptionError(f"{option}={str(path)!r}: expected a name that ends in .mp4 or .gif.")
+    missing = [name for name in NEEDED[ending] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(f"A {ending} video needs {' and '.join(missing)}: pip install 'lit-rl[video]'.")
+
+
+def rendering(env: EnvConfig, mode: str) -> EnvConfig:
+    """The same environment made with `render_mode=mode`, one at a time.
+
+    Raises:
+        OptionError: for a native vector environment, which has no single one to be seen.
+    """
+    if env.vectorization == "native":
+        raise OptionError(
+            f"env={env.env_id} with vectorization='native' cannot be rendered: its vector form shows no pictures."
+        )
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame's complaints where there is no sound
+    if not display_is_there():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
+    return replace(env, env_kwargs={**env.env_kwargs, "render_mode": mode}, vectorization="sync")
+
+
+def check_renders(env: EnvConfig) -> float:
+    """Frames per second of an environment that renders "rgb_array", tried out on its first picture.
+
+    Raises:
+        OptionError: if it does not.
+    """
+    refusal = f"env={env.env_id} cannot render pictures for a video"
+    try:
+        made = rendering(env, "rgb_array").make()
+    except EnvError as error:
+        raise OptionError(f"{refusal}: with render_mode='rgb_array' it cannot be made ({error})") from error
+    try:
+        if "rgb_array" not in made.metadata.get("render_modes", ()):
+            raise OptionError(f"{refusal}: metadata['render_modes'] has no 'rgb_array'.")
+        made.reset(seed=0)
+        frame: Any = made.render()
+    except OptionError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise OptionError(f"{refusal}: render() raised {type(error).__name__}: {message}") from error
+    finally:
+        made.close()
+    if not _is_picture(frame):
+        got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise OptionError(f"{refusal}: render() returned {got}, expected uint8 of shape [height, width, 3].")
+    return frames_per_s(made)
+
+
+def frames_per_s(env: gym.Env) -> float:
+    """What the environment's metadata says; 30 where it says nothing."""
+    return float(env.metadata.get("render_fps") or 30)
+
+
+def display_is_there() -> bool:
+    """Whether a window can be shown."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+class Frames(gym.Wrapper):
+    """Hands a picture to `add` after each reset and step."""
+
+    def __init__(self, env: gym.Env, add: Callable[[np.ndarray], None]):
+        super().__init__(env)
+        self._add = add
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        result = self.env.reset(**kwargs)
+        self._show()
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        result = self.env.step(action)
+        self._show()
+        return result
+
+    def _show(self) -> None:
+        frame: Any = self.env.render()
+        if not _is_picture(frame):
+            raise EnvError(f"render() of {self.env} returned no picture: expected uint8 of shape [height, width, 3].")
+        self._add(frame)
+
+
+class VideoFile(contextlib.AbstractContextManager):
+    """An .mp4 or .gif file that pictures are added to. It is written as they come, and whole once it is closed.
+
+    Args:
+        path: the file; its folder is made.
+        fps: pictures per second. A .gif of more than 50 leaves some out.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        import imageio.v2 as imageio
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._every, self._count = 1, 0
+        if path.suffix.lower() == ".gif":
+            self._every = int(np.ceil(fps / MAX_GIF_FPS))
+            options: dict[str, Any] = {"duration": 1000 * self._every / fps, "loop": 0}  # duration: ms
+        else:
+            options = {"fps": fps, "macro_block_size": 2}  # the sides must be even, no more
+        self._writer = imageio.get_writer(path, mode="I", **options)
+
+    def add(self, frame: np.ndarray) -> None:
+        if self._count % self._every == 0:
+            self._writer.append_data(frame)
+        self._count += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self._writer.close()
+
+
+def _is_picture(frame: Any) -> bool:
+    return isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[-1] == 3

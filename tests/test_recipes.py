@@ -1,0 +1,57 @@
+"""`lit-rl recipes`: every recipe, with what its first comment says it reached."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_rl import cli
+from lit_rl.recipe_index import ENV_STEPS, MEASURED, NOT_MEASURED, read_recipe, recipe_files
+
+RECIPES = recipe_files()
+
+
+@pytest.mark.parametrize("path", RECIPES.values(), ids=RECIPES)
+def test_a_recipes_first_comment_says_what_it_reached_or_that_it_is_not_measured(path: Path) -> None:
+    head = path.read_text().split("\nseed_everything")[0]
+    assert bool(MEASURED.search(head)) != (NOT_MEASURED in head)
+    assert NOT_MEASURED in head or ENV_STEPS.search(head)
+
+
+def test_results_are_read_from_the_first_comment(tmp_path: Path) -> None:
+    path = tmp_path / "dqn_maze.yaml"
+    path.write_text(
+        "# lit-rl fit --config recipes/dqn_maze.yaml\n"
+        "# Greedy return over 20 episodes, seeds 1 to 3: -1.5, 2, -3; median -1.5.\n"
+        "# 1,234 env steps, 1 s.\n"
+        "seed_everything: 1\n"
+        "model: {class_path: lit_rl.DQN}\n"
+        "data: {init_args: {env: Maze-v0, max_env_steps: 2_000}}\n"
+    )
+    recipe = read_recipe(path)
+    assert (recipe.name, recipe.algorithm, recipe.env) == ("dqn_maze", "DQN", "Maze-v0")
+    assert (recipe.env_steps, recipe.median, recipe.episodes, recipe.seeds) == (1234, -1.5, 20, "seeds 1 to 3")
+    path.write_text(path.read_text().replace("# Greedy", "# Not measured over seeds yet.\n# Random"))
+    unmeasured = read_recipe(path)
+    assert (unmeasured.median, unmeasured.env_steps) == (None, 2000)
+
+
+def test_the_command_lists_every_recipe_once(capsys: pytest.CaptureFixture) -> None:
+    cli.main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(RECIPES) + 1]] == sorted(RECIPES)
+    (cartpole,) = [line.split() for line in lines if line.startswith("ppo_cartpole ")]
+    assert cartpole[1:5] == ["PPO", "CartPole-v1", "99,328", "500.0"]
+    (lander,) = [line for line in lines if line.startswith("rainbow_lunarlander ")]
+    assert lander.endswith("not measured")
+    assert max(map(len, lines)) <= 118
+
+
+def test_the_commands_are_told_of_in_the_help(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "lit-rl recipes" in capsys.readouterr().out
+    for command in ("recipes", "play", "plot"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"lit-rl {command}" in capsys.readouterr().out
