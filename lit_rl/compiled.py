@@ -72,7 +72,7 @@ class CompiledStep:
     def __call__(self, batch: TensorDict) -> tuple[Tensor, Tensor, Any]:
         """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`."""
         self._attach()
-        self._scalars[0], self._scalars[1] = self._group["lr"], self._step_number + 1
+        self._scalars[0], self._scalars[1] = self._group["lr"], self._steps[0] + 1
         values = batch.to_dict()
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
         key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in batch.items(True, True))
@@ -83,7 +83,7 @@ class CompiledStep:
             loss, norm, rest = self._first_call(key, arguments)
         if math.isfinite(norm):
             self.optimizer._on_before_step()
-            self._step_number += 1
+            torch._foreach_add_(self._steps, 1.0)
             self.optimizer._on_after_step()
         return loss, norm, rest
 
@@ -161,10 +161,16 @@ class CompiledStep:
                 [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._shapes)]
                 for flat in self._flat
             ]
-            self._step_number = state[first]["step"].clone() if state[first] else torch.tensor(0.0)
-            for parameter, view, mean, square in zip(self._parameters, *self._views):
+            taken = float(state[first]["step"]) if state[first] else 0.0
+            on_device = self._group.get("fused") or self._group.get("capturable")
+            device = first.device if on_device else torch.device("cpu")
+            # Adam counts in each by itself: they must not share memory.
+            self._steps = [torch.tensor(taken, device=device) for _ in self._parameters]
+            for parameter, view, step, mean, square in zip(
+                self._parameters, self._views[0], self._steps, *self._views[1:]
+            ):
                 parameter.data = view
-                state[parameter] = {"step": self._step_number, "exp_avg": mean, "exp_avg_sq": square}
+                state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
         self._scalars = self._scalars.to(first.device)
         self._algorithm.policy.weights_moved()
 

@@ -103,6 +103,16 @@ def test_a_resumed_compiled_run_equals_an_unbroken_one(
     assert trainer.global_step == again.global_step
 
 
+def test_a_compiled_run_goes_on_eagerly(make_trainer, in_python: None, tmp_path: Path) -> None:
+    _, first = fit(make_trainer, "PPO", compile=True, steps=192)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, trainer = fit(make_trainer, "PPO", path=tmp_path / "half.ckpt")
+    steps = {float(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == {trainer.global_step} and trainer.global_step > first.global_step
+    _, trainer = fit(make_trainer, "PPO", path=tmp_path / "half.ckpt", compile=True)
+    assert steps == {float(state["step"]) for state in trainer.optimizers[0].state.values()}
+
+
 def test_the_policy_acts_by_the_weights_that_were_learned(make_trainer, in_python: None, tmp_path: Path) -> None:
     algorithm, trainer = fit(make_trainer, "PPO", compile=True)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
