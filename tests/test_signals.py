@@ -245,7 +245,7 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
 @pytest.mark.parametrize("num_env_runners", ["0", "1"])
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runners: str) -> None:
     folder = tmp_path / "run"
-    process = start(folder, "--data.num_env_runners", num_env_runners, step_s=0.5)  # a batch takes 5 seconds
+    process = start(folder, "--data.num_env_runners", num_env_runners, step_s=1.0)  # a batch takes 10 seconds
     wait_for_a_batch(folder, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)  # Ray looks once a second whether there was a signal
