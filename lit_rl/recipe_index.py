@@ -61,7 +61,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def table() -> str:
     """All recipes with their results, one a line."""
-    rows = [("recipe", "algorithm", "environment", "env steps", "median return", "measured over")]
+    rows = [("recipe", "algorithm", "environment", "env steps", "median return", "seeds, episodes")]
     for path in recipe_files().values():
         recipe = read_recipe(path)
         measured = recipe.median is not None
@@ -72,7 +72,7 @@ def table() -> str:
                 recipe.env,
                 f"{recipe.env_steps:,}",
                 f"{recipe.median:.1f}" if measured else "not measured",
-                f"{recipe.seeds}, {recipe.episodes} episodes each" if measured else "",
+                f"{recipe.seeds.split(maxsplit=1)[1]}, {recipe.episodes}" if measured else "",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
