@@ -286,7 +286,8 @@ def test_an_environment_that_always_fails_ends_the_command_with_its_error(tmp_pa
     _, stderr = process.communicate(timeout=120)
     lines = stderr.decode().strip().splitlines()
     assert process.returncode == 1 and time.monotonic() - started < 60
-    assert lines[-1].startswith("lit-rl: error: Env runner 0: env=test_chaos:Broken raised in step: RuntimeError: always")
+    sentence = "lit-rl: error: Env runner 0: env=test_chaos:Broken raised in step: RuntimeError: always"
+    assert lines[-1].startswith(sentence)
     assert "max_restarts=3" in lines[-1] and not any("Traceback" in line for line in lines)
 
 
