@@ -247,6 +247,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runner
     folder = tmp_path / "run"
     process = start(folder, "--data.num_env_runners", num_env_runners, step_s=1.0)  # a batch takes 10 seconds
     wait_for_a_batch(folder, process)
+    time.sleep(2)  # the batch is logged before a signal is looked for, which would be obeyed there: into the next one
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)  # Ray looks once a second whether there was a signal
     assert process.poll() is None
