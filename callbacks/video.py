@@ -13,7 +13,7 @@ from lit_rl import rescue
 from lit_rl.checks import check_choice, check_count
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
-from lit_rl.playing import acting_copy, play_episodes
+from lit_rl.playing import play_episodes
 from lit_rl.video import check_format, check_renders
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Video(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         path = folder / "videos" / f"{env_steps:09d}.{self._format}"
         seeds = [data.eval_seed(episode) for episode in range(self._episodes)]
-        policy = acting_copy(algorithm)
+        policy = algorithm.acting_copy()
         policy.rng = np.random.default_rng(seeds)
         try:
             returns = [

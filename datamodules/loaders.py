@@ -113,9 +113,7 @@ class EpisodeLoader:
 
     def _play_here(self) -> Iterator[Episode]:
         data = self._data
-        policy = data.algorithm.policy
-        acting = type(policy).from_description(policy.describe(), network=data.algorithm.network)
-        acting.eval().load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
+        acting = data.algorithm.acting_copy()
         acting.rng = np.random.default_rng(self._seeds)
         deadline = time.monotonic() + data.eval_timeout_s
         left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False

@@ -206,6 +206,12 @@ class Algorithm(L.LightningModule):
                 )
         return metrics
 
+    def acting_copy(self) -> Policy:
+        """A copy of the policy, on the CPU, that plays and leaves training as it is."""
+        copy = type(self.policy).from_description(self.policy.describe(), network=self.network)
+        copy.load_weights({name: tensor.cpu() for name, tensor in self.policy.state_dict().items()})
+        return copy.eval()
+
     def schedule(self, name: str, start: float, schedule: Schedule, env_steps: int) -> float:
         """The value of a scheduled option; see `schedules.scheduled`."""
         return scheduled(name, start, schedule, env_steps, self.max_env_steps)

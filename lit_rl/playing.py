@@ -104,14 +104,6 @@ def play_episodes(
         yield from islice(episodes, len(seeds))
 
 
-def acting_copy(algorithm: Any) -> Policy:
-    """A copy of an algorithm's policy, on the CPU, that plays and leaves training as it is."""
-    policy = algorithm.policy
-    copy = type(policy).from_description(policy.describe(), network=algorithm.network)
-    copy.load_weights({name: tensor.cpu() for name, tensor in policy.state_dict().items()})
-    return copy.eval()
-
-
 def episode_seeds(seed: int, episodes: int) -> list[int]:
     """A seed for each episode; the first ones are the same whatever the number."""
     return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(episodes)]

@@ -196,7 +196,8 @@ class PPO(Algorithm):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":  # schedules that cannot be followed are refused now
-            self.clip_at(0), self.entropy_coef_at(0)
+            self.clip_at(0)
+            self.entropy_coef_at(0)
 
     def clip_at(self, env_steps: int) -> float:
         return self.schedule("clip_schedule", self.hp.clip, self.hp.clip_schedule, env_steps)
