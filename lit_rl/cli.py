@@ -309,6 +309,15 @@ def _quieten() -> None:
     advice = ("litlogger", "litmodels", "`weights_only` was not set", "TPU available: False")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers = [_Printed()]
+
+
+class _Printed(logging.Handler):
+    """What Lightning tells goes to stdout (it has it on stderr); warnings and errors stay on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stdout if record.levelno < logging.WARNING else sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:
