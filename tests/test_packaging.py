@@ -105,7 +105,8 @@ def test_make_train_ends_with_a_line_that_says_where_everything_is(tmp_path: Pat
     for name in ("Makefile", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MAKEFLAGS": "", "MAKELEVEL": ""}  # not as a part of `make test`
+    outside = {"MAKEFLAGS": "", "MAKELEVEL": ""}  # not as a part of `make test`
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | outside
     small = "--data.max_env_steps 4096 --data.rollouts_per_epoch 2 --trainer.check_val_every_n_epoch 1"
     command = ["make", "--assume-old=venv", "train", f"ARGS={small} --trainer.enable_progress_bar false"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
