@@ -5,7 +5,8 @@
 Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>` in a process of its own. Its last
 checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
 `docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
-With `--folder` the runs are kept, and a seed that was trained there before is judged without training it again.
+With `--folder` the runs are kept (`<folder>/<recipe>/seed_<seed>`), and a seed that was trained there before is judged
+without training it again.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def main() -> None:
     runs = []
     with contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            runs.append(run_seed(args.recipe, seed, Path(folder), args.episodes))
+            runs.append(run_seed(args.recipe, seed, Path(folder) / args.recipe, args.episodes))
             last = runs[-1]
             print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
     judged = f"greedy, {args.episodes} episodes, last checkpoint"
