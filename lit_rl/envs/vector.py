@@ -40,7 +40,7 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
     Attributes:
         recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
             seed of the one that is made in its place, or raises. None lets errors out.
-        on_reset: told before and after each reset within a step, by True and False; None: nobody is.
+        on_reset: told before and after each reset within a step, by True and False; at first nobody is.
         failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
             say nothing.
         remembers: whether `begins` is kept as episodes end.
@@ -55,7 +55,7 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         self.env_id = env_id
         self._shape = self.single_observation_space.shape  # None if it is nested
         self.recover: Callable[[int, str, Exception], int] | None = None
-        self.on_reset: Callable[[bool], None] | None = None
+        self.on_reset: Callable[[bool], None] = lambda resetting: None
         self.remembers = False
         self.failed: list[int] = []
         self.begins = [Begin(None, None)] * self.num_envs
@@ -146,14 +146,12 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         if self.remembers:
             bit_generator = getattr(env.unwrapped.np_random, "bit_generator", None)
             self.begins[i] = Begin(self.begins[i].seed, getattr(bit_generator, "state", None))
-        if self.on_reset is not None:
-            self.on_reset(True)
+        self.on_reset(True)
         try:
             found = env.reset()
         except Exception as error:
             found = self._rebuild(i, "reset", error)
-        if self.on_reset is not None:
-            self.on_reset(False)
+        self.on_reset(False)
         return found
 
     def _check(self, i: int, result: Any) -> None:
@@ -171,13 +169,11 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 self.envs[i].close()
             try:
                 self.envs[i] = self._makers[i]()
-                if self.on_reset is not None:
-                    self.on_reset(True)
+                self.on_reset(True)
                 found = self.envs[i].reset(seed=seed)
             except Exception as again:
                 what, error = "reset", again
             else:
-                if self.on_reset is not None:
-                    self.on_reset(False)
+                self.on_reset(False)
                 self.begins[i] = Begin(seed, None)
                 return found
