@@ -14,6 +14,7 @@ from lit_rl.envs.check import step_complaint
 from lit_rl.errors import EnvError
 
 NUMBERS = {float, int, np.float64, np.float32, np.int64}
+INTEGERS = {int, np.int64}
 FLAGS = {bool, np.bool_}
 ARRAY = np.ndarray
 
@@ -53,13 +54,13 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         super().__init__(env_fns, autoreset_mode=autoreset_mode)
         self._makers = env_fns
         self.env_id = env_id
-        self._shape = self.single_observation_space.shape  # None if it is nested
         self.recover: Callable[[int, str, Exception], int] | None = None
         self.on_reset: Callable[[bool], None] = lambda resetting: None
         self.remembers = False
         self.failed: list[int] = []
         self.begins = [Begin(None, None)] * self.num_envs
-        self._as_array = isinstance(self._observations, np.ndarray)
+        self._batch: Any = self._observations if isinstance(self._observations, np.ndarray) else None  # None: nested
+        self._usual_types = INTEGERS if isinstance(self.single_observation_space, gym.spaces.Discrete) else {ARRAY}
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
         found: Any = super().reset(seed=seed, options=options)
@@ -70,11 +71,9 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             return super().step(actions)
-        obs: Any = np.empty_like(self._observations) if self._as_array else [None] * self.num_envs
-        rewards, terminations, truncations = [], [], []
+        observations, rewards, terminations, truncations = [], [], [], []
         infos: dict[str, Any] = {}
         self.failed = []
-        shape = self._shape
         for i, action in enumerate(self._each(actions)):
             try:
                 result = self.envs[i].step(action)
@@ -82,38 +81,50 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 env_obs, info = self._rebuild(i, "step", error)
                 result = env_obs, 0.0, False, False, info
                 self.failed.append(i)
-            if not (result.__class__ is tuple and len(result) == 5):
+            try:
+                env_obs, reward, terminated, truncated, info = result
+            except (TypeError, ValueError):
                 self._check(i, result)
-            env_obs, reward, terminated, truncated, info = result
-            # Types and shape are nearly always these; what is not is looked at closely.
-            if not (
-                reward.__class__ in NUMBERS
-                and terminated.__class__ in FLAGS
-                and truncated.__class__ in FLAGS
-                and info.__class__ is dict
-                and (shape is None or (env_obs.__class__ is ARRAY and env_obs.shape == shape))
-            ):
-                self._check(i, result)
-            if terminated or truncated:
-                final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
-                infos = self._add_info(infos, {"final_obs": final_obs, "final_info": info}, i)
-                env_obs, info = self._next_episode(i)
+                raise
+            if terminated is not False or truncated is not False or info.__class__ is not dict:
+                if not (terminated.__class__ in FLAGS and truncated.__class__ in FLAGS and info.__class__ is dict):
+                    self._check(i, result)
+                if terminated or truncated:
+                    final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
+                    infos = self._add_info(infos, {"final_obs": final_obs, "final_info": info}, i)
+                    env_obs, info = self._next_episode(i)
             if info:
                 infos = self._add_info(infos, info, i)
-            obs[i] = env_obs
+            observations.append(env_obs)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-        if not self._as_array:
-            space = self.single_observation_space
-            obs = concatenate(space, obs, create_empty_array(space, self.num_envs))
+        if not NUMBERS.issuperset(map(type, rewards)):
+            self._check_all(observations, rewards)
         return (
-            obs,
+            self._stack(observations, rewards),
             np.array(rewards, np.float64),
             np.array(terminations, np.bool_),
             np.array(truncations, np.bool_),
             infos,
         )
+
+    def _stack(self, observations: list[Any], rewards: list[Any]) -> Any:
+        """One observation of each environment, in one batch."""
+        if self._batch is None:
+            space = self.single_observation_space
+            return concatenate(space, observations, create_empty_array(space, self.num_envs))
+        # Types and shapes are nearly always these; what is not is looked at closely.
+        if self._usual_types.issuperset(map(type, observations)):
+            with contextlib.suppress(TypeError, ValueError):
+                obs = np.array(observations, self._batch.dtype)
+                if obs.shape == self._batch.shape:
+                    return obs
+        self._check_all(observations, rewards)
+        obs = np.empty_like(self._batch)
+        for i, env_obs in enumerate(observations):
+            obs[i] = env_obs
+        return obs
 
     def begin_again(self, i: int, begin: Begin, actions: Any) -> Any:
         """Bring environment i to where an episode was after some actions [n, ...]; returns the observation there.
@@ -158,6 +169,10 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
         problem = step_complaint(self.single_observation_space, result)
         if problem:
             raise EnvError(f"env={self.env_id}: step of environment {i} returned {problem}. Mend the environment.")
+
+    def _check_all(self, observations: list[Any], rewards: list[Any]) -> None:
+        for i, (env_obs, reward) in enumerate(zip(observations, rewards)):
+            self._check(i, (env_obs, reward, False, False, {}))
 
     def _rebuild(self, i: int, what: str, error: Exception) -> tuple[Any, dict[str, Any]]:
         """A new environment in the place of one that raised: its first observation and info."""
