@@ -49,7 +49,9 @@ def runs() -> list[Path]:
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
-    steps = data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1)
+    steps = (
+        data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1) * max(1, data.get("num_env_runners", 0))
+    )
     if config["data"]["class_path"] == "ReplayDataModule":
         begin = -(-data["batch_size"] // steps) * steps
         more = ["--data.learning_starts", str(begin), "--data.update_to_data", str(1 / steps)]
