@@ -202,10 +202,10 @@ class ReplayDataModule(EnvDataModule):
 
     def _minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
         """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
-        trainer = self.attached_trainer
-        end = self.algorithm.env_steps_done + self.env_steps_per_batch * trainer.world_size
+        trainer, algorithm = self.attached_trainer, self._off_policy
+        end = algorithm.env_steps_done + self.env_steps_per_batch * trainer.world_size
         while (
-            self.algorithm.env_steps_done < end and self._budget_left(self.algorithm.env_steps_done) >= self._max_rows
+            algorithm.env_steps_done < end and self._budget_left(algorithm.env_steps_done) >= self._max_rows
         ):
             started = time.perf_counter()
             self._collect()
@@ -220,7 +220,7 @@ class ReplayDataModule(EnvDataModule):
                     return
         self.sample_s = stream.waited_s
         # Said before Lightning looks: it then still validates and saves after this batch.
-        if self._budget_left(self.algorithm.env_steps_done) < self._max_rows:
+        if self._budget_left(algorithm.env_steps_done) < self._max_rows:
             trainer.should_stop = True
 
     def _collect(self) -> None:
@@ -252,7 +252,7 @@ class ReplayDataModule(EnvDataModule):
         self.took(fragments)
         if distributed.world_size() > 1:
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
-        algorithm.env_steps += taken
+        algorithm.env_steps.add_(taken)
         self._stored += taken
         if not warming_up and self._stored >= self.batch_size * distributed.world_size():
             self._owed += taken / distributed.world_size() * self.update_to_data

@@ -357,8 +357,8 @@ class Algorithm(L.LightningModule):
         env_steps = self.count_env_steps(batch)
         lag = self.updates_done - float(batch["policy_version"].double().mean())
         metrics = self.checked_update(batch)
-        self.env_steps += env_steps
-        self.updates += 1
+        self.env_steps.add_(env_steps)
+        self.updates.add_(1)
         return {**metrics, "rollout/policy_lag": lag}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_rl import distributed
 from lit_rl.errors import OptionError
+from lit_rl.trees import iterate
 
 
 class CompiledStep:
@@ -74,8 +75,8 @@ class CompiledStep:
         self._attach()
         self._scalars[0], self._scalars[1] = self._group["lr"], self._steps[0] + 1
         values = batch.to_dict()
+        key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
-        key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in batch.items(True, True))
         arguments = (*self._flat, self._scalars, values)
         if key in self._compiled:
             loss, norm, rest = self._compiled[key](*arguments)

@@ -77,7 +77,7 @@ class OffPolicy(Algorithm):
         for minibatch in batch:
             skipped = self.skipped_updates
             found = self.checked_update(minibatch)
-            self.updates += 1
+            self.updates.add_(1)
             if self.skipped_updates > skipped:
                 continue
             for name, value in found.items():

@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     def views(self) -> dict[str, np.ndarray]:
         """The arrays, sharing the buffer's memory."""
         return {
-            name: self.buffer[offset : offset + _num_bytes(dtype, shape)].view(dtype).reshape(shape)
+            name: np.ndarray(shape, dtype, self.buffer, offset)
             for name, dtype, shape, offset in self.layout
         }
 
