@@ -68,12 +68,14 @@ class CompiledStep:
         self._views: list[list[Tensor]] = []
         self._flat: list[Tensor] = []  # parameters and Adam's two moments
         self._scalars = torch.zeros(2)  # learning rate, number of this step
+        self._steps = torch.zeros(0)  # of each parameter, as Adam has them
+        self._taken = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}  # by the shapes in a batch
 
     def __call__(self, batch: TensorDict) -> tuple[Tensor, Tensor, Any]:
         """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`."""
         self._attach()
-        self._scalars[0], self._scalars[1] = self._group["lr"], self._steps[0] + 1
+        self._scalars.copy_(torch.tensor((self._group["lr"], self._taken + 1)))
         values = batch.to_dict()
         key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
@@ -84,7 +86,8 @@ class CompiledStep:
             loss, norm, rest = self._first_call(key, arguments)
         if math.isfinite(norm):
             self.optimizer._on_before_step()
-            torch._foreach_add_(self._steps, 1.0)
+            self._steps.add_(1.0)
+            self._taken += 1
             self.optimizer._on_after_step()
         return loss, norm, rest
 
@@ -162,13 +165,12 @@ class CompiledStep:
                 [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._shapes)]
                 for flat in self._flat
             ]
-            taken = float(state[first]["step"]) if state[first] else 0.0
+            self._taken = int(state[first]["step"]) if state[first] else 0
             on_device = self._group.get("fused") or self._group.get("capturable")
             device = first.device if on_device else torch.device("cpu")
-            # Adam counts in each by itself: they must not share memory.
-            self._steps = [torch.tensor(taken, device=device) for _ in self._parameters]
+            self._steps = torch.full((len(self._parameters),), float(self._taken), device=device)
             for parameter, view, step, mean, square in zip(
-                self._parameters, self._views[0], self._steps, *self._views[1:]
+                self._parameters, self._views[0], self._steps.unbind(), *self._views[1:]
             ):
                 parameter.data = view
                 state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}

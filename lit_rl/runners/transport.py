@@ -23,10 +23,7 @@ class Packed(NamedTuple):
 
     def views(self) -> dict[str, np.ndarray]:
         """The arrays, sharing the buffer's memory."""
-        return {
-            name: np.ndarray(shape, dtype, self.buffer, offset)
-            for name, dtype, shape, offset in self.layout
-        }
+        return {name: np.ndarray(shape, dtype, self.buffer, offset) for name, dtype, shape, offset in self.layout}
 
 
 def allocate(fields: Mapping[str, tuple[str, tuple[int, ...]]]) -> Packed:
