@@ -1,12 +1,13 @@
 """Seconds until PPO has solved CartPole-v1: lit_rl, Stable-Baselines3 and RLlib, each with settings tuned for it.
 
     .venv/bin/pip install -c constraints.txt -e '.[bench]'
-    .venv/bin/python benchmarks/time_to_solve.py --seeds 1 2 3
+    .venv/bin/python benchmarks/time_to_solve.py --seeds 11 12 13
 
 Solved is a mean return of 475 over the last 100 training episodes. The time runs from the call that trains, without
 imports; evaluation is off. Each run is a process of its own, the systems take turns, and every process has one torch
-thread. Settings: lit_rl those of `LIT_RL`; Stable-Baselines3 those of rl-baselines3-zoo (`ppo.yml`, CartPole-v1);
-RLlib those of its tuned example (`rllib/examples/algorithms/ppo/cartpole_ppo.py`).
+thread. Settings: lit_rl those of `LIT_RL`, the best of nine that were tried with seeds 1 to 3; Stable-Baselines3 those of
+rl-baselines3-zoo (`ppo.yml`, CartPole-v1); RLlib those of its tuned example
+(`rllib/examples/algorithms/ppo/cartpole_ppo.py`).
 """
 
 import argparse
@@ -21,7 +22,8 @@ from pathlib import Path
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "time_to_solve_cartpole.json"
 GOAL, EPISODES, MOST_STEPS = 475.0, 100, 400_000
-LIT_RL = {"lr": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "num_epochs": 20, "minibatch_size": 256}
+LIT_RL = {"lr": 3e-3, "gamma": 0.98, "gae_lambda": 0.8, "num_epochs": 6, "minibatch_size": 256}
+ROLLOUT_LENGTH = 128
 
 
 def lit_rl(seed: int) -> dict[str, float]:
@@ -36,8 +38,8 @@ def lit_rl(seed: int) -> dict[str, float]:
                 trainer.should_stop = True
 
     data = RolloutDataModule(
-        "CartPole-v1", num_envs_per_env_runner=8, rollout_length=32, max_env_steps=MOST_STEPS, return_window=EPISODES,
-        torch_threads=1, seed=seed,
+        "CartPole-v1", num_envs_per_env_runner=8, rollout_length=ROLLOUT_LENGTH, max_env_steps=MOST_STEPS,
+        return_window=EPISODES, torch_threads=1, seed=seed,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
@@ -102,7 +104,7 @@ SYSTEMS = {"lit_rl": lit_rl, "SB3": sb3, "RLlib, 2 runners": rllib}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--write", action="store_true", help=f"write {OUT.name}")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "SEED"), help="run one system in this process")
@@ -130,7 +132,13 @@ def main() -> None:
     for name, runs in results.items():
         print(f"{name:18s} median {statistics.median(run['seconds'] for run in runs):.1f} s")
     if args.write:
-        OUT.write_text(json.dumps({"seeds": args.seeds, "lit_rl_settings": LIT_RL, "runs": results}, indent=1) + "\n")
+        OUT.write_text(
+            json.dumps(
+                {"seeds": args.seeds, "lit_rl_settings": LIT_RL | {"rollout_length": ROLLOUT_LENGTH}, "runs": results},
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
