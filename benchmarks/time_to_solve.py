@@ -5,8 +5,8 @@
 
 Solved is a mean return of 475 over the last 100 training episodes. The time runs from the call that trains, without
 imports; evaluation is off. Each run is a process of its own, the systems take turns, and every process has one torch
-thread. Settings: lit_rl those of `LIT_RL`, the best of nine that were tried with seeds 1 to 3; Stable-Baselines3 those of
-rl-baselines3-zoo (`ppo.yml`, CartPole-v1); RLlib those of its tuned example
+thread. Settings: lit_rl those of `LIT_RL`, the best of nine that were tried with seeds 1 to 3; Stable-Baselines3 those
+of rl-baselines3-zoo (`ppo.yml`, CartPole-v1); RLlib those of its tuned example
 (`rllib/examples/algorithms/ppo/cartpole_ppo.py`).
 """
 
