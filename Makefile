@@ -33,7 +33,7 @@ train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkp
 	    && echo "Checkpoint: $$newest, curve: $$run/curve.png, log: $$run/metrics.csv"
 
 test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal --durations=30 $(ARGS)
 
 chaos: venv  ## the long form of the tests that kill and break things: half an hour (ARGS="--chaos-seed 1")
 	$(BIN)/pytest -m chaos --long -rP $(ARGS)
