@@ -1,5 +1,6 @@
 """Ending a run on SIGTERM, SIGINT or SIGUSR1: after the running batch, with a checkpoint."""
 
+import logging
 import os
 import signal
 import sys
@@ -9,10 +10,11 @@ from types import FrameType
 
 import lightning as L
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl import distributed
 from lit_rl.rescue import save_checkpoint
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE = 0.2  # seconds: a signal that comes again so soon is the same one, sent to the process and to its group
@@ -49,7 +51,8 @@ class Interruption:
         if not number:
             return
         path = save_checkpoint(self._trainer, "interrupted.ckpt")
-        rank_zero_info(f"{signal.Signals(number).name}: training was stopped. To go on: ckpt_path={path}")
+        if self._trainer.is_global_zero:
+            log.warning("%s: training was stopped. To go on: ckpt_path=%s", signal.Signals(number).name, path)
         # Lightning kills the first rank when one that it started itself ends with anything but 0.
         started_by_first = isinstance(self._environment, LightningEnvironment) and self._trainer.local_rank > 0
         sys.exit(0 if started_by_first else 128 + number)
