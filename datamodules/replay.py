@@ -204,9 +204,7 @@ class ReplayDataModule(EnvDataModule):
         """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
         trainer, algorithm = self.attached_trainer, self._off_policy
         end = algorithm.env_steps_done + self.env_steps_per_batch * trainer.world_size
-        while (
-            algorithm.env_steps_done < end and self._budget_left(algorithm.env_steps_done) >= self._max_rows
-        ):
+        while algorithm.env_steps_done < end and self._budget_left(algorithm.env_steps_done) >= self._max_rows:
             started = time.perf_counter()
             self._collect()
             stream.waited_s += time.perf_counter() - started
