@@ -122,6 +122,10 @@ class Wrong(CounterEnv):
         if self._wait < 0:
             if self._how == "step gives four":
                 return obs, reward, terminated, info
+            if self._how == "step gives a list":
+                return [obs, reward, terminated, truncated, info]
+            if self._how == "last obs None" and (terminated or truncated):
+                return None, reward, terminated, truncated, info
             rewards: dict[str, Any] = {
                 "reward None": None, "reward array": np.ones(2), "reward string": "much", "reward NaN": math.nan
             }  # fmt: skip
@@ -175,6 +179,8 @@ ENVS = [
     env("no observation space", "no space", "observation_space=None", "gymnasium.Space"),
     env("reset gives one value", "reset gives one", "reset returned", "(observation, info)"),
     env("step gives four", "step gives four", "step returned", "truncated"),
+    env("step gives a list late", "step gives a list", "step of environment 0", "truncated", late=True),
+    env("last observation None", "last obs None", "step of environment 0", "observation=None", late=True),
     env("step gives four late", "step gives four", "step of environment 0", late=True),
     env("observation's shape", "shape", "shape (3,)", "(1,)"),
     env("observation's dtype", "dtype", "'x'"),

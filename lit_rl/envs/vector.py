@@ -81,15 +81,18 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 env_obs, info = self._rebuild(i, "step", error)
                 result = env_obs, 0.0, False, False, info
                 self.failed.append(i)
-            try:
-                env_obs, reward, terminated, truncated, info = result
-            except (TypeError, ValueError):
+            if not (result.__class__ is tuple and len(result) == 5):
                 self._check(i, result)
-                raise
+            env_obs, reward, terminated, truncated, info = result
             if terminated is not False or truncated is not False or info.__class__ is not dict:
                 if not (terminated.__class__ in FLAGS and truncated.__class__ in FLAGS and info.__class__ is dict):
                     self._check(i, result)
                 if terminated or truncated:
+                    # Its observation is not among those that are stacked and looked at there.
+                    if self._batch is not None and not (
+                        env_obs.__class__ is ARRAY and env_obs.shape == self._batch.shape[1:]
+                    ):
+                        self._check(i, result)
                     final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
                     infos = self._add_info(infos, {"final_obs": final_obs, "final_info": info}, i)
                     env_obs, info = self._next_episode(i)
