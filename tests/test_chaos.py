@@ -183,7 +183,8 @@ def left_over(path: Path) -> list[str]:
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(f"{process.name} {(process / 'cmdline').read_bytes()[:200]!r}")
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").split()
+                found.append(f"{process.name} {b' '.join(words)[:200].decode(errors='replace')}")
         except OSError:
             continue
     return found
@@ -193,6 +194,15 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> float:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def wait_for_the_end_of_all(path: Path, seconds: float) -> float:
+    """Seconds until no process of a run was left."""
+    started = time.monotonic()
+    while left := left_over(path):
+        assert time.monotonic() - started < seconds, f"left after {seconds} s: {left}"
         time.sleep(0.05)
     return time.monotonic() - started
 
@@ -260,7 +270,7 @@ def test_nothing_is_left_when_the_learner_or_ray_is_killed(victim: str, tmp_path
         os.kill(pid, signal.SIGKILL)
     took = wait_for(lambda: process.poll() is not None, 60, "the end of the learner")
     assert process.returncode != 0
-    gone = wait_for(lambda: not left_over(path), 15, f"the end of {left_over(path)}")
+    gone = wait_for_the_end_of_all(path, 15)
     print(f"learner ended after {took:.1f} s, the last process {gone:.1f} s later")
     assert torch.load(next(tmp_path.rglob("often.ckpt")), weights_only=True)["state_dict"]
 
@@ -274,7 +284,7 @@ def test_a_learner_process_that_is_killed_ends_the_others(tmp_path: Path) -> Non
     os.kill(children[0], signal.SIGKILL)
     took = wait_for(lambda: process.poll() is not None, 30, "the end of the other learner process")
     assert process.returncode != 0
-    gone = wait_for(lambda: not left_over(path), 10, "the end of all processes")
+    gone = wait_for_the_end_of_all(path, 10)
     print(f"ended after {took:.1f} s, the last process {gone:.1f} s later")
 
 

@@ -14,18 +14,24 @@ from lit_rl.errors import RunnerError
 
 _reapers: list[subprocess.Popen] = []
 OWNER = "LIT_RL_RAY_OWNER"  # an environment variable
-# What takes care of a Ray session after its owner: see `_end_with_this_process`.
+# What takes care of a Ray session after its owner: see `_end_with_this_process`. It does not wait for the end of its
+# input, which a process forked from the owner would hold open. A process that is just starting has no environment to
+# look at: hence several looks.
 REAPER = """
 import os, signal, sys, time
-sys.stdin.read()
-time.sleep(2)
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if sys.argv[1].encode() in file.read().split(bytes(1)):
-                os.kill(int(pid), signal.SIGKILL)
-    except OSError:
-        continue
+mark, owner = sys.argv[1].encode(), int(sys.argv[2])
+while os.getppid() == owner:
+    time.sleep(0.2)
+time.sleep(2)  # in which Ray may end by itself
+for _ in range(10):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if mark in file.read().split(bytes(1)):
+                    os.kill(int(pid), signal.SIGKILL)
+        except OSError:
+            continue
+    time.sleep(0.3)
 """
 
 
@@ -83,13 +89,13 @@ def _end_with_this_process(mark: str) -> None:
     Ray's own agents stay for a minute after a `kill -9` of who started them, and its workers may.
     """
     reaper = subprocess.Popen(
-        [sys.executable, "-IS", "-c", REAPER, mark],
-        stdin=subprocess.PIPE,  # closed by the kernel when this process ends
+        [sys.executable, "-IS", "-c", REAPER, mark, str(os.getpid())],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C is not for it
     )
-    _reapers.append(reaper)  # whose input would be closed with the object
+    _reapers.append(reaper)  # an object that goes away before its process warns
 
 
 def _has_token() -> bool:
