@@ -128,7 +128,8 @@ class Diagnostics(L.Callback):
 
     def _explained_variance(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
         value, return_mean = self._median(metrics, "value/explained_variance"), metrics.get("rollout/return_mean")
-        if value is None or return_mean is None or value >= self.min_explained_variance:
+        # Rounded: where all returns are equal, a critic that is as good as can be says a constant.
+        if value is None or return_mean is None or round(value, 2) >= self.min_explained_variance:
             return None
         behind = self._highest - return_mean >= 0.1 * (self._highest - self._lowest)
         return {"value": value} if behind else None

@@ -49,7 +49,8 @@ def test_runners_spread_over_nodes_and_a_lost_node_costs_what_the_ledger_says(tm
     assert after == [before[1]]  # training went on with one
     assert end == [before[1]] * 2
     assert found["delivered"] == found["env_steps"]
-    assert set(found["discarded"]) == {"died", "unread"}
+    # "unread": its fragment had come to an end; "died": it was in the middle of one.
+    assert found["discarded"] and set(found["discarded"]) <= {"died", "unread"}
     # The step in which the process was killed was taken by its environments and not written down any more.
     assert 0 <= found["stepped"] - found["delivered"] - sum(found["discarded"].values()) <= 2
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from envs import CounterEnv, FailingEnv
 from gymnasium import spaces
@@ -20,6 +21,7 @@ from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import RunnerError
 from lit_rl.policy import Policy
 from lit_rl.rollout import count_rows, to_rollout
+from lit_rl.runners import ray_session as session
 from lit_rl.runners.env_runner import EnvRunner, Fragment
 from lit_rl.runners.faults import FaultTolerance, Watchdog
 from lit_rl.runners.ledger import Ledger
@@ -236,6 +238,19 @@ class StallingEnv(CounterEnv):
         return super().step(action)
 
 
+def test_every_process_that_ray_starts_can_be_told_by_its_environment() -> None:
+    """Ray's agents write a title over their own, and would be left after a `kill -9` of the learner."""
+    (raylet,) = (p for p in psutil.Process().children() if "/raylet" in p.cmdline()[0])
+    for _ in range(300):
+        children = {" ".join(p.cmdline()).strip("\0 "): p for p in raylet.children()}
+        if {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= children.keys():
+            break
+        time.sleep(0.1)
+    assert {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= children.keys()
+    for title, process in children.items():
+        assert any(name == session.OWNER for name in process.environ()), title
+
+
 class WideEnv(CounterEnv):
     """An observation of one MB."""
 
@@ -260,7 +275,7 @@ def small(space):
 
 disk, length = sys.argv[1], int(sys.argv[2])
 ray.init(
-    num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, logging_level=logging.ERROR,
+    "local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, logging_level=logging.ERROR,
     _system_config={"local_fs_capacity_threshold": 0.0} if disk == "full" else None,
 )
 algorithm = PPO(minibatch_size=8, num_epochs=1, network=small)

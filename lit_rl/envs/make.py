@@ -145,7 +145,8 @@ class EnvConfig:
         entry_point = _entry_point(self.env)
         if entry_point is not None:
             return _call(self.env_id, entry_point, **kwargs)
-        return _call(self.env_id, gym.make, _registered(self.env).id, **kwargs)
+        # What gymnasium's checker looks at once, lit_rl looks at in every step.
+        return _call(self.env_id, gym.make, _registered(self.env).id, **{"disable_env_checker": True, **kwargs})
 
     def _wrap(self, env: Any) -> Any:
         for wrapper in self.wrappers:

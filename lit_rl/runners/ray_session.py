@@ -1,5 +1,6 @@
 """Starting or joining Ray, without the side effects a learner process cannot have. The only module that starts Ray."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -8,30 +9,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lit_rl.errors import RunnerError
 
 _reapers: list[subprocess.Popen] = []
 OWNER = "LIT_RL_RAY_OWNER"  # an environment variable
-# What takes care of a Ray session after its owner: see `_end_with_this_process`. It does not wait for the end of its
-# input, which a process forked from the owner would hold open. A process that is just starting has no environment to
-# look at: hence several looks.
+# What takes care of a Ray session after its owner: see `_end_with_this_process`. A process that is just starting has no
+# environment to look at, so it looks until it has found nothing twice.
 REAPER = """
 import os, signal, sys, time
-mark, owner = sys.argv[1].encode(), int(sys.argv[2])
-while os.getppid() == owner:
-    time.sleep(0.2)
-time.sleep(2)  # in which Ray may end by itself
-for _ in range(10):
+sys.stdin.read()
+time.sleep(2)
+looks = 0
+while looks < 2:
+    looks += 1
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark in file.read().split(bytes(1)):
+                if sys.argv[1].encode() in file.read().split(bytes(1)):
                     os.kill(int(pid), signal.SIGKILL)
+                    looks = 0
         except OSError:
             continue
-    time.sleep(0.3)
+    time.sleep(0.2)
 """
 
 
@@ -63,11 +65,10 @@ def connect(address: str | None = None) -> str:
                 ray.init(address=address, logging_level=logging.WARNING)
             else:
                 mark = f"{os.getpid()}-{time.time_ns()}"
-                os.environ[OWNER] = mark  # inherited by Ray's processes, and by no others
-                try:
+                # Inherited by Ray's processes, and by no others. The second one keeps those that give themselves a
+                # title (`setproctitle`) from writing it over their environment, and so over the first.
+                with _environment({OWNER: mark, "SPT_NOENV": "1"}):
                     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-                finally:
-                    del os.environ[OWNER]
                 _protect_token()
                 _end_with_this_process(f"{OWNER}={mark}")
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -83,19 +84,34 @@ def connect(address: str | None = None) -> str:
     return ray.get_runtime_context().gcs_address
 
 
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _end_with_this_process(mark: str) -> None:
     """See to it that no process with `mark` in its environment outlives this one, however it ends.
 
     Ray's own agents stay for a minute after a `kill -9` of who started them, and its workers may.
     """
     reaper = subprocess.Popen(
-        [sys.executable, "-IS", "-c", REAPER, mark, str(os.getpid())],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-IS", "-c", REAPER, mark],
+        stdin=subprocess.PIPE,  # closed by the kernel when this process ends
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C is not for it
     )
-    _reapers.append(reaper)  # an object that goes away before its process warns
+    _reapers.append(reaper)  # whose input would be closed with the object
 
 
 def _has_token() -> bool:
