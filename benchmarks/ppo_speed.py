@@ -210,6 +210,7 @@ SYSTEMS: dict[str, Callable[[], dict[str, float]]] = {
     "lit_rl, compiled": lambda: lit_rl(compile=True),
     "lit_rl, compiled, native": lambda: lit_rl(compile=True, vectorization="native"),
     "lit_rl, 1 runner, prefetch": lambda: lit_rl(num_env_runners=1, prefetch=1),
+    "lit_rl, compiled, 1 runner, prefetch": lambda: lit_rl(num_env_runners=1, prefetch=1, compile=True),
     "SB3": sb3,
     "single file": single_file,
     "RLlib, 0 runners": lambda: rllib(0),
@@ -254,7 +255,7 @@ def main() -> None:
             if line is None:
                 sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
             results[name].append(json.loads(line.removeprefix("RESULT ")))
-            print(f"round {round_ + 1}  {name:28s} {results[name][-1]['env_steps_per_s']:8.0f} env steps/s", flush=True)
+            print(f"round {round_ + 1}  {name:36s} {results[name][-1]['env_steps_per_s']:8.0f} env steps/s", flush=True)
     report(results)
     if args.json:
         with open(args.json, "w") as file:
@@ -266,7 +267,7 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
     speed = {name: [row["env_steps_per_s"] for row in rows] for name, rows in results.items()}
     sb3 = speed.get("SB3")
     rllib = [max(figures) for figures in zip(*(v for name, v in speed.items() if name.startswith("RLlib")))] or None
-    print(f"\n{'medians of rounds':28s} env steps/s   / SB3   / RLlib's best   growth of resident memory, MB")
+    print(f"\n{'medians of rounds':36s} env steps/s   / SB3   / RLlib's best   growth of resident memory, MB")
     for name, figures in speed.items():
         growth = statistics.median(row["growth_mb"] for row in results[name])
         compilation = [row["compilation_s"] for row in results[name] if "compilation_s" in row]
@@ -275,7 +276,7 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
             pays = seconds / (1 / ours - 1 / statistics.median(figures))
             print(f"{name}: {seconds:.0f} s of compilation, made up for after {pays:,.0f} env steps")
         ratios = f"{_ratio(figures, sb3)} {_ratio(figures, rllib):>16s}"
-        print(f"{name:28s} {statistics.median(figures):11.0f} {ratios} {growth:12.0f}")
+        print(f"{name:36s} {statistics.median(figures):11.0f} {ratios} {growth:12.0f}")
 
 
 def _ratio(figures: list[float], others: list[float] | None) -> str:

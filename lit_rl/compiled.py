@@ -67,7 +67,8 @@ class CompiledStep:
         self._loss = _Loss(algorithm)
         self._views: list[list[Tensor]] = []
         self._flat: list[Tensor] = []  # parameters and Adam's two moments
-        self._scalars = torch.zeros(2)  # learning rate, number of this step
+        self._scalars = torch.zeros(2)  # learning rate, number of this step; what is written to on the CPU
+        self._written = self._scalars.numpy()
         self._steps = torch.zeros(0)  # of each parameter, as Adam has them
         self._taken = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}  # by the shapes in a batch
@@ -75,11 +76,12 @@ class CompiledStep:
     def __call__(self, batch: TensorDict) -> tuple[Tensor, Tensor, Any]:
         """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`."""
         self._attach()
-        self._scalars.copy_(torch.tensor((self._group["lr"], self._taken + 1)))
+        self._written[:] = self._group["lr"], self._taken + 1
+        scalars = self._scalars.to(self._flat[0].device)
         values = batch.to_dict()
         key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
-        arguments = (*self._flat, self._scalars, values)
+        arguments = (*self._flat, scalars, values)
         if key in self._compiled:
             loss, norm, rest = self._compiled[key](*arguments)
         else:
@@ -177,7 +179,6 @@ class CompiledStep:
             ):
                 parameter.data = view
                 state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
-        self._scalars = self._scalars.to(first.device)
         self._algorithm.policy.weights_moved()
 
 

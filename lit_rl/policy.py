@@ -411,12 +411,13 @@ class Policy(nn.Module):
 
     def _numpy_forward(self) -> Callable[[Tree], np.ndarray] | None:
         """Head and encoder in numpy, if the encoder has such a form and actions are chosen as here."""
-        if not (self._chooses_as_here and isinstance(self.head, nn.Linear)):
+        head = self._modules.get("head")  # `self.head` takes longer, and this is asked in every step
+        if not (self._chooses_as_here and isinstance(head, nn.Linear)):
             return None
-        weight = self.head.weight
+        weight: Any = head._parameters["weight"]
         if self._forward_numpy is None or self._forward_numpy[0] is not weight:
             make = getattr(self.encoder, "numpy_forward", None)
-            self._forward_numpy = (weight, None if make is None else make(self.head))
+            self._forward_numpy = (weight, None if make is None else make(head))
         return self._forward_numpy[1]
 
     def _parameters_by(self, forward: Callable[[Tree], np.ndarray], obs: Tree) -> np.ndarray:

@@ -151,6 +151,7 @@ def test_a_stalled_runner_is_ended_and_replaced(where: str, restarts: int) -> No
         fragments = collect(pool, policy)
         longest = max(longest, time.monotonic() - started)
         assert [runner for runner, _ in fragments] == [0]
+        time.sleep(0.05)  # leaves the processor to the one that starts
     assert 1.5 < longest < 4 and pool.ledger.restarts == restarts
     assert ledger.discarded["stalled"] >= (restarts + 1) * NUM_ENVS
     pool.close()

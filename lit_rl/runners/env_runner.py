@@ -230,7 +230,8 @@ class EnvRunner:
         self._begun += is_init_rows.sum(1)
         map_tree(np.copyto, columns["last_observation"], obs)
         packed_finals = self._pack_finals(finals, failed)
-        self._check_finite(view | packed_finals.views(), begun, lengths)
+        finals_view = {} if packed_finals is self._no_finals else packed_finals.views()
+        self._check_finite(view | finals_view, begun, lengths)
         if self._reward_scale != 1.0:
             reward_rows *= np.float32(self._reward_scale)
         if self._reward_clip is not None:
