@@ -131,7 +131,8 @@ class Diagnostics(L.Callback):
         # Rounded: where all returns are equal, a critic that is as good as can be says a constant.
         if value is None or return_mean is None or round(value, 2) >= self.min_explained_variance:
             return None
-        behind = self._highest - return_mean >= 0.1 * (self._highest - self._lowest)
+        span = self._highest - self._lowest
+        behind = span > 0 and self._highest - return_mean >= 0.1 * span
         return {"value": value} if behind else None
 
     def _skipped(self, metrics: Mapping[str, float]) -> dict[str, float] | None:

@@ -382,7 +382,14 @@ class EnvDataModule(L.LightningDataModule):
         pool = LocalPool(make_runner, self.ledger)
         if self._resume is not None and self._resume["runners"]:
             restarted = pool.set_state(self._resume["runners"])
-            if restarted:
+            before = len(self._resume["runners"][0].get("begins", ())) or num_envs
+            if restarted and before != num_envs:
+                log.warning(
+                    "Resumed: all %d episodes begin afresh, since the checkpoint is of %d environments.",
+                    num_envs,
+                    before,
+                )
+            elif restarted:
                 log.warning(
                     "Resumed: %d of the %d episodes under way begin afresh, since their environment (env=%s, "
                     "vectorization=%s) does not come to the same observation again.",

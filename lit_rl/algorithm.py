@@ -35,6 +35,7 @@ from lit_rl.spec import EnvSpec
 CLIP_BY = ("global_norm", "norm", "value")
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10
+ONLY_INITIAL = {"log_std_init", "noisy"}  # arguments of policies that nothing depends on once there are weights
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
 
 
@@ -222,6 +223,11 @@ class Algorithm(L.LightningModule):
         return self.hparams
 
     @property
+    def starts_anew(self) -> bool:
+        """Whether the fit under way counts from 0, as Trainer.global_step does; a resumed one goes on."""
+        return self.trainer.global_step == 0 and not self.trainer.ckpt_path
+
+    @property
     def env_steps_done(self) -> int:
         return int(self.env_steps)
 
@@ -300,8 +306,7 @@ class Algorithm(L.LightningModule):
     # --- Lightning's hooks: training ----------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        # As Trainer.global_step: a new fit counts from 0, a resumed one goes on.
-        if self.trainer.global_step == 0 and not self.trainer.ckpt_path:
+        if self.starts_anew:
             self.env_steps.zero_()
             self.updates.zero_()
             self.skipped_updates = 0
@@ -466,6 +471,13 @@ class Algorithm(L.LightningModule):
                 f"The checkpoint was written with policy_class={policy_class}, not {class_name(self.policy_class)}: "
                 "pass that class."
             )
+        there, here = found["policy"]["arguments"], self.policy.describe()["arguments"]
+        for name in sorted(there.keys() & here.keys() - ONLY_INITIAL):
+            if there[name] != here[name]:
+                raise CheckpointError(
+                    f"The checkpoint's policy was made with {name}={there[name]!r}, this one with {name}="
+                    f"{here[name]!r}: use the options it was trained with."
+                )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if shapes != saved:
@@ -564,7 +576,7 @@ class Algorithm(L.LightningModule):
             # `trainer.validate` returns what was logged, whether there is a logger or not.
             warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
             # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
-            self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
+            self.log_dict(values, logger=not in_fit, sync_dist=dist.is_available() and dist.is_initialized())
         if in_fit and not self.trainer.sanity_checking:
             self._log_evaluation(values)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_rl import digests
 from lit_rl.errors import CheckpointError, write_error
-from lit_rl.loading import SECTION, previous_of, read_checkpoint, read_one
+from lit_rl.loading import SECTION, previous_of, read_checkpoint, read_one, section
 from lit_rl.replay_files import attach, flush
 
 TEMPORARY = ".lit_rl.tmp"  # the end of a file's name while it is written
@@ -69,7 +69,9 @@ class LitCheckpointIO(CheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        return read_checkpoint(path, map_location)
+        checkpoint = read_checkpoint(path, map_location)
+        section(checkpoint, path)  # refused by name, before Lightning looks for what it writes itself
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         previous_of(path).unlink(missing_ok=True)

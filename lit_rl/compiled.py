@@ -130,7 +130,7 @@ class CompiledStep:
             return torch.func.functional_call(self._loss, dict(zip(self._names, pieces)), (batch,))
 
         grad, (value, rest) = torch.func.grad_and_value(loss, has_aux=True)(flat)
-        norm = torch.linalg.vector_norm(grad)
+        norm = torch.linalg.vector_norm(grad) + 0 * value  # not finite where the loss is not, as in an eager step
         grad = self._clipped(grad, norm)
         lr, step = scalars.unbind()
         beta1, beta2 = self._group["betas"]

@@ -219,7 +219,7 @@ class SquashedGaussian:
         if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
             raise SpaceError(
                 f"Action space {space} has no bounds, between which actions could be squashed. Wrap the environment "
-                "(gymnasium.wrappers:RescaleAction after ClipAction), or use PPO."
+                "(gymnasium.wrappers:RescaleAction after ClipAction), or use PPO without squash_actions."
             )
         self._shape, self._dtype = space.shape, space.dtype
         self._center, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2

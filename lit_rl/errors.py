@@ -34,6 +34,12 @@ def env_error(env_id: str, what: str, error: Exception) -> Exception:
     return EnvFailure(f"env={env_id} {what}: {type(error).__name__}: {message}")
 
 
+def sentence(error: Exception) -> str:
+    """What an error says, with a full stop."""
+    text = str(error)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def write_error(error: Exception) -> str:
     """Why a file could not be written, in one line; what torch's zip writer says once the disk is full hides it."""
     cause = error.__context__ if isinstance(error.__context__, OSError) else error

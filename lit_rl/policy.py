@@ -171,7 +171,8 @@ class Policy(nn.Module):
         """
         forward = self._numpy_forward()
         if forward is not None:
-            action, log_prob = self.draw(self.distribution, self._parameters_by(forward, obs), deterministic)
+            with np.errstate(over="ignore", invalid="ignore"):  # of diverged weights: the runner says so, by name
+                action, log_prob = self.draw(self.distribution, self._parameters_by(forward, obs), deterministic)
             if self.epsilon and not deterministic:
                 action = self._explore(action, obs, len(log_prob))
             return action, log_prob, state

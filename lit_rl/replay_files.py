@@ -146,8 +146,8 @@ class Snapshots:
                 message = " ".join(str(error).split())[:200]
                 raise CheckpointError(
                     f"The checkpoint's replay buffer {folder / name} is missing or damaged: {message}. "
-                    f"Move {folder.parent} along with the checkpoint, or resume with checkpoint_buffer=False and an "
-                    "empty buffer."
+                    f"Move {folder.parent} along with the checkpoint, resume from the checkpoint before it "
+                    "(<checkpoint>.previous), or with checkpoint_buffer=False and an empty buffer."
                 ) from error
         return whole
 

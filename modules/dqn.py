@@ -177,9 +177,9 @@ class DQN(OffPolicy):
         if hp.noisy:
             set_noise(self.policy, self.generator)
             set_noise(self.target, self.generator)
-        _, (td_error, terms) = self.gradient_step(batch)
+        taken, (td_error, terms) = self.gradient_step(batch)
         set_priority(batch, td_error)
-        if (self.updates_done + 1) % hp.target_update_interval == 0:
+        if taken and (self.updates_done + 1) % hp.target_update_interval == 0:
             self.follow(hp.tau)
         return dict(zip(TERMS, terms.unbind()))
 

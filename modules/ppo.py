@@ -175,6 +175,12 @@ class PPO(Algorithm):
         )
         check_same_in_training(self.policy)
         self.check_memory()
+        if not self.policy.distribution.num_scales:
+            for name in ("squash_actions", "log_std_init"):
+                if hp[name]:
+                    raise OptionError(
+                        f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
+                    )
         if self.shares_encoder:
             self.critic = ValueHead(output_size(self.policy.encoder))
         else:
@@ -183,8 +189,8 @@ class PPO(Algorithm):
         # Numbers that change while training are tensors, so that a compiled step need not be compiled anew.
         self.register_buffer("clip", torch.tensor(float(hp.clip)), persistent=False)
         self.register_buffer("entropy_coef", torch.tensor(float(hp.entropy_coef)), persistent=False)
-        # In checkpoints, since it depends on what was learned.
-        self.register_buffer("kl_coef", torch.tensor(float(hp.kl_coef)) if hp.kl_coef else None)
+        # Depends on what was learned, but is no weight: in checkpoints it is with the rest of what resumes a run.
+        self.register_buffer("kl_coef", torch.tensor(float(hp.kl_coef)) if hp.kl_coef else None, persistent=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
@@ -238,7 +244,8 @@ class PPO(Algorithm):
             metrics["optim/gradient_steps"] = float(len(terms))
         if self.kl_coef is not None and terms:
             metrics["policy/kl_coef"] = float(self.kl_coef)
-            self.adapt_kl_coef(self.kl_coef, terms)
+            steps_per_pass = -(-reward.numel() // hp.minibatch_size)
+            self.adapt_kl_coef(self.kl_coef, terms[-steps_per_pass:])
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
 
@@ -267,9 +274,8 @@ class PPO(Algorithm):
         return masked_mean(row_loss, mask), terms
 
     def adapt_kl_coef(self, kl_coef: Tensor, terms: list[Tensor]) -> None:
-        """Weigh the KL penalty by what the last pass over a rollout measured: section 4 of the paper."""
-        last_pass = terms[-max(1, len(terms) // self.hp.num_epochs) :]
-        kl = float(rank_mean(torch.stack(last_pass).mean(0))[KL])
+        """Weigh the KL penalty by what the last steps, as many as make a pass, measured: section 4 of the paper."""
+        kl = float(rank_mean(torch.stack(terms).mean(0))[KL])
         if kl > 2 * self.hp.kl_target:
             kl_coef.mul_(1.5)
         elif kl < self.hp.kl_target / 2:
@@ -309,6 +315,8 @@ class PPO(Algorithm):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.kl_coef is not None and self.starts_anew:
+            self.kl_coef.fill_(self.hp.kl_coef)
         shape = getattr(self._datamodule, "rollout_shape", None)
         if shape is not None:
             self.check_sizes(*shape)
@@ -336,11 +344,17 @@ class PPO(Algorithm):
             )
 
     def rank_state(self) -> dict[str, Any]:
-        return {"running_return": None if self.return_normalizer is None else self.return_normalizer.running_return}
+        return {
+            "running_return": None if self.return_normalizer is None else self.return_normalizer.running_return,
+            "kl_coef": None if self.kl_coef is None else [self.hp.kl_coef, float(self.kl_coef)],
+        }
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         if self.return_normalizer is not None:
             self.return_normalizer.running_return = state["running_return"]
+        option, adapted = state.get("kl_coef") or (None, 0.0)
+        if self.kl_coef is not None:  # with another option than the run before had, the weight begins anew
+            self.kl_coef.fill_(adapted if option == self.hp.kl_coef else self.hp.kl_coef)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -218,10 +218,9 @@ class SAC(OffPolicy):
         loss = weighted_mean(critic_loss, batch) + masked_mean(actor_loss, mask)
         if self.hp.learn_alpha:
             loss = loss + masked_mean(self.alpha_loss(log_prob, self.entropy_target(obs)), mask)
-        self.optimize(loss)
-
-        for follow in self.followers:
-            follow(self.hp.tau)
+        if self.optimize(loss):
+            for follow in self.followers:
+                follow(self.hp.tau)
         with torch.no_grad():
             q_mean = q.mean((0, -1))
             td_error = (q_mean - target.mean(-1)).abs()

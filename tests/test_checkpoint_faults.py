@@ -499,3 +499,12 @@ def test_every_way_to_load_takes_the_previous_one(make_trainer, caplog: pytest.L
     assert again.env_steps_done == 256
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([line for line in lines if line.endswith(f"{previous_of(PATH)} is taken instead.")]) == 3
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"state_dict": {}, "pytorch-lightning_version": "2.6.6"}])
+def test_a_checkpoint_of_another_program_is_named(content: dict, tmp_path: Path, make_trainer) -> None:
+    path = tmp_path / "foreign.ckpt"
+    torch.save(content, path)
+    data = RolloutDataModule("CartPole-v1", rollout_length=16, max_env_steps=128, seed=0)
+    with pytest.raises(CheckpointError, match=f"Checkpoint {path} was not written by a lit_rl algorithm"):
+        make_trainer().fit(PPO(minibatch_size=16), data, ckpt_path=path)

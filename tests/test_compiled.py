@@ -159,6 +159,17 @@ def test_a_loss_that_is_never_finite_ends_the_run(make_trainer, in_python: None)
         make_trainer(limit_val_batches=0).fit(Broken(minibatch_size=8, compile=True), data)
 
 
+def test_a_loss_that_is_infinite_with_a_finite_gradient_is_skipped_too(make_trainer, in_python: None) -> None:
+    class Infinite(PPO):
+        def loss(self, minibatch: TensorDict) -> Any:
+            loss, terms = super().loss(minibatch)
+            return loss + torch.inf, terms
+
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    with pytest.raises(DivergedError, match="The loss is not finite"):
+        make_trainer(limit_val_batches=0).fit(Infinite(minibatch_size=8, compile=True), data)
+
+
 class OtherOptimizer(PPO):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(self.parameters(), lr=self.hp.lr)

@@ -43,6 +43,14 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "lit_rl.callbacks.diagnostics"]
 
 
+def test_a_constant_is_no_bad_critic_where_all_returns_are_equal(caplog) -> None:
+    equal = HEALTHY | {"value/explained_variance": -0.5, "rollout/return_mean": 1.0}
+    feed(Diagnostics(window=5, still_share=1.0), [equal] * 20)
+    behind = HEALTHY | {"value/explained_variance": -2.8e-5}  # but for rounding as good as a constant
+    feed(Diagnostics(window=5), [HEALTHY] * 10 + [behind] * 10)
+    assert messages(caplog) == []
+
+
 @pytest.mark.parametrize(
     ("metric", "words"),
     [

@@ -140,7 +140,7 @@ def test_the_next_action_is_a_legal_one() -> None:
 def test_the_target_network_follows_when_it_is_told_to() -> None:
     hard, soft = linear_q([1.0, 3.0], target_update_interval=3), linear_q([1.0, 3.0], target_update_interval=1, tau=0.1)
     for algorithm in (hard, soft):
-        algorithm.optimize = lambda loss: None  # the network stays
+        algorithm.optimize = lambda loss: True  # the network stays
     moved = []
     for k in range(6):
         hard.update(minibatch())
@@ -151,6 +151,10 @@ def test_the_target_network_follows_when_it_is_told_to() -> None:
         torch.testing.assert_close(soft.target.head.weight[:, 0], expected)
     assert moved == [False, False, True, True, True, True]
     assert not any(p.requires_grad for p in hard.target.parameters())
+    before = soft.target.head.weight.clone()
+    soft.optimize = lambda loss: False  # a step that was skipped since its loss was not finite
+    soft.update(minibatch())
+    assert torch.equal(soft.target.head.weight, before)
 
 
 def test_importance_weights_scale_the_loss_and_td_errors_become_priorities() -> None:

@@ -247,7 +247,7 @@ def test_training_goes_on_past_failures(algorithm: str, make_trainer: Callable, 
         make_trainer(limit_val_batches=0).fit(module, data)
     ledger = data.ledger
     assert ledger.discarded["env_error"] > 3 and ledger.delivered == module.env_steps_done > 500
-    assert "raised in step: OSError: no step Environment" in caplog.text
+    assert "raised in step: OSError: no step. Environment" in caplog.text
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 

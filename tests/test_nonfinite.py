@@ -84,6 +84,28 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_its_batch_saved(
         assert np.isfinite(data.buffer._tree.total) and data.buffer._tree.total > 0
 
 
+@pytest.mark.parametrize("name", ["DQN", "SAC"])
+def test_a_skipped_step_leaves_everything_as_it_was(make_trainer, name: str) -> None:
+    """Target networks too, which follow after steps that were taken alone."""
+    kept: list[bool] = []
+    often = {"DQN": {"target_update_interval": 1, "tau": 0.5}, "SAC": {}}
+
+    class Watch(MODELS[name][0]):  # type: ignore[misc, name-defined]
+        def update(self, batch: TensorDict) -> dict:
+            spoilt = self.updates_done == 3
+            if spoilt:
+                batch["next", "reward"].view(-1)[0] = torch.nan
+                before = {key: value.clone() for key, value in self.state_dict().items()}
+            metrics = super().update(batch)
+            if spoilt:
+                kept.append(all(torch.equal(value, before[key]) for key, value in self.state_dict().items()))
+            return metrics
+
+    with pytest.warns(UserWarning, match="skipped"):
+        make_trainer(limit_val_batches=0).fit(Watch(**MODELS[name][1] | often[name]), datamodule(name))
+    assert kept == [True]
+
+
 def test_a_gradient_that_is_not_finite_is_named(make_trainer) -> None:
     class Infinite(PPO):
         def loss(self, minibatch: TensorDict) -> tuple:

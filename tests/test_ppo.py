@@ -9,7 +9,7 @@ from envs import ClockEnv, CounterEnv, IdentityEnv, TargetEnv, counter_vector
 from tensordict import TensorDict
 
 from lit_rl import MLP, PPO, RolloutDataModule
-from lit_rl.errors import LitRLError, OptionError
+from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.modules.ppo import explained_variance
 
 
@@ -324,7 +324,8 @@ def test_the_penalty_adapts_to_the_divergence_it_finds(make_trainer, tmp_path) -
                 return metrics
 
         data = RolloutDataModule("CartPole-v1", max_env_steps=steps, seed=0, **SMALL)
-        algorithm, trainer = Watch(minibatch_size=128, num_epochs=1, kl_coef=2.0, **model), make_trainer()
+        options = {"minibatch_size": 128, "num_epochs": 1, "kl_coef": 2.0}
+        algorithm, trainer = Watch(**options | model), make_trainer()
         trainer.fit(algorithm, data, ckpt_path=path)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return algorithm, [coef for coef, _ in seen]
@@ -334,18 +335,59 @@ def test_the_penalty_adapts_to_the_divergence_it_finds(make_trainer, tmp_path) -
     assert seen == [2.0, 1.0, 0.5, 0.25] and float(algorithm.kl_coef) == 0.125
     algorithm, seen = weights(tmp_path / "last.ckpt", steps=768)
     assert seen == [0.125, 0.0625]
+    # Another weight than the run before had, or another run from its weights, begins with what it is told.
+    assert weights(tmp_path / "last.ckpt", steps=1024, kl_coef=5.0)[1] == [5.0, 2.5]
+    again = type(algorithm).load_from_checkpoint(tmp_path / "last.ckpt", kl_coef=3.0)
+    make_trainer(limit_val_batches=0).fit(again, RolloutDataModule("CartPole-v1", max_env_steps=256, seed=0, **SMALL))
+    assert float(again.kl_coef) == 0.75  # two updates
     bare = PPO(kl_coef=1.0, kl_target=0.01, num_epochs=2, spec=algorithm.spec.to_dict())
     bare.build(algorithm.spec)
-    rows = torch.zeros(4, 5)  # two passes of two minibatches: only the second pass counts
-    for second_pass, expected in (
+    rows = torch.zeros(2, 5)
+    for kl, expected in (
         ([0.0, 0.05], 1.5),
         ([0.02, 0.02], 1.5),
         ([0.003, 0.005], 0.75),
         ([0.01, 0.01], 0.75),
     ):
-        rows[:, 3] = torch.tensor([9.0, 9.0, *second_pass])
+        rows[:, 3] = torch.tensor(kl)
         bare.adapt_kl_coef(bare.kl_coef, list(rows))
         assert float(bare.kl_coef) == pytest.approx(expected)
+
+
+def test_the_penalty_adapts_to_as_many_steps_as_make_a_pass_also_where_target_kl_ends_an_update(make_trainer) -> None:
+    taken: list[tuple[int, int]] = []
+
+    class Watch(PPO):
+        def adapt_kl_coef(self, kl_coef: torch.Tensor, terms: list[torch.Tensor]) -> None:
+            taken.append((len(terms), self.hp.num_epochs))
+            super().adapt_kl_coef(kl_coef, terms)
+
+    algorithm = Watch(lr=1e-2, minibatch_size=32, num_epochs=10, kl_coef=0.2, target_kl=0.01)
+    data = RolloutDataModule("CartPole-v1", max_env_steps=256 * 4, seed=0, **SMALL)
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    per_pass = data.rollout_shape[0] * data.rollout_shape[1] // 32
+    assert per_pass > 1 and {number for number, _ in taken} <= set(range(1, per_pass + 1))
+    assert max(number for number, _ in taken) == per_pass  # though updates end before their ten passes
+
+
+@pytest.mark.parametrize("options", [{"squash_actions": True}, {"log_std_init": -2.0}])
+def test_options_of_box_actions_are_refused_for_others(options: dict, make_trainer) -> None:
+    (name, value), *_ = options.items()
+    data = RolloutDataModule("CartPole-v1", max_env_steps=256, **SMALL)
+    with pytest.raises(OptionError, match=rf"{name}={value}: expected a Box action, got Discrete\(2\)"):
+        make_trainer(limit_val_batches=0).fit(PPO(**options), data)
+
+
+def test_a_checkpoint_of_squashed_actions_is_refused_without_squashing(make_trainer, tmp_path) -> None:
+    def fit(squash: bool, path: str | None = None) -> None:
+        data = RolloutDataModule("Pendulum-v1", max_env_steps=512, seed=0, **SMALL)
+        trainer = make_trainer(limit_val_batches=0)
+        trainer.fit(PPO(minibatch_size=64, num_epochs=1, squash_actions=squash), data, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "squashed.ckpt")
+
+    fit(squash=True)
+    with pytest.raises(CheckpointError, match="made with squash=True, this one with squash=False"):
+        fit(squash=False, path=tmp_path / "squashed.ckpt")
 
 
 def test_the_penalty_is_the_divergence_times_its_weight(make_trainer) -> None:

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import Begin, SyncVectorEnv
-from lit_rl.errors import EnvError, EnvFailure, env_error
+from lit_rl.errors import EnvError, EnvFailure, env_error, sentence
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Phase, Restarts, Watchdog
 from lit_rl.runners.history import ActionHistory
@@ -357,10 +357,10 @@ class EnvRunner:
             if not self._faults.max_restarts or not isinstance(error, EnvFailure):
                 raise error
             raise EnvFailure(
-                f"{error} That was failure {self._restarts.total}, more than {self._restarts.budget} allows. Mend the "
-                "environment, or raise fault_tolerance.max_restarts."
+                f"{sentence(error)} That was failure {self._restarts.total}, more than {self._restarts.budget} allows. "
+                "Mend the environment, or raise fault_tolerance.max_restarts."
             ) from error
-        self._failures.append(f"{error} {who} rebuilt.")
+        self._failures.append(f"{sentence(error)} {who} rebuilt.")
         if wait > BACKOFF_S:  # the first in a row costs nobody anything
             time.sleep(wait)
 
@@ -479,9 +479,11 @@ class EnvRunner:
             begun: episodes of each environment before it.
             lengths: env steps by then in the episodes under way.
         """
+        with np.errstate(over="ignore", invalid="ignore"):  # the sum of finite numbers may be infinite
+            suspects = [(n, x) for n, x in view.items() if x.dtype.kind == "f" and not math.isfinite(x.sum())]
         wrong = []
-        for name, array in view.items():
-            if array.dtype.kind == "f" and not math.isfinite(array.sum()):
+        for name, array in suspects:
+            if not np.isfinite(array).all():
                 places = [
                     (b, k) for b, k, *_ in np.argwhere(~np.isfinite(array[:, None] if array.ndim == 1 else array))
                 ]
