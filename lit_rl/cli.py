@@ -298,7 +298,8 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out what Lightning says to everybody and what does not apply here."""
+    """Leave out what Lightning says to everybody and what does not apply here; a warning is one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*LightningCLI's args parameter is intended to run from within Python.*",

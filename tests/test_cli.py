@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,11 @@ def test_a_mistake_inside_of_a_network_blames_its_inside(capsys: pytest.CaptureF
     )
     _, line = fails(capsys, "fit", "--config", "wrong.yaml")
     assert "MultiInput: a class or option inside its init_args is misspelt" in line
+
+
+def test_a_warning_is_one_line_without_the_code_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    cli._quieten()
+    assert (
+        warnings.formatwarning("The loss\n is not finite.", UserWarning, "module.py", 3) == "The loss is not finite.\n"
+    )
