@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/ranks_speed.py --rounds 3
 
-In process, no Ray: each rank steps 8 environments, 128 steps each (`--rollout-length`), and learns from them for 4
-epochs of 4 minibatches; `ddp` with gloo averages the gradients. Two runs at the same time that know nothing of each
-other show how much of a second core the machine gives; what one all-reduce of the gradient takes, how much of it goes
-into averaging: there are 16 in a rollout, and a process that waits has to be woken. Needs two idle cores, and says
-which part of their time the machine's host gave to others ("steal").
+In process, no Ray: each rank steps 8 environments, `--rollout-length` steps each, and learns from them for 4 epochs of
+4 minibatches; `ddp` with gloo averages the gradients, 16 times in a rollout. Two runs at the same time that know
+nothing of each other show how much of a second core the machine gives; what one all-reduce of the gradient takes when
+processes sleep while they wait, why `lit_rl.distributed` looks for a while first. Needs two idle cores, and says which
+part of their time the machine's host gave to others ("steal").
 """
 
 import argparse
@@ -84,7 +84,7 @@ def reduce(rank: int, out: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rollout-length", type=int, default=128)
+    parser.add_argument("--rollout-length", type=int, default=2048)
     parser.add_argument("--one", nargs=2, metavar=("DEVICES", "OUT"), help="one run in this process")
     args = parser.parse_args()
     if args.one:

@@ -16,6 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
@@ -336,6 +337,8 @@ class Algorithm(L.LightningModule):
                 self.generator.set_state(state["generator"])
                 self.load_rank_state(state["algorithm"])
         self._set_lr()
+        if isinstance(self.trainer.model, DistributedDataParallel) and self.device.type == "cpu":
+            self.trainer.model.register_comm_hook(None, distributed.average_gradients)
         self._interruption = Interruption(self.trainer)
         self._compiled_step = CompiledStep(self) if self._compiles else None
         if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
