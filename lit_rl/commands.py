@@ -86,7 +86,8 @@ def plot(args: Sequence[str]) -> None:
     metrics = options.metric or ["rollout/return_mean"]
     for curve in draw(options.runs, metrics, options.x, options.output, options.smooth):
         runs = f"median of {curve.num_runs} runs" if curve.num_runs > 1 else "1 run"
-        print(f"{curve.label}: {metrics[0]} {curve.median[-1]:.4g} at {options.x} {curve.x[-1]:,.0f} ({runs})")
+        end = f"{curve.x[-1]:,.0f}" if curve.x[-1].is_integer() else f"{curve.x[-1]:.4g}"
+        print(f"{curve.label}: {metrics[0]} {curve.median[-1]:.4g} at {options.x} {end} ({runs})")
     print(f"Curves: {options.output}")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_rl.checks import check_choice, check_count
-from lit_rl.errors import OptionError
+from lit_rl.checks import check_count
+from lit_rl.errors import OptionError, write_error
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,20 @@ class Run:
     Attributes:
         folder: where its metrics.csv is.
         name: of its folder, without `version_0` and the like.
-        options: its config, flat: `{"model.init_args.lr": "0.001"}`; empty where none was saved.
+        options: its config, flat: `{"model.init_args.lr": "0.001"}`; of a run from Python, what Lightning saved.
+        complete: whether these are all its options, so that another run may be found to be the same.
         columns: what was logged; NaN where a row has no such value.
     """
 
     folder: Path
     name: str
     options: dict[str, str]
+    complete: bool
     columns: dict[str, np.ndarray]
+
+    def has(self, x: str, metric: str) -> bool:
+        """Whether there is a row with both."""
+        return {x, metric} <= self.columns.keys() and len(self.points(x, metric)[0]) > 0
 
     def points(self, x: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """The rows that have both, in the order of x.
@@ -62,10 +68,11 @@ class Run:
         """
         for option, name in (("x", x), ("metric", metric)):
             if name not in self.columns:
-                close = difflib.get_close_matches(name, self.columns, n=4, cutoff=0.3) or sorted(self.columns)[:8]
-                raise OptionError(
-                    f"{option}={name!r}: {self.folder} has no such column. Did you mean {', '.join(close)}?"
-                )
+                if not self.columns:
+                    raise OptionError(f"{option}={name!r}: {self.folder / METRICS_FILE} is empty.")
+                close = difflib.get_close_matches(name, self.columns, n=4)
+                others = f"Did you mean {', '.join(close)}?" if close else f"It has {', '.join(sorted(self.columns))}."
+                raise OptionError(f"{option}={name!r}: {self.folder} has no such column. {others}")
         xs, ys = self.columns[x], self.columns[metric]
         both = np.isfinite(xs) & np.isfinite(ys)
         order = np.argsort(xs[both], kind="stable")
@@ -106,6 +113,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 def curves_of(runs: Sequence[Run], metric: str, x: str = "env_steps", smooth: int = 1) -> list[Curve]:
     """One curve for all runs of the same name and options, whatever their seed.
 
+    A run without a `config.yaml`, as one from Python is, is a curve by itself: what its environment was is not known.
     Runs without a value of both are left out, with a warning, as evaluations by themselves are.
 
     Args:
@@ -116,19 +124,32 @@ def curves_of(runs: Sequence[Run], metric: str, x: str = "env_steps", smooth: in
     Raises:
         OptionError: if no run has them.
     """
-    having = [run for run in runs if {x, metric} <= run.columns.keys() and len(run.points(x, metric)[0])]
-    if not having:
-        runs[0].points(x, metric)
-        raise OptionError(f"metric={metric!r}: {runs[0].folder} has no value of it.")
-    left_out = [str(run.folder) for run in runs if run not in having]
-    if left_out:
-        log.warning("Left out, without a value of %s: %s", metric, ", ".join(left_out))
-    runs = having
-    groups: dict[tuple[str, frozenset], list[Run]] = {}
+    return _panels(runs, [metric], x, smooth)[0]
+
+
+def _panels(runs: Sequence[Run], metrics: Sequence[str], x: str, smooth: int) -> list[list[Curve]]:
+    """`curves_of` each metric; a curve has the same label in all."""
+    shown: list[Run] = []
+    for metric in metrics:
+        having = [run for run in runs if run.has(x, metric)]
+        if not having:
+            runs[0].points(x, metric)
+            raise OptionError(f"metric={metric!r}: {runs[0].folder} has no value of it.")
+        left_out = [str(run.folder) for run in runs if run not in having]
+        if left_out:
+            log.warning("Left out, without a value of %s: %s", metric, ", ".join(left_out))
+        shown += having
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.name, frozenset(run.options.items())), []).append(run)
+        if run in shown:
+            same = (run.name, frozenset(run.options.items())) if run.complete else run
+            groups.setdefault(same, []).append(run)
     labels = _labels([members[0] for members in groups.values()])
-    return [_curve(label, members, metric, x, smooth) for label, members in zip(labels, groups.values())]
+    panels = []
+    for metric in metrics:
+        found = [[run for run in members if run.has(x, metric)] for members in groups.values()]
+        panels.append([_curve(label, some, metric, x, smooth) for label, some in zip(labels, found) if some])
+    return panels
 
 
 def draw(
@@ -143,12 +164,13 @@ def draw(
     Raises:
         OptionError: if matplotlib is missing, there is no such run or metric, or the file cannot be drawn.
     """
-    check_choice("output", Path(output).suffix, (".png", ".svg", ".pdf"))
+    if Path(output).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise OptionError(f"output={str(output)!r}: expected a name that ends in .png, .svg or .pdf.")
     check_count("smooth", smooth)
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("Drawing curves needs matplotlib: pip install 'lit-rl[plot]'.")
     runs = find_runs(paths)
-    panels = [curves_of(runs, metric, x, smooth) for metric in metrics]
+    panels = _panels(runs, metrics, x, smooth)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -156,22 +178,24 @@ def draw(
     FigureCanvasAgg(figure)  # no window, whatever display there is
     alike = len({metric.rpartition("/")[2] for metric in metrics}) == 1  # training and evaluation returns, say
     all_axes = figure.subplots(len(metrics), sharex=True, sharey=alike, squeeze=False)[:, 0]
-    labels = list(dict.fromkeys(curve.label for curves in panels for curve in curves))
-    for axes, metric, curves in zip(all_axes, metrics, panels):
-        _draw_panel(axes, curves, labels)
+    curves = [curve for panel in panels for curve in panel]
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    lines: dict[str, Any] = {}
+    for axes, metric, panel in zip(all_axes, metrics, panels):
+        lines |= _draw_panel(axes, panel, labels)
         axes.set_ylabel(metric if smooth == 1 else f"{metric}\n(mean of {smooth} points)")
     all_axes[-1].set_xlabel(x.replace("_", " "))
     if x in ("env_steps", "step"):
         from matplotlib.ticker import EngFormatter
 
         all_axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    several = any(curve.num_runs > 1 for curve in panels[0])
-    title = "line: median of the runs, band: lowest to highest" if several else None
-    if len(panels[0]) > 1:
-        handles, entries = all_axes[0].get_legend_handles_labels()
+    num_runs = {label: max(curve.num_runs for curve in curves if curve.label == label) for label in labels}
+    title = "line: median of the runs, band: lowest to highest" if max(num_runs.values()) > 1 else None
+    entries = [f"{label} ({n} runs)" if n > 1 else label for label, n in num_runs.items()]
+    if len(labels) > 1:
         columns = 1 if max(map(len, entries)) > 40 else 2
         figure.legend(
-            handles,
+            [lines[label] for label in labels],
             entries,
             loc="outside lower center",
             ncols=columns,
@@ -181,36 +205,36 @@ def draw(
             title_fontsize=9,
         )
     else:
-        all_axes[0].set_title("\n".join(filter(None, (_with_count(panels[0][0]), title))), fontsize=10)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
+        all_axes[0].set_title("\n".join(filter(None, (entries[0], title))), fontsize=10)
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=130)
+    except OSError as error:
+        raise OptionError(
+            f"output={str(output)!r} cannot be written: {write_error(error)}. Give another file."
+        ) from error
     return panels[0]
 
 
-def _draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> None:
+def _draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> dict[str, Any]:
+    """Draws curves, each in the colour of its place among the labels; returns their lines by label."""
+    lines = {}
     for curve in curves:
-        i = labels.index(curve.label)  # one colour in all panels
-        color, line = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
+        i = labels.index(curve.label)
+        color, style = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
         marker = "o" if len(curve.x) <= MANY_POINTS else None
-        if curve.num_runs > 1:
+        if curve.num_runs > 1 and len(curve.x) == 1:  # a band has no width there
+            ends = [curve.median - curve.low, curve.high - curve.median]
+            axes.errorbar(curve.x, curve.median, ends, color=color, alpha=0.5, capsize=3)
+        elif curve.num_runs > 1:
             axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(
-            curve.x,
-            curve.median,
-            line,
-            color=color,
-            marker=marker,
-            markersize=3,
-            linewidth=1.6,
-            label=_with_count(curve),
+        (lines[curve.label],) = axes.plot(
+            curve.x, curve.median, style, color=color, marker=marker, markersize=3, linewidth=1.6
         )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-
-
-def _with_count(curve: Curve) -> str:
-    return f"{curve.label} ({curve.num_runs} runs)" if curve.num_runs > 1 else curve.label
+    return lines
 
 
 def _curve(label: str, runs: Sequence[Run], metric: str, x: str, smooth: int) -> Curve:
@@ -245,37 +269,49 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         if len(different) > MAX_NAMED:
             named.append("...")
         labels.append(", ".join([run.name, *named]))
-    for i, label in enumerate(labels):
-        if labels.count(label) > 1:
-            labels[i] = f"{label} ({runs[i].folder})"
-    return labels
+    return [f"{label} ({run.folder})" if labels.count(label) > 1 else label for label, run in zip(labels, runs)]
 
 
 def _read(folder: Path) -> Run:
-    with (folder / METRICS_FILE).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = list(rows[0]) if rows else []
-    columns = {name: np.array([_number(row[name]) for row in rows]) for name in names}
     path = folder.resolve()
     while COUNTER.fullmatch(path.name):
         path = path.parent
+    config, complete = _config(folder)
     options = {
-        key: value
-        for key, value in _flat(_config(folder)).items()
-        if not key.startswith(SAME_RUN) and value != str(None)
+        key: value for key, value in _flat(config).items() if not key.startswith(SAME_RUN) and value != str(None)
     }
-    return Run(folder, path.name, options, columns)
+    return Run(folder, path.name, options, complete, _columns(folder / METRICS_FILE))
 
 
-def _config(folder: Path) -> Any:
-    """The options that `lit-rl` saved beside the log; of a run from Python, the hyper-parameters that Lightning did."""
-    for name in ("config.yaml", "hparams.yaml"):
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            names, *rows = list(csv.reader(file)) or [[]]
+    except UnicodeDecodeError as error:
+        raise OptionError(f"run={str(path)!r} is not UTF-8: {error}.") from error
+    except (OSError, csv.Error) as error:
+        raise OptionError(f"run={str(path)!r} cannot be read: {error}.") from error
+    for i, row in enumerate(rows):
+        if len(row) > len(names):
+            raise OptionError(
+                f"run={str(path)!r}: row {i + 2} has {len(row)} cells, expected at most {len(names)}, as many as there "
+                "are names in the first. Mend it, or leave the run out."
+            )
+    # The last row of a run that goes on may be short.
+    return {
+        name: np.array([_number(row[i]) if i < len(row) else np.nan for row in rows]) for i, name in enumerate(names)
+    }
+
+
+def _config(folder: Path) -> tuple[Any, bool]:
+    """What is known of a run's options, and whether that is all: `lit-rl` saves all, Lightning those of the model."""
+    for name, complete in (("config.yaml", True), ("hparams.yaml", False)):
         if (folder / name).is_file():
             try:
-                return yaml.safe_load((folder / name).read_text())
-            except yaml.YAMLError:  # hyper-parameters that are objects
-                return {}
-    return {}
+                return yaml.safe_load((folder / name).read_text(encoding="utf-8")), complete
+            except (yaml.YAMLError, UnicodeDecodeError):  # hyper-parameters that are objects
+                return {}, False
+    return {}, False
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:
@@ -287,7 +323,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _number(text: str | None) -> float:
+def _number(text: str) -> float:
     try:
         return float(text or "nan")
     except ValueError:

@@ -1,6 +1,7 @@
 """Curves of runs: which runs are one curve, what its numbers are, and the picture."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,18 +113,103 @@ def test_many_curves_have_a_legend_below_and_other_formats_work() -> None:
         (["nowhere"], ["run='nowhere'", "metrics.csv"]),
         (["runs", "--metric", "rollout/return"], ["metric='rollout/return'", "rollout/return_mean"]),
         (["runs", "--x", "envsteps"], ["x='envsteps'", "env_steps"]),
-        (["runs", "-o", "a.bmp"], ["output='.bmp'", ".png"]),
+        (["runs", "-o", "a.bmp"], ["output='a.bmp'", ".png"]),
+        (["runs", "-o", "folder.png"], ["output='folder.png' cannot be written", "directory"]),
+        (["runs", "-o", "afile/x/a.png"], ["output='afile/x/a.png' cannot be written", "afile"]),
+        (["runs", "-o", "afile/a.png"], ["output='afile/a.png' cannot be written", "afile"]),
+        (["runs", "--metric", "foo"], ["metric='foo'", "It has env_steps, eval/return_mean, rollout/return_mean."]),
+        (["latin"], ["run='latin/metrics.csv' is not UTF-8"]),
+        (["surplus"], ["run='surplus/metrics.csv': row 2 has 4 cells, expected at most 2"]),
+        (["empty"], ["empty/metrics.csv is empty."]),
         (["runs", "--smooth", "0"], ["smooth=0"]),
         ([], ["runs"]),
     ],
 )
 def test_a_mistake_is_answered_in_one_sentence(capsys: pytest.CaptureFixture, arguments: list, words: list) -> None:
     write_run("runs/cart/version_0", [1, 2])
+    Path("folder.png").mkdir()
+    Path("afile").touch()
+    header = b"env_steps,rollout/return_mean\n"
+    for name, content in (("latin", header + b"1,\xff\n"), ("surplus", header + b"1,2,3,4\n2,3\n"), ("empty", b"")):
+        Path(name).mkdir()
+        Path(name, "metrics.csv").write_bytes(content)
     with pytest.raises(SystemExit) as caught:
         cli.main(["plot", *arguments])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("lit-rl: error: ") and all(word in line for word in words), line
     assert caught.value.code == 2
+
+
+def test_a_short_row_is_read_as_far_as_it_goes() -> None:
+    run = write_run("runs/cart/version_0", [1, 2])
+    with (run / "metrics.csv").open("a") as file:
+        file.write("30")
+    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    assert curve.x.tolist() == [10, 20]
+
+
+def test_runs_from_python_are_not_taken_for_repetitions() -> None:
+    for i in range(2):
+        run = write_run(f"runs/lightning_logs/version_{i}", [i, i])
+        (run / "config.yaml").unlink()
+        (run / "hparams.yaml").write_text("lr: 0.1\n")
+    curves = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    assert [(curve.label, curve.num_runs) for curve in curves] == [
+        ("lightning_logs (runs/lightning_logs/version_0)", 1),
+        ("lightning_logs (runs/lightning_logs/version_1)", 1),
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn."""
+    from matplotlib.figure import Figure
+
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or savefig(self, *args))
+    return drawn
+
+
+def test_a_run_has_one_colour_in_all_panels_and_the_legend_names_every_curve(figures: list[Any]) -> None:
+    logs = {
+        "a": "env_steps,policy/kl\n10,1\n20,2\n",
+        "b": "env_steps,rollout/return_mean\n10,1\n20,2\n",
+        "c": "env_steps,policy/kl,rollout/return_mean\n10,3,1\n20,4,2\n",
+    }
+    for name, log in logs.items():
+        (write_run(f"runs/{name}/version_0", []) / "metrics.csv").write_text(log)
+    draw(["runs"], ["rollout/return_mean", "policy/kl"], output="a.png")
+    (figure,) = figures
+    colors = [[line.get_color() for line in axes.lines] for axes in figure.axes]
+    assert colors == [["#0072B2", "#D55E00"], ["#009E73", "#D55E00"]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["b", "c", "a"]
+    assert [handle.get_color() for handle in legend.legend_handles] == ["#0072B2", "#D55E00", "#009E73"]
+
+
+def test_a_legend_is_there_where_only_another_panel_has_several_curves(figures: list[Any]) -> None:
+    write_run("runs/cart/version_0", [1, 2])
+    other = write_run("runs/cart/version_1", [1, 2], lr=0.5)
+    (other / "metrics.csv").write_text("env_steps,eval/return_mean\n10,5\n")
+    draw(["runs"], ["rollout/return_mean", "eval/return_mean"], output="a.png")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["cart, lr=0.1", "cart, lr=0.5"]
+
+
+def test_a_single_point_of_several_runs_has_a_bar_of_no_width(figures: list[Any]) -> None:
+    write_run("runs/cart/version_0", [1])
+    write_run("runs/cart/version_1", [4], seed=2)
+    draw(["runs"], output="a.PNG")
+    (axes,) = figures[0].axes
+    (bar,) = axes.containers
+    assert bar.has_yerr and Path("a.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_end_of_a_curve_is_told_where_x_is_no_whole_number(capsys: pytest.CaptureFixture) -> None:
+    run = write_run("runs/cart/version_0", [1])
+    (run / "metrics.csv").write_text("time/update_s,rollout/return_mean\n0.0125,7\n")
+    cli.main(["plot", "runs", "--x", "time/update_s"])
+    assert "at time/update_s 0.0125 (1 run)" in capsys.readouterr().out
 
 
 def test_matplotlib_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
