@@ -23,9 +23,9 @@ class Video(L.Callback):
     """Records the greedy policy after the first evaluation, every so many after it, and at the end of the run.
 
     Files are `videos/<env steps>.mp4` beside the run's log. Episodes are those of the evaluation: the same seeds every
-    time. A `WandbLogger` is handed each file as `eval/video`. Needs no display. Only the first learner process records,
-    while the others wait; training goes on as it would without. An environment that raises while it is recorded costs
-    that video and a warning.
+    time, with `eval_env_kwargs`. A `WandbLogger` is handed each file as `eval/video`. Needs no display. Only the first
+    learner process records, while the others wait; training goes on as it would without. What goes wrong while it
+    records, in the environment or on a full disk, costs that video and a warning.
 
     Args:
         every_n_evaluations: evaluations from one video to the next.
@@ -46,7 +46,7 @@ class Video(L.Callback):
         self._recorded: int | None = None  # env steps of the newest video
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        env = getattr(trainer.datamodule, "env", None)  # type: ignore[attr-defined]
+        env = getattr(trainer.datamodule, "eval_env", None)  # type: ignore[attr-defined]
         if not isinstance(env, EnvConfig):
             raise OptionError("Video: expected a datamodule with an environment, such as RolloutDataModule.")
         check_renders(env)
@@ -81,11 +81,10 @@ class Video(L.Callback):
         try:
             returns = [
                 episode.return_
-                for episode in play_episodes(data.env, policy, seeds, video=path, timeout_s=data.eval_timeout_s)
+                for episode in play_episodes(data.eval_env, policy, seeds, video=path, timeout_s=data.eval_timeout_s)
             ]
-        except EnvError as error:
+        except (EnvError, OptionError) as error:
             log.warning("No video after %d env steps: %s", env_steps, error)
-            path.unlink(missing_ok=True)
             return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

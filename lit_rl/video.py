@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import EnvError, OptionError
+from lit_rl.errors import EnvError, OptionError, write_error
 
 NEEDED = {".mp4": ("imageio", "imageio_ffmpeg"), ".gif": ("imageio",)}
 MAX_GIF_FPS = 50  # viewers show pictures of less than 20 ms far too slowly
@@ -95,6 +96,7 @@ class Frames(gym.Wrapper):
     def __init__(self, env: gym.Env, add: Callable[[np.ndarray], None]):
         super().__init__(env)
         self._add = add
+        self._shape: tuple[int, ...] | None = None
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         result = self.env.reset(**kwargs)
@@ -110,36 +112,77 @@ class Frames(gym.Wrapper):
         frame: Any = self.env.render()
         if not _is_picture(frame):
             raise EnvError(f"render() of {self.env} returned no picture: expected uint8 of shape [height, width, 3].")
+        self._shape = self._shape or frame.shape
+        if frame.shape != self._shape:
+            raise EnvError(
+                f"render() of {self.env} returned a picture of shape {frame.shape} after one of {self._shape}: a video "
+                "needs pictures of one size. Mend the environment."
+            )
         self._add(frame)
 
 
 class VideoFile(contextlib.AbstractContextManager):
-    """An .mp4 or .gif file that pictures are added to. It is written as they come, and whole once it is closed.
+    """An .mp4 or .gif file that pictures are added to. It is whole once it is closed; an error removes it.
 
     Args:
         path: the file; its folder is made.
         fps: pictures per second. A .gif of more than 50 leaves some out.
+
+    Raises:
+        OptionError: if it cannot be written; later too.
     """
 
     def __init__(self, path: Path, fps: float):
         import imageio.v2 as imageio
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._every, self._count = 1, 0
+        self._path, self._every, self._count = path, 1, 0
         if path.suffix.lower() == ".gif":
             self._every = int(np.ceil(fps / MAX_GIF_FPS))
-            options: dict[str, Any] = {"duration": 1000 * self._every / fps, "loop": 0}  # duration: ms
+            # To memory first: imageio tries to write a file again, with a traceback, where it could not.
+            self._gif: io.BytesIO | None = io.BytesIO()
+            options: dict[str, Any] = {"format": "GIF", "duration": 1000 * self._every / fps, "loop": 0}  # duration: ms
         else:
-            options = {"fps": fps, "macro_block_size": 2}  # the sides must be even, no more
-        self._writer = imageio.get_writer(path, mode="I", **options)
+            self._gif = None
+            # The sides must be even, no more. What ffmpeg says of a full disk fills the screen.
+            options = {"fps": fps, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("wb").close()  # ffmpeg would not say why it cannot
+            self._writer = imageio.get_writer(self._gif or path, mode="I", **options)
 
     def add(self, frame: np.ndarray) -> None:
         if self._count % self._every == 0:
-            self._writer.append_data(frame)
+            with self._writing():
+                self._writer.append_data(frame)
         self._count += 1
 
-    def __exit__(self, *_: Any) -> None:
-        self._writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._writing():
+                self._writer.close()
+                if self._gif is not None:
+                    self._path.write_bytes(self._gif.getvalue())
+                if kind is None and not self._path.stat().st_size:
+                    raise OSError("nothing of it arrived, the disk may be full")
+        except OptionError:
+            self._remove()
+            if kind is None:
+                raise
+        if kind is not None and issubclass(kind, Exception):  # one that is interrupted is kept
+            self._remove()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OptionError(
+                f"video={str(self._path)!r} cannot be written: {write_error(error)}. Give another file, or make room."
+            ) from error
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
 
 def _is_picture(frame: Any) -> bool:

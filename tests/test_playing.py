@@ -1,6 +1,7 @@
 """`lit-rl play` and the Video callback: the right environment, the right episodes, files that can be played."""
 
 import functools
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ class Painter(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, length: int = 4, render_mode: str | None = None, fail_at: int = -1):
+    def __init__(self, length: int = 4, render_mode: str | None = None, fail_at: int = -1, grow_at: int = -1):
         self.observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.action_space = spaces.Discrete(2)
-        self.render_mode, self._length, self._fail_at = render_mode, length, fail_at
+        self.render_mode, self._length, self._fail_at, self._grow_at = render_mode, length, fail_at, grow_at
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
@@ -41,7 +42,7 @@ class Painter(gym.Env):
             return None
         if self._t == self._fail_at:
             raise ValueError("out of paint")
-        return np.full((32, 48, 3), (10 * self._t, 0, 0), np.uint8)
+        return np.full((32, 64 if self._t == self._grow_at else 48, 3), (10 * self._t, 0, 0), np.uint8)
 
 
 class Blind(Painter):
@@ -174,6 +175,44 @@ def test_a_mistake_is_answered_in_one_sentence(make_trainer, capsys, arguments: 
     assert "gone.ckpt does not exist" in fails(capsys, "play", "gone.ckpt")
 
 
+PAINTER = ["--env", "test_playing:Painter", "--episodes", "1"]
+
+
+@pytest.mark.parametrize(
+    ("video", "words"),
+    [
+        ("folder.mp4", ["video='folder.mp4' cannot be written", "directory"]),
+        ("folder.gif", ["video='folder.gif' cannot be written", "directory"]),
+        ("afile/a.mp4", ["video='afile/a.mp4' cannot be written", "afile"]),
+        ("full.mp4", ["video='full.mp4' cannot be written", "disk may be full"]),
+        ("full.gif", ["video='full.gif' cannot be written", "No space left"]),
+    ],
+)
+def test_a_video_that_cannot_be_written_is_told_and_not_blamed_on_the_environment(
+    make_trainer, capfd, video: str, words: list
+) -> None:
+    path = train(make_trainer, "test_playing:Painter")
+    for ending in ("mp4", "gif"):
+        Path(f"folder.{ending}").mkdir()
+        Path(f"full.{ending}").symlink_to("/dev/full")
+    Path("afile").touch()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["play", path, *PAINTER, "--video", video])
+    gc.collect()  # a writer that is left over tries again
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words) and "raised in" not in line, line
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_pictures_that_change_their_size_are_told_and_leave_no_file(make_trainer, capsys, ending: str) -> None:
+    path = train(make_trainer, "test_playing:Painter")
+    line = fails(capsys, "play", path, *PAINTER, "--env_kwargs", "{grow_at: 3}", "--video", f"a.{ending}")
+    assert "picture of shape (32, 64, 3) after one of (32, 48, 3)" in line and "raised in" not in line
+    assert not Path(f"a.{ending}").exists()
+
+
 def test_without_a_display_it_plays_and_says_how_to_record(make_trainer, capsys, monkeypatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -233,6 +272,26 @@ def test_a_picture_that_fails_costs_the_video_and_not_the_run(make_trainer, tmp_
     assert not list((tmp_path / "videos").iterdir())
     (first, *_) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("No video after")]
     assert "out of paint" in first
+
+
+def test_the_environment_is_the_evaluations(make_trainer, tmp_path) -> None:
+    fit(make_trainer, Painter, Video(every_n_evaluations=9, format="gif"), eval_env_kwargs={"length": 6})
+    assert len(frames_of(tmp_path / "videos" / "000000032.gif")) == 7
+    with pytest.raises(OptionError, match="out of paint"):
+        fit(make_trainer, Painter, Video(), eval_env_kwargs={"fail_at": 0})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_file_that_cannot_be_written_costs_the_video_and_not_the_run(make_trainer, tmp_path, caplog, full) -> None:
+    if full:
+        (tmp_path / "videos").mkdir()
+        (tmp_path / "videos" / "000000032.gif").symlink_to("/dev/full")
+    else:
+        (tmp_path / "videos").touch()
+    algorithm = fit(make_trainer, Painter, Video(every_n_evaluations=9, format="gif"))
+    assert algorithm.env_steps_done == 160
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("No video after")]
+    assert len(told) == (1 if full else 2) and "cannot be written" in told[0]
 
 
 def test_wandb_is_handed_the_file(make_trainer, tmp_path, monkeypatch) -> None:
