@@ -60,8 +60,9 @@ def suggestion(message: str) -> str:
     if owner is None:
         return ""
     options = [option for option in inspect.signature(owner).parameters if option != "self"]
-    close = difflib.get_close_matches(name.rpartition(".")[2], options, n=1)
-    return f". Did you mean {close[0]!r}?" if close else ""
+    wrong = name.rpartition(".")[2]
+    close = difflib.get_close_matches(wrong, options, n=1)
+    return f". Did you mean {close[0]!r}?" if close and close[0] != wrong else ""
 
 
 def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -201,6 +201,28 @@ def test_a_mistake_with_checkpoints_is_answered_in_one_sentence(
     assert got == code
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["subcommand is missing", "recipes, play, plot"]),
+        (["foo"], ["subcommand='foo'", "recipes, play, plot"]),
+        (["fit"], ["Give a recipe: --config ppo_cartpole"]),
+        (["play"], ["required: checkpoint", "lit-rl play runs/"]),
+        (["plot"], ["required: runs", "lit-rl plot runs/"]),
+    ],
+)
+def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], words: list[str]) -> None:
+    got, line = fails(capsys, *args)
+    assert got == 2 and line.startswith("lit-rl: error: ")
+    assert all(word in line for word in words), line
+
+
+def test_the_usage_names_every_subcommand(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "{fit,validate,test,predict,recipes,play,plot}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_sweeps_command_runs_offline_and_its_parameters_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
