@@ -14,7 +14,7 @@ import torch
 from envs import counter_vector
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, Algorithm, ReplayDataModule, RolloutDataModule, networks
+from lit_rl import DQN, PPO, Algorithm, ReplayDataModule, RolloutDataModule, distributed, networks
 from lit_rl.errors import DivergedError
 
 ENVS = 4  # over all ranks
@@ -69,7 +69,13 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
         eval_episodes=3, num_env_runners=num_env_runners, num_eval_env_runners=num_env_runners,
         eval_parallel=bool(num_env_runners),
     )  # fmt: skip
-    first = []
+    first, reduced, all_reduce = [], [], distributed.all_reduce
+
+    def counted(x: torch.Tensor, *op: object) -> torch.Tensor:
+        reduced.append(x.numel())
+        return all_reduce(x, *op)
+
+    distributed.all_reduce = counted
 
     class Watch(PPO):
         def update(self, batch: TensorDict) -> dict:
@@ -86,6 +92,7 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
             "first": first[0],
             "metrics": dict(trainer.callback_metrics),
             "global_step": trainer.global_step,
+            "averaged": reduced.count(sum(parameter.numel() for parameter in algorithm.parameters())),
         },
         out / f"train-{trainer.global_rank}.pt",
     )
