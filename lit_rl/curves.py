@@ -259,12 +259,18 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """What tells runs apart: their names; where these are the same, the options that differ."""
+    """What tells runs apart: their names; where these are the same, the options that differ.
+
+    Where many differ, as among runs with one part off each, those in which a run is not as most are.
+    """
     labels = []
     for run in runs:
         namesakes = [other.options for other in runs if other.name == run.name]
         keys = sorted({key for options in namesakes for key in options})
         different = [key for key in keys if len({options.get(key) for options in namesakes}) > 1]
+        if len(different) > MAX_NAMED:
+            values = {key: [options.get(key) for options in namesakes] for key in different}
+            different = [key for key in different if 2 * values[key].count(run.options.get(key)) <= len(namesakes)]
         named = [f"{key.rpartition('.')[2]}={run.options.get(key, 'default')}" for key in different[:MAX_NAMED]]
         if len(different) > MAX_NAMED:
             named.append("...")

@@ -99,6 +99,16 @@ def test_the_command_draws_a_picture_and_says_where_curves_end(capsys: pytest.Ca
     assert [0x00, 0x72, 0xB2] in colors  # the line
 
 
+def test_of_many_options_that_differ_a_label_has_those_in_which_the_run_is_not_as_most_are() -> None:
+    parts = ("double", "dueling", "noisy", "prioritized")
+    for off in ("none", *parts):
+        folder = write_run(f"{off}/run/version_0", [1, 2])
+        options = {part: part != off for part in parts}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": options}}))
+    curves = curves_of(find_runs([*parts, "none"]), "rollout/return_mean")
+    assert [curve.label for curve in curves] == [*(f"run, {part}=False" for part in parts), "run"]
+
+
 def test_many_curves_have_a_legend_below_and_other_formats_work() -> None:
     for i in range(9):
         write_run(f"runs/cart{i}/version_0", [i, i + 1])
