@@ -93,7 +93,7 @@ def test_learning_survives_runners_that_are_killed_all_the_time(
         "CartPole-v1", num_env_runners=2, num_envs_per_env_runner=8, rollout_length=32, seed=1,
         max_env_steps=900_000 if long else 60_000, fault_tolerance=MANY, rollouts_per_epoch=20,
     )  # fmt: skip
-    module, killer = PPO(**OPTIONS, lr_schedule="linear"), Killer(8.0 if long else 6.0, rng)
+    module, killer = PPO(**OPTIONS, lr_schedule="linear"), Killer(4.0 if long else 6.0, rng)
     make_trainer(limit_val_batches=0, callbacks=[killer]).fit(module, data)
     ledger = data.ledger
     print(f"{killer.kills} kills, recovered after {np.round(sorted(killer.recoveries), 1)} s, {dict(ledger.discarded)}")
