@@ -47,7 +47,7 @@ class LoseNodes(L.Callback):
             "iteration": iteration,
             "env_steps": int(algorithm.env_steps),
             "return_mean": round(mean, 1),
-            "restarts": self.data.num_restarts,
+            "restarts": self.data.ledger.restarts,
             "discarded": dict(self.data.ledger.discarded),
             "seconds": round(time.monotonic() - self.began),
         }
