@@ -26,7 +26,7 @@ class CompiledStep:
 
     The arithmetic is that of the eager step, in another order: results agree to rounding, not to the last bit.
     Lightning's `on_before_zero_grad`, `on_before_backward`, `on_after_backward` and `on_before_optimizer_step` are not
-    called; `global_step` counts as ever. The first step of each shape of batch compiles, which takes about a minute.
+    called; `global_step` counts as ever. The first step of each shape of batch compiles, which takes 10 s to a minute.
 
     Args:
         algorithm: whose `loss(batch)` returns a scalar and, beside it, any tree of tensors. Numbers that it reads from

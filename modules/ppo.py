@@ -78,8 +78,8 @@ class PPO(Algorithm):
         squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
         sequence_length: steps of each sequence that a network with memory is trained on; divides `rollout_length`.
         burn_in: steps before each sequence that refresh the memory first, without gradients; at most `sequence_length`.
-        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for about
-            a minute of compilation.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
+            ten seconds to a minute of compilation.
         policy_class: a subclass of `Policy` that chooses actions in its own way.
         spec: the environment's spaces in plain data; None takes the datamodule's.
     """
