@@ -73,8 +73,8 @@ class DQN(OffPolicy):
             (two hidden layers of 64 tanh units for a vector).
         sequence_length: steps of each sequence that a network with memory is trained on.
         burn_in: steps before each sequence that refresh the memory first, without gradients.
-        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for about
-            a minute of compilation.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
+            ten seconds to a minute of compilation.
         policy_class: a subclass of `QPolicy` that chooses actions in its own way.
         spec: the environment's spaces in plain data; None takes the datamodule's.
     """
