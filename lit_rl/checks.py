@@ -1,7 +1,9 @@
 """Checks of option values: one sentence that names the option, the value and what was expected."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from lit_rl.errors import OptionError
@@ -60,6 +62,18 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value in choices:
         return value
     raise OptionError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_ending(name: str, path: str | Path, endings: Sequence[str]) -> str:
+    """Return the ending of `path`, in lower case, if it is one of several `endings`.
+
+    Raises:
+        OptionError: naming the option, its value and the endings.
+    """
+    ending = Path(path).suffix.lower()
+    if ending in endings:
+        return ending
+    raise OptionError(f"{name}={str(path)!r}: expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}.")
 
 
 def check_flag(name: str, value: Any) -> bool:

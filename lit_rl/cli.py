@@ -293,7 +293,7 @@ def _expected(lines: Sequence[str]) -> str:
 def _no_class(key: str, name: str) -> str:
     if name.rpartition(".")[2] in NETWORKS:
         return f"{name}: a class or option inside its init_args is misspelt"
-    if key.rpartition(".")[2] not in ("network", "encoder"):
+    if not key.endswith(("network", "encoder")):
         return f"there is no class {name}"
     close = difflib.get_close_matches(name, NETWORKS, n=1)
     hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(sorted(NETWORKS))}."

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_rl.checks import check_count
+from lit_rl.checks import check_count, check_ending
 from lit_rl.errors import OptionError, write_error
 
 log = logging.getLogger(__name__)
@@ -110,25 +110,20 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [_read(folder) for folder in folders]
 
 
-def curves_of(runs: Sequence[Run], metric: str, x: str = "env_steps", smooth: int = 1) -> list[Curve]:
-    """One curve for all runs of the same name and options, whatever their seed.
+def curves_of(runs: Sequence[Run], metrics: Sequence[str], x: str = "env_steps", smooth: int = 1) -> list[list[Curve]]:
+    """For each metric one curve for all runs of the same name and options, whatever their seed; labelled alike in all.
 
     A run without a `config.yaml`, as one from Python is, is a curve by itself: what its environment was is not known.
     Runs without a value of both are left out, with a warning, as evaluations by themselves are.
 
     Args:
-        runs: what `find_runs` returned.
-        metric, x: names of logged columns.
-        smooth: each point is the mean of so many: itself and those before it.
+        runs: as `find_runs` gives them.
+        metrics, x: names of columns.
+        smooth: points of the running mean of each run.
 
     Raises:
         OptionError: if no run has them.
     """
-    return _panels(runs, [metric], x, smooth)[0]
-
-
-def _panels(runs: Sequence[Run], metrics: Sequence[str], x: str, smooth: int) -> list[list[Curve]]:
-    """`curves_of` each metric; a curve has the same label in all."""
     shown: list[Run] = []
     for metric in metrics:
         having = [run for run in runs if run.has(x, metric)]
@@ -164,13 +159,12 @@ def draw(
     Raises:
         OptionError: if matplotlib is missing, there is no such run or metric, or the file cannot be drawn.
     """
-    if Path(output).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise OptionError(f"output={str(output)!r}: expected a name that ends in .png, .svg or .pdf.")
+    check_ending("output", output, (".png", ".svg", ".pdf"))
     check_count("smooth", smooth)
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("Drawing curves needs matplotlib: pip install 'lit-rl[plot]'.")
     runs = find_runs(paths)
-    panels = _panels(runs, metrics, x, smooth)
+    panels = curves_of(runs, metrics, x, smooth)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

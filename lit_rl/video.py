@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from lit_rl.checks import check_ending
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError, write_error
 
@@ -26,9 +27,7 @@ def check_format(option: str, path: str | Path) -> None:
     Raises:
         OptionError: if its ending is neither .mp4 nor .gif, or what writes it is not installed.
     """
-    ending = Path(path).suffix.lower()
-    if ending not in NEEDED:
-        raise OptionError(f"{option}={str(path)!r}: expected a name that ends in .mp4 or .gif.")
+    ending = check_ending(option, path, tuple(NEEDED))
     missing = [name for name in NEEDED[ending] if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"A {ending} video needs {' and '.join(missing)}: pip install 'lit-rl[video]'.")

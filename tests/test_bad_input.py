@@ -83,6 +83,11 @@ CONFIG = [
     option("a list that is none", "data.wrappers", "3", "wrappers=3: expected a list, such as [a, b]."),
     option("a dict that is none", "data.env_kwargs", "3", "env_kwargs=3: expected a dict"),
     option("misspelt network", "model.network", "MPL", "network=MPL", "Did you mean 'MLP'?", "package.module.Class"),
+    Case(
+        "misspelt network of the critics",
+        ["--config", "sac_pendulum", "--model.critic_network", "MPL"],
+        ["critic_network=MPL", "Did you mean 'MLP'?"],
+    ),
     option("unknown network", "model.network", "Perceptron", "ImpalaResNet", "package.module.Class"),
     option("network of no module", "model.network", "my.Net", "my.Net", "No module named 'my'"),
     option("network that the module has not", "model.network", "lit_rl.MPL", "lit_rl.MPL", "has no attribute 'MPL'"),

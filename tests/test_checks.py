@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_rl.checks import check_choice, check_count, check_range
+from lit_rl.checks import check_choice, check_count, check_ending, check_range
 from lit_rl.errors import LitRLError, OptionError
 
 
@@ -53,3 +53,9 @@ def test_check_choice_names_the_choices() -> None:
 
 def test_an_option_error_is_a_value_error_a_user_can_mend() -> None:
     assert issubclass(OptionError, LitRLError) and issubclass(OptionError, ValueError)
+
+
+def test_check_ending_returns_it_in_lower_case_and_names_the_others() -> None:
+    assert check_ending("video", "a/b.GIF", (".mp4", ".gif")) == ".gif"
+    with pytest.raises(OptionError, match=r"output='a.bmp': expected a name that ends in .png, .svg or .pdf\."):
+        check_ending("output", "a.bmp", (".png", ".svg", ".pdf"))

@@ -28,7 +28,7 @@ def write_run(folder: str, returns: list[float], seed: int = 1, lr: float = 0.1,
 def test_runs_that_differ_in_their_seed_are_one_curve_with_a_band() -> None:
     for seed, returns in enumerate(([0, 1, 2], [0, 3, 9], [0, 2, 4])):
         write_run(f"runs/cart/version_{seed}", returns, seed=seed)
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert (curve.label, curve.num_runs) == ("cart", 3)
     assert curve.x.tolist() == [10, 20, 30]
     assert (curve.low.tolist(), curve.median.tolist(), curve.high.tolist()) == ([0, 1, 2], [0, 2, 4], [0, 3, 9])
@@ -38,7 +38,7 @@ def test_other_options_are_another_curve_and_named() -> None:
     write_run("runs/cart/version_0", [0, 1])
     write_run("runs/cart/version_1", [0, 2], lr=0.2)
     write_run("runs/pole/seed_1/version_0", [0, 3])
-    curves = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    curves = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert [curve.label for curve in curves] == ["cart, lr=0.1", "cart, lr=0.2", "pole"]
     assert [curve.num_runs for curve in curves] == [1, 1, 1]
 
@@ -46,21 +46,21 @@ def test_other_options_are_another_curve_and_named() -> None:
 def test_a_run_that_ended_early_counts_as_far_as_it_got() -> None:
     write_run("runs/cart/version_0", [0, 0, 0, 0])
     write_run("runs/cart/version_1", [4, 4])
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert curve.median.tolist() == [2, 2, 0, 0]
 
 
 def test_logs_with_different_steps_are_laid_over_each_other() -> None:
     write_run("runs/cart/version_0", [0, 10, 20], step=10)
     write_run("runs/cart/version_1", [10, 30], step=15)
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert curve.x.tolist() == [10, 15, 20, 30]
     assert curve.high[1:].tolist() == pytest.approx([10, 10 + 20 / 3, 30])
 
 
 def test_smoothing_is_the_mean_of_a_point_and_those_before_it() -> None:
     write_run("runs/cart/version_0", [1, 3, 5, 7])
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean", smooth=2)
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"], smooth=2)[0]
     np.testing.assert_allclose(curve.median, [1, 2, 4, 6])
 
 
@@ -68,7 +68,7 @@ def test_an_evaluation_by_itself_is_no_curve_and_is_told(caplog: pytest.LogCaptu
     write_run("runs/cart/version_0", [0, 1])
     other = write_run("runs/cart/version_1", [0, 1], lr=0.5)
     (other / "metrics.csv").write_text("step,eval/return_mean\n0,500\n")
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert (curve.label, curve.num_runs) == ("cart", 1)
     assert str(other) in caplog.text
 
@@ -105,7 +105,7 @@ def test_of_many_options_that_differ_a_label_has_those_in_which_the_run_is_not_a
         folder = write_run(f"{off}/run/version_0", [1, 2])
         options = {part: part != off for part in parts}
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": options}}))
-    curves = curves_of(find_runs([*parts, "none"]), "rollout/return_mean")
+    curves = curves_of(find_runs([*parts, "none"]), ["rollout/return_mean"])[0]
     assert [curve.label for curve in curves] == [*(f"run, {part}=False" for part in parts), "run"]
 
 
@@ -154,7 +154,7 @@ def test_a_short_row_is_read_as_far_as_it_goes() -> None:
     run = write_run("runs/cart/version_0", [1, 2])
     with (run / "metrics.csv").open("a") as file:
         file.write("30")
-    (curve,) = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    (curve,) = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert curve.x.tolist() == [10, 20]
 
 
@@ -163,7 +163,7 @@ def test_runs_from_python_are_not_taken_for_repetitions() -> None:
         run = write_run(f"runs/lightning_logs/version_{i}", [i, i])
         (run / "config.yaml").unlink()
         (run / "hparams.yaml").write_text("lr: 0.1\n")
-    curves = curves_of(find_runs(["runs"]), "rollout/return_mean")
+    curves = curves_of(find_runs(["runs"]), ["rollout/return_mean"])[0]
     assert [(curve.label, curve.num_runs) for curve in curves] == [
         ("lightning_logs (runs/lightning_logs/version_0)", 1),
         ("lightning_logs (runs/lightning_logs/version_1)", 1),
