@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkpoint, draw its learning curve
 	$(BIN)/lit-rl fit --config recipes/ppo_cartpole.yaml $(ARGS)
-	$(BIN)/lit-rl validate --config recipes/ppo_cartpole.yaml --ckpt_path last --data.eval_episodes 100
+	$(BIN)/lit-rl validate --config recipes/ppo_cartpole.yaml --ckpt_path last --data.evaluation.episodes 100
 	@newest=$$(ls -t runs/ppo_cartpole/version_*/checkpoints/*.ckpt | head -n 1); \
 	  run=$${newest%/checkpoints/*}; \
 	  $(BIN)/lit-rl plot $$run --metric rollout/return_mean --metric eval/return_mean -o $$run/curve.png >/dev/null \

@@ -4,15 +4,15 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import lightning as L
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.checks import check_count, check_range
 from lit_rl.distributions import SquashedGaussian
+from lit_rl.options import Count, Positive, TakesOptions, UnitInterval, Within
 from lit_rl.trees import space_leaves
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ ADVICE = {
 }
 
 
-class Diagnostics(L.Callback):
+class Diagnostics(TakesOptions, L.Callback):
     """Says in plain words what looks wrong, what it means and what to try: once, and again only after it recovered.
 
     Looks at the metrics of docs/metrics.md, at their median over the last `window` batches; what an algorithm does not
@@ -59,20 +59,23 @@ class Diagnostics(L.Callback):
             a budget it is not looked at.
     """
 
+    window: int
+    min_entropy: float
+    max_kl: float
+    min_explained_variance: float
+    still_share: float
+
     def __init__(
         self,
         *,
-        window: int = 20,
-        min_entropy: float = 0.01,
-        max_kl: float = 0.1,
-        min_explained_variance: float = 0.0,
-        still_share: float = 0.25,
+        window: Count = 20,
+        min_entropy: UnitInterval = 0.01,
+        max_kl: Positive = 0.1,
+        min_explained_variance: Annotated[float, Within(high=1.0)] = 0.0,
+        still_share: UnitInterval = 0.25,
     ):
-        self.window = check_count("window", window)
-        self.min_entropy = check_range("min_entropy", min_entropy, 0.0, 1.0)
-        self.max_kl = check_range("max_kl", max_kl, 0.0, exclusive_low=True)
-        self.min_explained_variance = check_range("min_explained_variance", min_explained_variance, high=1.0)
-        self.still_share = check_range("still_share", still_share, 0.0, 1.0)
+        super().__init__()
+        self.take_options()
         self._recent: dict[str, deque[float]] = {}
         self._wrong: set[str] = set()
         self._lowest, self._highest = math.inf, -math.inf  # training return of the run

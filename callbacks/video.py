@@ -3,33 +3,35 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_rl import rescue
-from lit_rl.checks import check_choice, check_count
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
+from lit_rl.options import Count, OneOf, TakesOptions
 from lit_rl.playing import play_episodes
 from lit_rl.video import check_format, check_renders
 
 log = logging.getLogger(__name__)
 
+Format = Annotated[str, OneOf("mp4", "gif")]
 
-class Video(L.Callback):
+
+class Video(TakesOptions, L.Callback):
     """Records the greedy policy after the first evaluation, every so many after it, and at the end of the run.
 
     Files are `videos/<env steps>.mp4` beside the run's log. Episodes are those of the evaluation: the same seeds every
-    time, with `eval_env_kwargs`. A `WandbLogger` is handed each file as `eval/video`. Needs no display. Only the first
-    learner process records, while the others wait; training goes on as it would without. What goes wrong while it
-    records, in the environment or on a full disk, costs that video and a warning.
+    time, in the environment of the evaluation. A `WandbLogger` is handed each file as `eval/video`. Needs no display.
+    Only the first learner process records, while the others wait; training goes on as it would without. What goes wrong
+    while it records, in the environment or on a full disk, costs that video and a warning.
 
     Args:
         every_n_evaluations: evaluations from one video to the next.
-        episodes: whole episodes in one video; the last is cut after the datamodule's `eval_timeout_s`.
+        episodes: whole episodes in one video; the last is cut after the datamodule's `evaluation.timeout_s`.
         format: "mp4" or "gif".
 
     Raises:
@@ -37,10 +39,13 @@ class Video(L.Callback):
             environment renders no pictures.
     """
 
-    def __init__(self, *, every_n_evaluations: int = 10, episodes: int = 1, format: str = "mp4"):
-        self._every = check_count("every_n_evaluations", every_n_evaluations)
-        self._episodes = check_count("episodes", episodes)
-        self._format = check_choice("format", format, ("mp4", "gif"))
+    every_n_evaluations: int
+    episodes: int
+    format: str
+
+    def __init__(self, *, every_n_evaluations: Count = 10, episodes: Count = 1, format: Format = "mp4"):
+        super().__init__()
+        self.take_options()
         check_format("format", f"video.{format}")
         self._evaluations = 0
         self._recorded: int | None = None  # env steps of the newest video
@@ -54,7 +59,7 @@ class Video(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if self._evaluations % self._every == 0:
+        if self._evaluations % self.every_n_evaluations == 0:
             self._record(trainer, pl_module)
         self._evaluations += 1
 
@@ -74,14 +79,16 @@ class Video(L.Callback):
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        path = folder / "videos" / f"{env_steps:09d}.{self._format}"
-        seeds = [data.eval_seed(episode) for episode in range(self._episodes)]
+        path = folder / "videos" / f"{env_steps:09d}.{self.format}"
+        seeds = [data.eval_seed(episode) for episode in range(self.episodes)]
         policy = algorithm.acting_copy()
         policy.rng = np.random.default_rng(seeds)
         try:
             returns = [
                 episode.return_
-                for episode in play_episodes(data.eval_env, policy, seeds, video=path, timeout_s=data.eval_timeout_s)
+                for episode in play_episodes(
+                    data.eval_env, policy, seeds, video=path, timeout_s=data.evaluation.timeout_s
+                )
             ]
         except (EnvError, OptionError) as error:
             log.warning("No video after %d env steps: %s", env_steps, error)

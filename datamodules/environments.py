@@ -1,7 +1,6 @@
 """What every datamodule with environments does: make them, run them, evaluate in them."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 from collections import deque
@@ -17,10 +16,11 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.loaders import EpisodeLoader
-from lit_rl.envs.make import EnvConfig, Wrapper
+from lit_rl.envs.make import EnvConfig, Vectorization, Wrapper
 from lit_rl.errors import EnvError, EnvFailure, OptionError
+from lit_rl.evaluation import Evaluation
+from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
 from lit_rl.runners.eval_pool import EvalPool
@@ -34,84 +34,93 @@ TRY_OUTS = 3  # of an environment that raises, before training
 SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
 RUNNERS, EVALUATION = 0, 1
+EVALUATION_OPTIONS = ("episodes", "deterministic", "timeout_s", "env_kwargs", "parallel")  # with eval_ before, once
 
 
-class EnvDataModule(L.LightningDataModule):
+class EnvDataModule(TakesOptions, L.LightningDataModule):
     """Env runners, evaluation, seeds and budget. A subclass gives `train_dataloader` and what it makes of fragments.
 
     Args:
-        env, env_kwargs, wrappers, vectorization: see `RolloutDataModule`, as for all others.
-        prefetch: whether runners collect while the learner updates.
+        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment.
+        env_kwargs: passed on to the environment.
+        wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
+        vectorization: "sync" (one after the other), "async" (a process for each), or "native" (the environment's own).
+        num_env_runners: Ray actors that step environments, per learner process; 0 steps them in the learner process.
+        num_envs_per_env_runner: environments in each runner.
+        rollout_length: T, env steps per environment that are collected at a time.
+        max_env_steps: the budget, summed over learner processes; never exceeded. None: the Trainer's limits alone.
+        prefetch: 0: env runners wait while the learner updates. 1: they collect meanwhile, with weights one version
+            behind (needs num_env_runners >= 1).
+        reward_scale: rewards are multiplied by it before the learner sees them. Returns that are logged stay the
+            environment's own.
+        reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; None leaves
+            them.
+        evaluation: how `validate` plays episodes, see `Evaluation`.
+        return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
+        info_metrics: keys of the environment's `info` to log, read at each episode's last step.
+        seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
+        ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
+        placement: what Ray reserves for an env runner and where it puts it, see `Placement`.
+        fault_tolerance: which failures of env runners and environments are survived, see `FaultTolerance`.
+        torch_threads: of the learner process; None takes 1 for a small network, else what the runners leave.
     """
 
+    RENAMED = {
+        "num_eval_env_runners": "evaluation=Evaluation(num_env_runners=...)",
+        **{f"eval_{name}": f"evaluation=Evaluation({name}=...)" for name in EVALUATION_OPTIONS},
+    }
+
     keep_states = False  # whether runners keep a policy's state before every step
+    env: EnvConfig
+    evaluation: Evaluation
+    num_env_runners: int
+    num_envs_per_env_runner: int
+    rollout_length: int
+    max_env_steps: int | None
+    prefetch: int
+    reward_scale: float
+    reward_clip: float | None
+    info_metrics: tuple[str, ...]
+    seed: int | None
+    ray_address: str | None
+    placement: Placement
+    fault_tolerance: FaultTolerance
+    torch_threads: int | None
 
     def __init__(
         self,
         env: str | Callable[..., gym.Env],
         *,
-        env_kwargs: dict[str, Any] | None,
-        wrappers: Sequence[Wrapper],
-        vectorization: str,
-        num_env_runners: int,
-        num_envs_per_env_runner: int,
-        rollout_length: int,
-        max_env_steps: int | None,
-        prefetch: int,
-        reward_scale: float,
-        reward_clip: float | None,
-        eval_episodes: int,
-        eval_deterministic: bool,
-        eval_timeout_s: float,
-        eval_env_kwargs: dict[str, Any] | None,
-        num_eval_env_runners: int,
-        eval_parallel: bool,
-        return_window: int,
-        info_metrics: Sequence[str],
-        seed: int | None,
-        ray_address: str | None,
-        placement: Placement | None,
-        fault_tolerance: FaultTolerance | None,
-        torch_threads: int | None,
+        env_kwargs: dict[str, Any] | None = None,
+        wrappers: Sequence[Wrapper] = (),
+        vectorization: Vectorization = "sync",
+        num_env_runners: CountOrZero = 0,
+        num_envs_per_env_runner: Count = 8,
+        rollout_length: Count = 128,
+        max_env_steps: Count | None = None,
+        prefetch: CountOrZero = 0,
+        reward_scale: Positive = 1.0,
+        reward_clip: Positive | None = None,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - it is frozen
+        return_window: Count = 100,
+        info_metrics: Names = (),
+        seed: CountOrZero | None = None,
+        ray_address: str | None = None,
+        placement: Placement = Placement(),  # noqa: B008
+        fault_tolerance: FaultTolerance = FaultTolerance(),  # noqa: B008
+        torch_threads: Count | None = None,
     ):
         super().__init__()
-        self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
-        self.num_env_runners = check_count("num_env_runners", num_env_runners, 0)
-        self.num_envs_per_env_runner = check_count("num_envs_per_env_runner", num_envs_per_env_runner)
-        self.rollout_length = check_count("rollout_length", rollout_length)
-        self.max_env_steps = None if max_env_steps is None else check_count("max_env_steps", max_env_steps)
-        self.prefetch = check_count("prefetch", prefetch, 0)
+        self.take_options()
         if prefetch > 1:
             raise OptionError(f"prefetch={prefetch}: expected 0 (newest weights) or 1 (one version behind).")
         if prefetch and not num_env_runners:
             raise OptionError(
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
             )
-        self.reward_scale = check_range("reward_scale", reward_scale, 0.0, exclusive_low=True)
-        if reward_clip is not None:
-            reward_clip = check_range("reward_clip", reward_clip, 0.0, exclusive_low=True)
-        self.reward_clip = reward_clip
-        self.eval_episodes = check_count("eval_episodes", eval_episodes)
-        self.eval_deterministic = check_flag("eval_deterministic", eval_deterministic)
-        self.eval_timeout_s = check_range("eval_timeout_s", eval_timeout_s, 0.0, exclusive_low=True)
-        if not isinstance(eval_env_kwargs, dict | None):
-            raise OptionError(f"eval_env_kwargs={eval_env_kwargs!r}: expected a dict of arguments.")
-        self.eval_env = dataclasses.replace(self.env, env_kwargs=self.env.env_kwargs | (eval_env_kwargs or {}))
-        self.num_eval_env_runners = check_count("num_eval_env_runners", num_eval_env_runners, 0)
-        self.eval_parallel = check_flag("eval_parallel", eval_parallel)
-        if eval_parallel and not num_eval_env_runners:
-            raise OptionError(
-                "eval_parallel=True: evaluating while training goes on needs num_eval_env_runners of at least 1, got 0."
-            )
-        if isinstance(info_metrics, str):
-            raise OptionError(f"info_metrics={info_metrics!r}: expected a list of keys.")
-        self.info_metrics = tuple(info_metrics)
-        self.seed = None if seed is None else check_count("seed", seed, 0)
+        self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
+        self.eval_env = evaluation.environment(self.env)
         self._seed_given = seed is not None
-        self.ray_address = ray_address
-        self.placement = placement or Placement()
-        self.fault_tolerance = fault_tolerance or FaultTolerance()
-        self.torch_threads = None if torch_threads is None else check_count("torch_threads", torch_threads)
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
@@ -122,7 +131,7 @@ class EnvDataModule(L.LightningDataModule):
         self._evaluating: tuple[int, int] | None = None  # of the evaluation under way: env steps, this rank's episodes
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
-        self._episodes: deque[Episode] = deque(maxlen=check_count("return_window", return_window))
+        self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -131,7 +140,7 @@ class EnvDataModule(L.LightningDataModule):
         if not self._seed_given:
             self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
         self.spec = self.spec or self._try_out(self.env)
-        if self.eval_env.env_kwargs != self.env.env_kwargs:
+        if self.eval_env != self.env:
             self._check_eval_env(self.spec)
         if stage == "fit":
             self._check_budget()
@@ -168,20 +177,18 @@ class EnvDataModule(L.LightningDataModule):
 
     def eval_seeds(self) -> list[int]:
         """Those of this rank's share of the episodes."""
-        trainer = self.attached_trainer
-        return [
-            self.eval_seed(episode) for episode in range(trainer.global_rank, self.eval_episodes, trainer.world_size)
-        ]
+        trainer, episodes = self.attached_trainer, self.evaluation.episodes
+        return [self.eval_seed(episode) for episode in range(trainer.global_rank, episodes, trainer.world_size)]
 
     def play_options(self, record: bool) -> dict[str, Any]:
         """How evaluation plays episodes: arguments of `play`."""
-        return {"deterministic": self.eval_deterministic, "info_metrics": self.info_metrics, "record": record}
+        return {"deterministic": self.evaluation.deterministic, "info_metrics": self.info_metrics, "record": record}
 
     @property
     def evaluates_in_parallel(self) -> bool:
         """Whether training goes on beside the evaluation that is asked for now."""
         trainer = self.attached_trainer
-        return self.eval_parallel and trainer.state.fn == "fit" and not trainer.sanity_checking
+        return self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking
 
     @property
     def evaluating(self) -> bool:
@@ -193,7 +200,7 @@ class EnvDataModule(L.LightningDataModule):
         if self._eval_pool is None:
             self._eval_pool = self._make_eval_pool()
         algorithm, seeds = self.algorithm, self.eval_seeds()
-        self._eval_pool.start(algorithm.policy, seeds, self.eval_timeout_s, **self.play_options(record))
+        self._eval_pool.start(algorithm.policy, seeds, self.evaluation.timeout_s, **self.play_options(record))
         self._evaluating = algorithm.env_steps_done, len(seeds)
 
     def end_evaluation(self) -> list[Episode]:
@@ -209,8 +216,8 @@ class EnvDataModule(L.LightningDataModule):
 
     def say_cut(self, num_ended: int, asked: int) -> None:
         log.warning(
-            "Evaluation took longer than eval_timeout_s=%g: only %d of %d episodes have ended.",
-            self.eval_timeout_s,
+            "Evaluation took longer than evaluation.timeout_s=%g: only %d of %d episodes have ended.",
+            self.evaluation.timeout_s,
             num_ended,
             asked,
         )
@@ -292,12 +299,12 @@ class EnvDataModule(L.LightningDataModule):
         Raises:
             OptionError: for a number that cannot be.
         """
-        if check_count("num_env_runners", num_env_runners, 0) and not self.num_env_runners:
+        if check("num_env_runners", num_env_runners, CountOrZero) and not self.num_env_runners:
             raise OptionError(
                 f"resize(num_env_runners={num_env_runners}): this datamodule steps its environments in the learner "
                 "process. Make it with num_env_runners of at least 1."
             )
-        self.num_env_runners = check_count("num_env_runners", num_env_runners)
+        self.num_env_runners = check("num_env_runners", num_env_runners, Count)
         if isinstance(self._pool, RunnerPool):
             self._pool.resize(num_env_runners)
 
@@ -408,7 +415,9 @@ class EnvDataModule(L.LightningDataModule):
             return policy_class.from_description(description, network=network)
 
         self._connect_ray()
-        return EvalPool(self.eval_env, make_policy, self.num_eval_env_runners, self.fault_tolerance, self.placement)
+        return EvalPool(
+            self.eval_env, make_policy, self.evaluation.num_env_runners, self.fault_tolerance, self.placement
+        )
 
     def _try_out(self, env: EnvConfig) -> EnvSpec:
         """An environment's spaces, also of one that fails sometimes."""
@@ -427,8 +436,8 @@ class EnvDataModule(L.LightningDataModule):
         found = self._try_out(self.eval_env)
         if (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
             raise OptionError(
-                f"eval_env_kwargs: with {self.eval_env.env_kwargs} the environment {spec.env_id} has observation "
-                f"{found.observation_space}, action {found.action_space}: expected those of training, "
+                f"evaluation: with env_kwargs {self.eval_env.env_kwargs} the environment {found.env_id} has "
+                f"observation {found.observation_space}, action {found.action_space}: expected those of training, "
                 f"{spec.observation_space} and {spec.action_space}."
             )
 
@@ -465,7 +474,7 @@ class EnvDataModule(L.LightningDataModule):
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
             return
-        num_runners = self.num_env_runners + (self.num_eval_env_runners if self.eval_parallel else 0)
+        num_runners = self.num_env_runners + (self.evaluation.num_env_runners if self.evaluation.parallel else 0)
         left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - num_runners
         small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
         torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))

@@ -99,13 +99,13 @@ class EpisodeLoader:
         self._seeds = data.eval_seeds()
 
     def __len__(self) -> int:
-        return -(-self._data.eval_episodes // self._data.attached_trainer.world_size)
+        return -(-self._data.evaluation.episodes // self._data.attached_trainer.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         data = self._data
         data.evaluated_at = data.algorithm.env_steps_done
         played = 0
-        for episode in self._play_here() if not data.num_eval_env_runners else self._play_elsewhere():
+        for episode in self._play_here() if not data.evaluation.num_env_runners else self._play_elsewhere():
             played += 1
             yield episode._asdict()
         for _ in range(len(self) - played):
@@ -115,7 +115,7 @@ class EpisodeLoader:
         data = self._data
         acting = data.algorithm.acting_copy()
         acting.rng = np.random.default_rng(self._seeds)
-        deadline = time.monotonic() + data.eval_timeout_s
+        deadline = time.monotonic() + data.evaluation.timeout_s
         left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False
         data.lost_episodes = 0
         while left:

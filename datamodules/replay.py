@@ -12,15 +12,14 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.checkpoint import files_beside
-from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.datamodules.loaders import ReplayLoader
-from lit_rl.envs.make import Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy, ReplayStream
+from lit_rl.options import Count, taken, with_fields_of
 from lit_rl.replay import ReplayBuffer
-from lit_rl.runners.faults import FaultTolerance
-from lit_rl.runners.pool import Placement, RunnerPool
+from lit_rl.replay_options import Replay
+from lit_rl.runners.pool import RunnerPool
 from lit_rl.trees import iterate
 
 ROUNDING = 1e-6  # of an update
@@ -30,133 +29,37 @@ REPLAY = 2  # what a seed is for: see datamodules.environments
 class ReplayDataModule(EnvDataModule):
     """Minibatches drawn from a buffer that env runners fill, for off-policy algorithms such as DQN and SAC.
 
+    The buffer's options are those of `Replay`.
+
     Args:
-        env, env_kwargs, wrappers, vectorization: as in `RolloutDataModule`.
-        num_env_runners: Ray actors that step environments, per learner process; 0 steps them in the learner process.
         num_envs_per_env_runner: environments in each runner.
         rollout_length: T, env steps per environment between updates.
-        max_env_steps: the budget, summed over learner processes; never exceeded. None: the Trainer's limits alone.
-        buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
-            of each episode another.
-        batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
-            sequence_length` sequences.
-        learning_starts: env steps, over all learner processes, before the first update.
-        random_warmup: whether actions are random until then, instead of the policy's.
-        update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four.
-        n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
-            what the algorithm's paper does: 1, or 3 for Rainbow.
-        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
-            algorithm's paper does: False, or True for Rainbow.
-        priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
-        priority_beta: how far importance weights make up for it when training begins; they do so in full (1) at
-            `max_env_steps`, linearly in between. Without `max_env_steps` it stays.
-        storage_dir: folder for memory-mapped files of observations and actions; None keeps them in memory. They are
-            removed with the datamodule, at the latest when the program ends.
-        checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file, and
-            whether a resumed run takes it from there; else that begins with an empty buffer.
         env_steps_per_batch: env steps of each learner process per Lightning batch: how often metrics are logged.
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
-        prefetch: 0: runners wait while the learner updates. 1: each goes on, with weights from before, as soon as its
-            env steps were taken (needs num_env_runners >= 1).
-        reward_scale, reward_clip, return_window, info_metrics, seed: as in `RolloutDataModule`.
-        eval_episodes, eval_deterministic, eval_timeout_s, eval_env_kwargs, num_eval_env_runners, eval_parallel: as
-            there.
-        ray_address, placement, fault_tolerance, torch_threads: as in `RolloutDataModule`.
     """
 
+    env_steps_per_batch: int
+    batches_per_epoch: int
+
+    @with_fields_of(Replay)
     def __init__(
         self,
         env: str | Callable[..., gym.Env],
         *,
-        env_kwargs: dict[str, Any] | None = None,
-        wrappers: Sequence[Wrapper] = (),
-        vectorization: str = "sync",
-        num_env_runners: int = 0,
-        num_envs_per_env_runner: int = 1,
-        rollout_length: int = 1,
-        max_env_steps: int | None = None,
-        buffer_size: int = 100_000,
-        batch_size: int = 256,
-        learning_starts: int = 1000,
-        random_warmup: bool = True,
-        update_to_data: float = 1.0,
-        n_step: int | Sequence[int] | None = None,
-        prioritized: bool | None = None,
-        priority_alpha: float = 0.6,
-        priority_beta: float = 0.4,
-        storage_dir: str | Path | None = None,
-        checkpoint_buffer: bool = True,
-        env_steps_per_batch: int = 1000,
-        batches_per_epoch: int = 10,
-        prefetch: int = 0,
-        reward_scale: float = 1.0,
-        reward_clip: float | None = None,
-        eval_episodes: int = 10,
-        eval_deterministic: bool = True,
-        eval_timeout_s: float = 1800.0,
-        eval_env_kwargs: dict[str, Any] | None = None,
-        num_eval_env_runners: int = 0,
-        eval_parallel: bool = False,
-        return_window: int = 100,
-        info_metrics: Sequence[str] = (),
-        seed: int | None = None,
-        ray_address: str | None = None,
-        placement: Placement | None = None,
-        fault_tolerance: FaultTolerance | None = None,
-        torch_threads: int | None = None,
+        num_envs_per_env_runner: Count = 1,
+        rollout_length: Count = 1,
+        env_steps_per_batch: Count = 1000,
+        batches_per_epoch: Count = 10,
+        **options: Any,
     ):
-        super().__init__(
-            env,
-            env_kwargs=env_kwargs,
-            wrappers=wrappers,
-            vectorization=vectorization,
-            num_env_runners=num_env_runners,
-            num_envs_per_env_runner=num_envs_per_env_runner,
-            rollout_length=rollout_length,
-            max_env_steps=max_env_steps,
-            prefetch=prefetch,
-            reward_scale=reward_scale,
-            reward_clip=reward_clip,
-            eval_episodes=eval_episodes,
-            eval_deterministic=eval_deterministic,
-            eval_timeout_s=eval_timeout_s,
-            eval_env_kwargs=eval_env_kwargs,
-            num_eval_env_runners=num_eval_env_runners,
-            eval_parallel=eval_parallel,
-            return_window=return_window,
-            info_metrics=info_metrics,
-            seed=seed,
-            ray_address=ray_address,
-            placement=placement,
-            fault_tolerance=fault_tolerance,
-            torch_threads=torch_threads,
-        )
-        self.buffer_size = check_count("buffer_size", buffer_size)
-        self.batch_size = check_count("batch_size", batch_size)
-        self.learning_starts = check_count("learning_starts", learning_starts)
-        self.random_warmup = check_flag("random_warmup", random_warmup)
-        self.update_to_data = check_range("update_to_data", update_to_data, 0.0, exclusive_low=True)
-        self.n_step = None if n_step is None else _steps(n_step)
-        self.prioritized = None if prioritized is None else check_flag("prioritized", prioritized)
-        self.priority_alpha = check_range("priority_alpha", priority_alpha, 0.0, 1.0)
-        self.priority_beta = check_range("priority_beta", priority_beta, 0.0, 1.0)
-        if not (storage_dir is None or isinstance(storage_dir, str | Path)):
-            raise OptionError(f"storage_dir={storage_dir!r}: expected a folder's path.")
-        self.storage_dir = storage_dir
-        self.checkpoint_buffer = check_flag("checkpoint_buffer", checkpoint_buffer)
-        self.env_steps_per_batch = check_count("env_steps_per_batch", env_steps_per_batch)
-        self.batches_per_epoch = check_count("batches_per_epoch", batches_per_epoch)
-        if batch_size > buffer_size:
-            raise OptionError(f"buffer_size={buffer_size}: expected at least batch_size={batch_size}. Raise it.")
-        if batch_size > learning_starts:
-            raise OptionError(
-                f"learning_starts={learning_starts}: expected at least batch_size={batch_size} env steps. Raise it."
-            )
+        self.replay = taken(Replay, options)
+        super().__init__(env, num_envs_per_env_runner=num_envs_per_env_runner, rollout_length=rollout_length, **options)
+        self.take_options()
         batch, length = self.rollout_shape
-        if buffer_size < 2 * batch * (length + 1):
+        if self.replay.buffer_size < 2 * batch * (length + 1):
             raise OptionError(
-                f"buffer_size={buffer_size}: expected at least {2 * batch * (length + 1)} rows, for {batch} "
-                f"environments and rollout_length={length}. Raise it."
+                f"buffer_size={self.replay.buffer_size}: expected at least {2 * batch * (length + 1)} rows, for "
+                f"{batch} environments and rollout_length={length}. Raise it."
             )
         self.buffer: ReplayBuffer | None = None
         self._resumed_from: Path | None = None  # the folder of a checkpoint's buffer that is not loaded yet
@@ -177,10 +80,10 @@ class ReplayDataModule(EnvDataModule):
                 "SAC. Use RolloutDataModule."
             )
         budget = self.max_env_steps
-        if budget is not None and self.learning_starts >= budget:
+        if budget is not None and self.replay.learning_starts >= budget:
             raise OptionError(
-                f"learning_starts={self.learning_starts}: expected less than max_env_steps={budget}, or nothing is "
-                "ever learned. Lower it."
+                f"learning_starts={self.replay.learning_starts}: expected less than max_env_steps={budget}, or nothing "
+                "is ever learned. Lower it."
             )
 
     def train_dataloader(self) -> ReplayLoader:
@@ -225,16 +128,16 @@ class ReplayDataModule(EnvDataModule):
         """Take env steps of the runners into the buffer."""
         algorithm, num_envs = self._off_policy, self.num_envs_per_env_runner
         length = algorithm.sequence_length
-        if length is not None and self.batch_size < length:
+        if length is not None and self.replay.batch_size < length:
             raise OptionError(
-                f"batch_size={self.batch_size}: expected at least one sequence, sequence_length={length} rows. Raise "
-                "it."
+                f"batch_size={self.replay.batch_size}: expected at least one sequence, sequence_length={length} rows. "
+                "Raise it."
             )
         if self.buffer is None:
             self.buffer = self._make_buffer()
         env_steps = algorithm.env_steps_done
-        warming_up = env_steps < self.learning_starts
-        epsilon = 1.0 if warming_up and self.random_warmup else algorithm.epsilon_at(env_steps)
+        warming_up = env_steps < self.replay.learning_starts
+        epsilon = 1.0 if warming_up and self.replay.random_warmup else algorithm.epsilon_at(env_steps)
         self.start_runners(epsilon)
         if self.prefetch:
             assert isinstance(self._pool, RunnerPool)
@@ -252,17 +155,17 @@ class ReplayDataModule(EnvDataModule):
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
         algorithm.env_steps.add_(taken)
         self._stored += taken
-        if not warming_up and self._stored >= self.batch_size * distributed.world_size():
-            self._owed += taken / distributed.world_size() * self.update_to_data
+        if not warming_up and self._stored >= self.replay.batch_size * distributed.world_size():
+            self._owed += taken / distributed.world_size() * self.replay.update_to_data
 
     def _draw(self) -> TensorDict:
         algorithm, buffer = self._off_policy, self._full_buffer
         length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, self.num_steps, self.beta
         if length is None:
-            minibatch = buffer.sample(self.batch_size, gamma=gamma, num_steps=steps, beta=beta)
+            minibatch = buffer.sample(self.replay.batch_size, gamma=gamma, num_steps=steps, beta=beta)
         else:
             minibatch = buffer.sample_sequences(
-                self.batch_size // length,
+                self.replay.batch_size // length,
                 length=length,
                 burn_in=algorithm.burn_in,
                 gamma=gamma,
@@ -274,14 +177,14 @@ class ReplayDataModule(EnvDataModule):
     @property
     def num_steps(self) -> tuple[int, int]:
         """The least and the most rewards to sum."""
-        return self.n_step or (self._off_policy.NUM_STEPS,) * 2
+        return self.replay.num_steps or (self._off_policy.NUM_STEPS,) * 2
 
     @property
     def beta(self) -> float:
         """The importance weights' exponent now."""
         if self.max_env_steps is None:
-            return self.priority_beta
-        return self.priority_beta + (1 - self.priority_beta) * min(
+            return self.replay.priority_beta
+        return self.replay.priority_beta + (1 - self.replay.priority_beta) * min(
             1.0, self.algorithm.env_steps_done / self.max_env_steps
         )
 
@@ -301,7 +204,7 @@ class ReplayDataModule(EnvDataModule):
         state = super().rank_state() | {"owed": self._owed}
         if self.buffer is None and self._resumed_from is not None:
             self.buffer = self._make_buffer()  # nothing was drawn from it yet: it goes on to the next checkpoint
-        if self.checkpoint_buffer and self.buffer is not None and not weights_only:
+        if self.replay.checkpoint_buffer and self.buffer is not None and not weights_only:
             if self._staging is None:
                 trainer = self.attached_trainer
                 folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -322,7 +225,7 @@ class ReplayDataModule(EnvDataModule):
         super().load_rank_state(state)
         self._owed, self._stored = state["owed"], 0
         self.buffer = None
-        if self.checkpoint_buffer and "replay" in state:
+        if self.replay.checkpoint_buffer and "replay" in state:
             trainer = self.attached_trainer
             self._resumed_from = files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}"
 
@@ -334,16 +237,16 @@ class ReplayDataModule(EnvDataModule):
         try:
             buffer = ReplayBuffer(
                 self.spec,
-                self.buffer_size,
+                self.replay.buffer_size,
                 state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
-                priority_alpha=self.priority_alpha if self._prioritizes else None,
-                storage_dir=self.storage_dir,
+                priority_alpha=self.replay.priority_alpha if self._prioritizes else None,
+                storage_dir=self.replay.storage_dir,
                 seed=self._seed_sequence(REPLAY, rank),
             )
         except (MemoryError, OSError, ValueError) as error:
             message = " ".join(str(error).split())
             raise OptionError(
-                f"buffer_size={self.buffer_size}: no room for so many rows: {message}. Lower it."
+                f"buffer_size={self.replay.buffer_size}: no room for so many rows: {message}. Lower it."
             ) from error
         if self._resumed_from is not None:
             assert self._resume is not None
@@ -354,7 +257,7 @@ class ReplayDataModule(EnvDataModule):
 
     @property
     def _prioritizes(self) -> bool:
-        return self._off_policy.PRIORITIZED if self.prioritized is None else self.prioritized
+        return self._off_policy.PRIORITIZED if self.replay.prioritized is None else self.replay.prioritized
 
     @property
     def _off_policy(self) -> OffPolicy:
@@ -376,13 +279,3 @@ class ReplayDataModule(EnvDataModule):
     @property
     def _rows_per_epoch(self) -> int:
         return self.batches_per_epoch * self.env_steps_per_batch * self.attached_trainer.world_size
-
-
-def _steps(n_step: int | Sequence[int]) -> tuple[int, int]:
-    """`n_step` as the least and the most number of steps."""
-    if isinstance(n_step, list | tuple):
-        if len(n_step) != 2 or check_count("n_step", n_step[0]) > check_count("n_step", n_step[1]):
-            raise OptionError(f"n_step={n_step!r}: expected a whole number, or [low, high].")
-        return int(n_step[0]), int(n_step[1])
-    number = check_count("n_step", n_step)
-    return number, number

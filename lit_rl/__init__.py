@@ -16,6 +16,7 @@ _PUBLIC = {
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
+    "Evaluation": "lit_rl.evaluation",
     "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
@@ -30,6 +31,7 @@ _PUBLIC = {
     "PPO": "lit_rl.modules",
     "QPolicy": "lit_rl.q_policy",
     "Rainbow": "lit_rl.modules",
+    "Replay": "lit_rl.replay_options",
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
+    from lit_rl.evaluation import Evaluation as Evaluation
     from lit_rl.loading import load_policy as load_policy
     from lit_rl.modules import DQN as DQN
     from lit_rl.modules import PPO as PPO
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import Policy as Policy
     from lit_rl.q_policy import QPolicy as QPolicy
+    from lit_rl.replay_options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance
     from lit_rl.runners.pool import Placement as Placement

@@ -1,11 +1,14 @@
 """What every algorithm shares: a LightningModule whose batches are rollouts and whose validation is episodes."""
 
+import copy
+import io
 import math
 import time
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import lightning as L
 import numpy as np
@@ -20,27 +23,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
-from lit_rl.checks import check_choice, check_flag
 from lit_rl.compiled import CompiledStep, factor
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, DivergedError, OptionError
-from lit_rl.evaluation import summarize
-from lit_rl.loading import FORMAT, SECTION, read_checkpoint, section, upgrade, whole_checkpoint
+from lit_rl.evaluation.summary import summarize
+from lit_rl.loading import FORMAT, SECTION, read_checkpoint, read_first, section, upgrade, with_previous
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
+from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy, class_name
 from lit_rl.rollout import count_rows, mask_of
-from lit_rl.schedules import Schedule, scheduled
+from lit_rl.schedules import Scheduled
 from lit_rl.signals import Interruption
 from lit_rl.spec import EnvSpec
 
-CLIP_BY = ("global_norm", "norm", "value")
+ClipBy = Annotated[str, OneOf("global_norm", "norm", "value")]
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10
 ONLY_INITIAL = {"log_std_init", "noisy"}  # arguments of policies that nothing depends on once there are weights
+NOT_SAVED = ("network", "critic_network", "policy_class", "spec")  # as hyper-parameters: they are no plain data
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
 
 
-class Algorithm(L.LightningModule):
+class Algorithm(TakesOptions, L.LightningModule):
     """Base of every algorithm. A subclass gives `build`, `update` and `configure_optimizers`.
 
     Optimisation is manual: `update(batch)` is the paper's update, top to bottom, and calls `optimize(loss)` once per
@@ -48,16 +52,17 @@ class Algorithm(L.LightningModule):
     precision plugins mean what they mean elsewhere.
 
     Args:
-        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default.
-        policy_class: a subclass of the algorithm's policy that chooses actions in its own way; None for that itself.
-        spec: an `EnvSpec` in plain data. None: the datamodule's. Checkpoints hold it.
         max_grad_norm: bound of the gradient; None leaves it as it is.
         grad_clip_by: what is bounded: the "global_norm" of all gradients together, the "norm" of each parameter's, or
             the absolute "value" of each number.
-        compile: whether `gradient_step` is one compiled function, see `CompiledStep`.
+        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default of the space
+            (two hidden layers of 64 tanh units for a vector).
+        policy_class: a subclass of the algorithm's policy that chooses actions in its own way; None for that itself.
+        spec: the environment's spaces, an `EnvSpec` in plain data; None takes the datamodule's.
 
     Attributes:
         policy: what acts.
+        lr: the learning rate; None leaves it as `configure_optimizers` sets it.
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
         skipped_updates: optimizer steps that were skipped since a loss or gradient was not finite.
@@ -67,28 +72,26 @@ class Algorithm(L.LightningModule):
     POLICY: type[Policy] = Policy
 
     policy: Policy
+    lr: Scheduled | None = None
     env_steps: Tensor
     updates: Tensor
 
     def __init__(
         self,
         *,
+        max_grad_norm: Positive | None = None,
+        grad_clip_by: ClipBy = "global_norm",
         network: NetworkFactory | dict[str, Any] | None = None,
         policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
-        max_grad_norm: float | None = None,
-        grad_clip_by: str = "global_norm",
-        compile: bool = False,
     ):
         super().__init__()
+        self.take_options()
         self.automatic_optimization = False
         if not (policy_class is None or (isinstance(policy_class, type) and issubclass(policy_class, self.POLICY))):
             raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.{self.POLICY.__name__}.")
         self.network = network
         self.policy_class = policy_class or self.POLICY
-        self.max_grad_norm = max_grad_norm
-        self.grad_clip_by = check_choice("grad_clip_by", grad_clip_by, CLIP_BY)
-        self._compiles = check_flag("compile", compile)
         self._compiled_step: CompiledStep | None = None
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
@@ -123,10 +126,6 @@ class Algorithm(L.LightningModule):
 
     def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
         """The policy's network where none is asked for; None for the observation space's default."""
-        return None
-
-    def lr_at(self, env_steps: int) -> float | None:
-        """The learning rate after `env_steps`, or None to leave it as `configure_optimizers` set it."""
         return None
 
     # --- what a subclass calls ----------------------------------------------------------------------------------
@@ -179,8 +178,8 @@ class Algorithm(L.LightningModule):
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if not self._note_step(loss, norm, optimizer):
             return False
-        if self.max_grad_norm is not None:
-            clip_gradients(grads, norms, norm, self.max_grad_norm, self.grad_clip_by)
+        if self.hp.max_grad_norm is not None:
+            clip_gradients(grads, norms, norm, self.hp.max_grad_norm, self.hp.grad_clip_by)
         optimizer.step()
         return True
 
@@ -214,9 +213,16 @@ class Algorithm(L.LightningModule):
         copy.load_weights({name: tensor.cpu() for name, tensor in self.policy.state_dict().items()})
         return copy.eval()
 
-    def schedule(self, name: str, start: float, schedule: Schedule, env_steps: int) -> float:
-        """The value of a scheduled option; see `schedules.scheduled`."""
-        return scheduled(name, start, schedule, env_steps, self.max_env_steps)
+    def scheduled(self, name: str) -> Scheduled:
+        """The option `name` as it changes by `<name>_schedule`. Kept as an attribute, it follows by itself."""
+        return Scheduled(name, self.hp[name], self.hp[f"{name}_schedule"])
+
+    def keep_options(self, options: dict[str, Any], caller: types.FrameType) -> None:
+        """Keep checked options as hyper-parameters, with all that a subclass was given that keeps none itself."""
+        if not self.hparams:
+            self.save_hyperparameters(ignore=NOT_SAVED, frame=caller)
+        self.hparams.update({name: value for name, value in options.items() if name not in NOT_SAVED})
+        self._hparams_initial = copy.deepcopy(self.hparams)
 
     @property
     def hp(self) -> Any:
@@ -300,7 +306,7 @@ class Algorithm(L.LightningModule):
             strategy.checkpoint_io = LitCheckpointIO()
         if stage == "fit":
             self.max_env_steps = getattr(self._datamodule, "max_env_steps", None)
-            self.lr_at(0)  # a schedule that cannot be followed is refused now
+            self._follow_schedules()  # one that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
                 check_nameable(self.network)  # and so is a network that no checkpoint could name
 
@@ -336,11 +342,10 @@ class Algorithm(L.LightningModule):
                 set_rng_state(state["rng"])
                 self.generator.set_state(state["generator"])
                 self.load_rank_state(state["algorithm"])
-        self._set_lr()
         if isinstance(self.trainer.model, DistributedDataParallel) and self.device.type == "cpu":
             self.trainer.model.register_comm_hook(None, distributed.average_gradients)
         self._interruption = Interruption(self.trainer)
-        self._compiled_step = CompiledStep(self) if self._compiles else None
+        self._compiled_step = CompiledStep(self) if self.hp.get("compile") else None
         if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
             self._datamodule.begin_evaluation()  # the first that is logged
         self._batch_ended = time.perf_counter()
@@ -373,6 +378,7 @@ class Algorithm(L.LightningModule):
         started, env_steps = time.perf_counter(), self.env_steps_done
         skipped = self.skipped_updates
         self._grad_norms.clear()
+        self._follow_schedules()
         metrics = self.learn(batch)
         if self._grad_norms:
             metrics["optim/grad_norm"] = torch.stack(self._grad_norms).mean()
@@ -383,7 +389,6 @@ class Algorithm(L.LightningModule):
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["optim/skipped_updates"] = self.skipped_updates
         metrics["optim/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
-        self._set_lr()
         datamodule = self._datamodule
         if hasattr(datamodule, "rollout_metrics"):
             metrics |= datamodule.rollout_metrics()
@@ -431,7 +436,11 @@ class Algorithm(L.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Lightning's, which reads a damaged file as if it were whole, of one that is whole: see `read_checkpoint`."""
         if isinstance(checkpoint_path, str | Path):
-            checkpoint_path = whole_checkpoint(checkpoint_path)
+            checkpoint_path, checkpoint = read_first(with_previous(checkpoint_path))
+            if checkpoint.get(SECTION, {}).pop("upgraded", False):  # Lightning would read the options it was made with
+                checkpoint_path = io.BytesIO()
+                torch.save(checkpoint, checkpoint_path)
+                checkpoint_path.seek(0)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -528,12 +537,15 @@ class Algorithm(L.LightningModule):
             f"Batch: {self._saved_batches[-1]}"
         )
 
-    def _set_lr(self) -> None:
-        lr = self.lr_at(self.env_steps_done)
-        if lr is not None:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            for group in optimizer.param_groups:  # type: ignore[union-attr]
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+    def _follow_schedules(self) -> None:
+        """Set scheduled options, and the optimizer's learning rate, to their values now."""
+        env_steps, budget = self.env_steps_done, self.max_env_steps
+        for part in self.children():
+            if isinstance(part, Scheduled):
+                part.follow(env_steps, budget)
+        if self.lr is not None and self.trainer.optimizers:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.lr.at(env_steps, budget) * group.get("lr_scale", 1.0)
 
     def _publish(self, metrics: dict[str, Any]) -> None:
         """Hand metrics to loggers (against env steps), callbacks and the progress bar.

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lit_rl.checks import check_count, check_range
 from lit_rl.errors import LitRLError, OptionError, RunnerError
+from lit_rl.options import Count, CountOrZero, Positive, Within, check_fields
 
 KEPT = 2  # checkpoints of a run that Ray Train keeps
 
@@ -30,19 +30,15 @@ class Cluster:
             machine.
     """
 
-    num_learners: int | None = None
-    gpus_per_learner: int = 0
-    cpus_per_learner: float = 1.0
-    max_failures: int = 0
+    num_learners: Count | None = None
+    gpus_per_learner: CountOrZero = 0
+    cpus_per_learner: Positive = 1.0
+    max_failures: Annotated[int, Within(-1, whole=True)] = 0
     storage_path: str | None = None
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_learners is not None:
-            check_count("cluster.num_learners", self.num_learners)
-        check_count("cluster.gpus_per_learner", self.gpus_per_learner, 0)
-        check_range("cluster.cpus_per_learner", self.cpus_per_learner, 0.0, exclusive_low=True)
-        check_count("cluster.max_failures", self.max_failures, -1)
+        check_fields(self, "cluster.")
 
 
 def run_learners(cluster: Cluster, learn: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> str:

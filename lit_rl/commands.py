@@ -8,8 +8,8 @@ import jsonargparse
 import numpy as np
 
 from lit_rl import recipe_index
-from lit_rl.checks import check_count
 from lit_rl.curves import draw
+from lit_rl.options import Count, CountOrZero, check
 from lit_rl.playing import environment_of, episode_seeds, load_player, play_episodes
 from lit_rl.video import check_format, display_is_there
 
@@ -43,8 +43,8 @@ def play(args: Sequence[str]) -> None:
     parser.add_argument("--network", type=str | None, default=None, help="package.module:Class, if it is your own")
     parser.add_argument("--policy_class", type=str | None, default=None, help="package.module:Class, if it is your own")
     options = parser.parse_args(args)
-    check_count("episodes", options.episodes)
-    check_count("seed", options.seed, 0)
+    check("episodes", options.episodes, Count)
+    check("seed", options.seed, CountOrZero)
     if options.video is not None:
         check_format("video", options.video)
     env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)

@@ -144,7 +144,7 @@ class CompiledStep:
         return value, norm, rest
 
     def _clipped(self, grad: Tensor, norm: Tensor) -> Tensor:
-        bound, by = self._algorithm.max_grad_norm, self._algorithm.grad_clip_by
+        bound, by = self._algorithm.hp.max_grad_norm, self._algorithm.hp.grad_clip_by
         if bound is None:
             return grad
         if by == "value":

@@ -1,8 +1,6 @@
 """Config files before they are parsed, and what may have been meant by an option that does not exist."""
 
-import difflib
 import importlib
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ import lightning as L
 import yaml
 
 from lit_rl.errors import OptionError
+from lit_rl.options import hint
 
 PLAIN = "tag:yaml.org,2002:"  # what YAML's own tags begin with
 
@@ -59,10 +58,8 @@ def suggestion(message: str) -> str:
         owner = getattr(importlib.import_module(module), attribute, None)
     if owner is None:
         return ""
-    options = [option for option in inspect.signature(owner).parameters if option != "self"]
-    wrong = name.rpartition(".")[2]
-    close = difflib.get_close_matches(wrong, options, n=1)
-    return f". Did you mean {close[0]!r}?" if close and close[0] != wrong else ""
+    said = hint(owner, name.rpartition(".")[2])
+    return f".{said}" if said else ""
 
 
 def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_rl.checks import check_count, check_ending
 from lit_rl.errors import OptionError, write_error
+from lit_rl.options import Count, check, check_ending
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def draw(
         OptionError: if matplotlib is missing, there is no such run or metric, or the file cannot be drawn.
     """
     check_ending("output", output, (".png", ".svg", ".pdf"))
-    check_count("smooth", smooth)
+    check("smooth", smooth, Count)
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("Drawing curves needs matplotlib: pip install 'lit-rl[plot]'.")
     runs = find_runs(paths)

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 assert QPolicy.__name__ in POLICIES  # importing it made it known
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
-SECTION, FORMAT = "lit_rl", 2
+SECTION, FORMAT = "lit_rl", 3
 POLICY_PREFIX = "policy."
 
 
@@ -127,9 +127,16 @@ def read_one(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
 def upgrade(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of an older format up to this version's, in place."""
     found = checkpoint.get(SECTION)
-    if not isinstance(found, dict) or found.get("format") != 1:
+    if not isinstance(found, dict) or found.get("format") not in UPGRADES:
         return
-    found["format"] = 2
+    while found["format"] in UPGRADES:
+        UPGRADES[found["format"]](checkpoint, found)
+        found["format"] += 1
+    found["upgraded"] = True
+
+
+def _from_1(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
+    """Policies had no class of their own, and normalisers and heads other names."""
     found["policy"]["class"] = "Policy"
     renamed = {"policy.normalizer.": "policy.normalizer.moments./.", "critic.head.": "critic.head.linear."}
     weights = checkpoint["state_dict"]
@@ -137,6 +144,18 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         for old, new in renamed.items():
             if name.startswith(old):
                 weights[name.replace(old, new)] = weights.pop(name)
+
+
+def _from_2(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
+    """Points of `epsilon` were its own value, and the entropy's schedule had another name."""
+    options = checkpoint.get("hyper_parameters", {})
+    if "entropy_schedule" in options:
+        options["entropy_coef_schedule"] = options.pop("entropy_schedule")
+    if isinstance(options.get("epsilon"), list | tuple):
+        options["epsilon_schedule"], options["epsilon"] = options["epsilon"], None
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Any]], None]] = {1: _from_1, 2: _from_2}
 
 
 def section(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:

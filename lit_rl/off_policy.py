@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import masked_mean
+from lit_rl.options import CountOrZero, TwoOrMore, UnitInterval
 from lit_rl.policy import Policy
 from lit_rl.rollout import mask_of
 from lit_rl.trees import Tree, map_tree
@@ -45,6 +46,11 @@ class OffPolicy(Algorithm):
     `update` is given one minibatch: transitions [M] or, with memory, sequences [S, L]: see `ReplayBuffer.sample` and
     `sample_sequences`.
 
+    Args:
+        gamma: discount per env step; 0.9 to 0.999.
+        sequence_length: steps of each sequence that a network with memory is trained on.
+        burn_in: steps before each sequence that refresh the memory first, without gradients.
+
     Attributes:
         NUM_STEPS: the datamodule's `n_step` where that is not set.
         PRIORITIZED: its `prioritized` where that is not set.
@@ -52,6 +58,17 @@ class OffPolicy(Algorithm):
 
     NUM_STEPS: int = 1
     PRIORITIZED: bool = False
+
+    def __init__(
+        self,
+        *,
+        gamma: UnitInterval = 0.99,
+        sequence_length: TwoOrMore = 20,
+        burn_in: CountOrZero = 0,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.take_options()
 
     @property
     def gamma(self) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from lit_rl.checks import check_ending
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError, write_error
+from lit_rl.options import check_ending
 
 NEEDED = {".mp4": ("imageio", "imageio_ffmpeg"), ".gif": ("imageio",)}
 MAX_GIF_FPS = 50  # viewers show pictures of less than 20 ms far too slowly

@@ -1,17 +1,15 @@
 """Deep Q-networks, and Rainbow: all that made them better."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.checks import check_choice, check_count, check_counts, check_flag, check_range
 from lit_rl.distributed import row_means
 from lit_rl.errors import OptionError
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
-from lit_rl.networks import NetworkFactory, check_same_in_training
+from lit_rl.networks import check_same_in_training
 from lit_rl.networks.q import set_noise
 from lit_rl.off_policy import (
     Follower,
@@ -24,13 +22,16 @@ from lit_rl.off_policy import (
     target_of,
     weighted_mean,
 )
+from lit_rl.options import Count, Counts, OneOf, Positive, PositiveFraction, TwoOrMore, UnitInterval
 from lit_rl.policy import Policy
 from lit_rl.q_policy import DISTRIBUTIONAL, QPolicy
 from lit_rl.rollout import mask_of
-from lit_rl.schedules import Schedule, check_points, check_schedule, value_at
+from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
 from lit_rl.spec import EnvSpec
 
-EPSILON = [[0, 1.0], [10_000, 0.05]]  # where it is not set
+EPSILON = [[0, 1.0], [10_000, 0.05]]  # its schedule where neither it nor one is set
+Loss = Annotated[str, OneOf("huber", "mse")]
+Distributional = Annotated[str | None, OneOf(*DISTRIBUTIONAL)]
 TERMS = ("loss/value", "value/td_error", "value/q_mean")
 
 
@@ -50,11 +51,11 @@ class DQN(OffPolicy):
 
     Args:
         lr: Adam's learning rate; usually 1e-4 to 1e-3.
-        lr_schedule: "constant", "linear" (to 0 at the datamodule's `max_env_steps`), or points
+        lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
             `[[env_step, lr], ...]`, which replace `lr`.
-        gamma: discount per env step; 0.9 to 0.999.
-        epsilon: probability of a random action while training: a number, or points `[[env_step, value], ...]`. None: 1
-            to 0.05 over 10,000 env steps, or 0 with `noisy`, which explores by itself.
+        epsilon: probability of a random action while training. None: 0 with `noisy`, which explores by itself; else 1
+            to 0.05 over 10,000 env steps, or from 1 as `epsilon_schedule` says.
+        epsilon_schedule: of `epsilon`, as `lr_schedule` is of `lr`.
         target_update_interval: gradient updates between those of the target network.
         tau: how far the target network then moves to the network: 1 copies it, 0.005 follows it slowly.
         loss: "huber" or "mse", of the TD error; unused with `distributional`.
@@ -64,19 +65,14 @@ class DQN(OffPolicy):
         distributional: "categorical" learns the distribution of returns over fixed atoms (C51: Bellemare et al. 2017,
             arXiv:1707.06887), "quantile" its quantiles (QR-DQN: Dabney et al. 2018, arXiv:1710.10044).
         num_atoms: atoms or quantiles.
-        v_min, v_max: the lowest and the greatest atom: bounds of the discounted return.
+        v_min: the lowest atom: a bound of the discounted return.
+        v_max: the greatest atom, likewise.
         noisy: explore by noise on the head's weights: Fortunato et al. 2018, arXiv:1706.10295.
         sigma0: of that noise, when training begins.
         head_hidden_sizes: layers (with ReLU) of the head, or of each of its streams, after the network.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
-        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default of the space
-            (two hidden layers of 64 tanh units for a vector).
-        sequence_length: steps of each sequence that a network with memory is trained on.
-        burn_in: steps before each sequence that refresh the memory first, without gradients.
+        max_grad_norm: bound of the gradient; None leaves it as it is.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
-        policy_class: a subclass of `QPolicy` that chooses actions in its own way.
-        spec: the environment's spaces in plain data; None takes the datamodule's.
     """
 
     POLICY: type[Policy] = QPolicy
@@ -87,56 +83,35 @@ class DQN(OffPolicy):
     def __init__(
         self,
         *,
-        lr: float = 5e-4,
+        lr: Positive = 5e-4,
         lr_schedule: Schedule = "constant",
-        gamma: float = 0.99,
-        epsilon: float | Sequence[Sequence[float]] | None = None,
-        target_update_interval: int = 500,
-        tau: float = 1.0,
-        loss: str = "huber",
+        epsilon: UnitInterval | None = None,
+        epsilon_schedule: UnitSchedule = "constant",
+        target_update_interval: Count = 500,
+        tau: PositiveFraction = 1.0,
+        loss: Loss = "huber",
         double: bool = True,
         dueling: bool = False,
-        distributional: str | None = None,
-        num_atoms: int = 51,
+        distributional: Distributional = None,
+        num_atoms: TwoOrMore = 51,
         v_min: float = -10.0,
         v_max: float = 10.0,
         noisy: bool = False,
-        sigma0: float = 0.5,
-        head_hidden_sizes: Sequence[int] = (),
-        max_grad_norm: float | None = 10.0,
-        network: NetworkFactory | dict[str, Any] | None = None,
-        sequence_length: int = 20,
-        burn_in: int = 0,
+        sigma0: Positive = 0.5,
+        head_hidden_sizes: Counts = (),
+        max_grad_norm: Positive | None = 10.0,
         compile: bool = False,
-        policy_class: type[QPolicy] | None = None,
-        spec: dict[str, Any] | None = None,
+        **options: Any,
     ):
-        if max_grad_norm is not None:
-            max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(
-            network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm, compile=compile
-        )
-        lr = check_range("lr", lr, 0.0, exclusive_low=True)
-        lr_schedule = check_schedule("lr_schedule", lr_schedule)
-        gamma = check_range("gamma", gamma, 0.0, 1.0)
-        if epsilon is not None:
-            epsilon = check_points("epsilon", epsilon, 1.0)
-        target_update_interval = check_count("target_update_interval", target_update_interval)
-        tau = check_range("tau", tau, 0.0, 1.0, exclusive_low=True)
-        check_choice("loss", loss, ("huber", "mse"))
-        for name, flag in (("double", double), ("dueling", dueling), ("noisy", noisy)):
-            check_flag(name, flag)
-        if distributional not in DISTRIBUTIONAL:
-            raise OptionError(f"distributional={distributional!r}: expected None, 'categorical' or 'quantile'.")
-        num_atoms = check_count("num_atoms", num_atoms, 2)
-        v_min, v_max = check_range("v_min", v_min), check_range("v_max", v_max)
+        super().__init__(max_grad_norm=max_grad_norm, **options)
+        self.take_options()
         if v_min >= v_max:
             raise OptionError(f"v_min={v_min}: expected less than v_max={v_max}.")
-        sigma0 = check_range("sigma0", sigma0, 0.0, exclusive_low=True)
-        head_hidden_sizes = check_counts("head_hidden_sizes", head_hidden_sizes)
-        sequence_length = check_count("sequence_length", sequence_length, 2)
-        burn_in = check_count("burn_in", burn_in, 0)
-        self.save_hyperparameters(ignore=["network", "policy_class", "spec"])
+        self.lr = self.scheduled("lr")
+        if epsilon is None:
+            epsilon = 0.0 if noisy else 1.0
+            epsilon_schedule = EPSILON if epsilon_schedule == "constant" and not noisy else epsilon_schedule
+        self.epsilon = Scheduled("epsilon", epsilon, epsilon_schedule)
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
@@ -159,14 +134,8 @@ class DQN(OffPolicy):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.policy.parameters(), lr=self.hp.lr, fused=True)
 
-    def lr_at(self, env_steps: int) -> float:
-        return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
-
     def epsilon_at(self, env_steps: int) -> float:
-        epsilon = self.hp.epsilon
-        if epsilon is None:
-            epsilon = 0.0 if self.hp.noisy else EPSILON
-        return value_at("epsilon", epsilon, env_steps)
+        return self.epsilon.at(env_steps, self.max_env_steps)
 
     def learn(self, batch: Any) -> dict[str, Tensor | float]:
         metrics = super().learn(batch)
@@ -236,10 +205,12 @@ class Rainbow(DQN):
     The `ReplayDataModule` sums 3 rewards and draws by priority unless it is told otherwise. Deviations from the paper:
     those of `DQN`, and smaller defaults than Atari's, where the paper has `lr=6.25e-5`, `head_hidden_sizes=[512]`.
 
+    Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
+
     Args:
-        epsilon: see `DQN`; 0 by default, since noisy layers explore.
-        v_min, v_max: set them to the least and the greatest discounted return there can be.
-        lr, lr_schedule, gamma, target_update_interval, tau, loss: see `DQN`, as for all others.
+        dueling: as in `DQN`, but on.
+        distributional: as in `DQN`, but "categorical".
+        noisy: as in `DQN`, but on.
     """
 
     NUM_STEPS, PRIORITIZED = 3, True
@@ -247,50 +218,9 @@ class Rainbow(DQN):
     def __init__(
         self,
         *,
-        lr: float = 5e-4,
-        lr_schedule: Schedule = "constant",
-        gamma: float = 0.99,
-        epsilon: float | Sequence[Sequence[float]] | None = None,
-        target_update_interval: int = 500,
-        tau: float = 1.0,
-        double: bool = True,
         dueling: bool = True,
-        distributional: str | None = "categorical",
-        num_atoms: int = 51,
-        v_min: float = -10.0,
-        v_max: float = 10.0,
+        distributional: Distributional = "categorical",
         noisy: bool = True,
-        sigma0: float = 0.5,
-        head_hidden_sizes: Sequence[int] = (),
-        max_grad_norm: float | None = 10.0,
-        network: NetworkFactory | dict[str, Any] | None = None,
-        sequence_length: int = 20,
-        burn_in: int = 0,
-        compile: bool = False,
-        policy_class: type[QPolicy] | None = None,
-        spec: dict[str, Any] | None = None,
+        **options: Any,
     ):
-        super().__init__(
-            lr=lr,
-            lr_schedule=lr_schedule,
-            gamma=gamma,
-            epsilon=epsilon,
-            target_update_interval=target_update_interval,
-            tau=tau,
-            double=double,
-            dueling=dueling,
-            distributional=distributional,
-            num_atoms=num_atoms,
-            v_min=v_min,
-            v_max=v_max,
-            noisy=noisy,
-            sigma0=sigma0,
-            head_hidden_sizes=head_hidden_sizes,
-            max_grad_norm=max_grad_norm,
-            network=network,
-            sequence_length=sequence_length,
-            burn_in=burn_in,
-            compile=compile,
-            policy_class=policy_class,
-            spec=spec,
-        )
+        super().__init__(dueling=dueling, distributional=distributional, noisy=noisy, **options)

@@ -9,22 +9,14 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
-from lit_rl.checks import check_count, check_flag, check_range
 from lit_rl.distributed import masked_mean, rank_mean, row_means, standardize
 from lit_rl.errors import OptionError
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
-from lit_rl.networks import (
-    NetworkFactory,
-    ValueHead,
-    ValueNetwork,
-    build_network,
-    check_same_in_training,
-    output_size,
-)
+from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
-from lit_rl.policy import Policy
+from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
 from lit_rl.rollout import mask_of, next_values, next_values_with_memory, rows, sequences
-from lit_rl.schedules import Schedule, check_schedule
+from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
@@ -47,31 +39,29 @@ class PPO(Algorithm):
 
     Args:
         lr: Adam's learning rate; usually 1e-4 to 1e-3.
-        lr_schedule: "constant", "linear" (to 0 at the datamodule's `max_env_steps`), or points
+        lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
             `[[env_step, lr], ...]`, which replace `lr`.
         gamma: discount per env step; 0.9 to 0.999.
         gae_lambda: 0 (one-step, biased) to 1 (Monte-Carlo, noisy); usually 0.9 to 0.98.
-        clip: how far the probability ratio may leave 1; 0.1 to 0.3.
+        clip: how far the probability ratio may leave 1 before its gradient stops; 0.1 to 0.3.
         clip_schedule: of `clip`, as `lr_schedule` is of `lr`.
-        value_coef: weight of the value loss.
-        value_clip: how far a value may move from the one before the update until its gradient stops; None: any way.
+        value_coef: weight of the value loss, which has a factor 1/2 of its own.
+        value_clip: how far a value may move from the one before the update until its gradient stops, in units of the
+            return; None: any way.
         entropy_coef: weight of the entropy bonus; 0 to 0.02.
-        entropy_schedule: of `entropy_coef`, as `lr_schedule` is of `lr`.
+        entropy_coef_schedule: of `entropy_coef`, as `lr_schedule` is of `lr`.
         kl_coef: first weight of a penalty on the KL divergence from the policy that acted (the paper's section 4);
             after an update in which it exceeded twice `kl_target` the weight is multiplied by 1.5, and halved after
             one in which it stayed below half of it. 0: no penalty.
         kl_target: the KL divergence the penalty aims at.
-        target_kl: an update ends after the gradient step whose minibatch exceeds this KL divergence; None: never.
+        target_kl: an update ends after the gradient step whose minibatch exceeds this KL divergence, usually 0.01 to
+            0.05; None: never.
         num_epochs: passes over each rollout; 3 to 20.
         minibatch_size: rows per gradient step and rank; at most the rollout's rows.
         max_grad_norm: bound of the gradient; None leaves it as it is.
-        grad_clip_by: what is bounded: the "global_norm" of all gradients together, the "norm" of each parameter's, or
-            the absolute "value" of each number.
         normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
         normalize_observations: standardise observations by running statistics.
         normalize_returns: divide rewards by the running standard deviation of the discounted return.
-        network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default of the space
-            (two hidden layers of 64 tanh units for a vector).
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0.
@@ -80,89 +70,50 @@ class PPO(Algorithm):
         burn_in: steps before each sequence that refresh the memory first, without gradients; at most `sequence_length`.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
-        policy_class: a subclass of `Policy` that chooses actions in its own way.
-        spec: the environment's spaces in plain data; None takes the datamodule's.
     """
 
+    RENAMED = {"entropy_schedule": "entropy_coef_schedule"}
+
     critic: ValueNetwork | ValueHead
-    clip: Tensor
-    entropy_coef: Tensor
     kl_coef: Tensor | None
 
     def __init__(
         self,
         *,
-        lr: float = 3e-4,
+        lr: Positive = 3e-4,
         lr_schedule: Schedule = "constant",
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
-        clip: float = 0.2,
+        gamma: UnitInterval = 0.99,
+        gae_lambda: UnitInterval = 0.95,
+        clip: Positive = 0.2,
         clip_schedule: Schedule = "constant",
-        value_coef: float = 0.5,
-        value_clip: float | None = None,
-        entropy_coef: float = 0.0,
-        entropy_schedule: Schedule = "constant",
-        kl_coef: float = 0.0,
-        kl_target: float = 0.01,
-        target_kl: float | None = None,
-        num_epochs: int = 4,
-        minibatch_size: int = 256,
-        max_grad_norm: float | None = 0.5,
-        grad_clip_by: str = "global_norm",
+        value_coef: NonNegative = 0.5,
+        value_clip: Positive | None = None,
+        entropy_coef: NonNegative = 0.0,
+        entropy_coef_schedule: Schedule = "constant",
+        kl_coef: NonNegative = 0.0,
+        kl_target: Positive = 0.01,
+        target_kl: Positive | None = None,
+        num_epochs: Count = 4,
+        minibatch_size: Count = 256,
+        max_grad_norm: Positive | None = 0.5,
         normalize_advantage: bool = True,
         normalize_observations: bool = False,
         normalize_returns: bool = False,
-        network: NetworkFactory | dict[str, Any] | None = None,
         share_encoder: bool | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,
-        sequence_length: int = 16,
-        burn_in: int = 0,
+        sequence_length: Count = 16,
+        burn_in: CountOrZero = 0,
         compile: bool = False,
-        policy_class: type[Policy] | None = None,
-        spec: dict[str, Any] | None = None,
+        **options: Any,
     ):
-        if max_grad_norm is not None:
-            max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(
-            network=network,
-            policy_class=policy_class,
-            spec=spec,
-            max_grad_norm=max_grad_norm,
-            grad_clip_by=grad_clip_by,
-            compile=compile,
-        )
-        lr = check_range("lr", lr, 0.0, exclusive_low=True)
-        lr_schedule = check_schedule("lr_schedule", lr_schedule)
-        clip_schedule = check_schedule("clip_schedule", clip_schedule)
-        entropy_schedule = check_schedule("entropy_schedule", entropy_schedule)
-        gamma = check_range("gamma", gamma, 0.0, 1.0)
-        gae_lambda = check_range("gae_lambda", gae_lambda, 0.0, 1.0)
-        clip = check_range("clip", clip, 0.0, exclusive_low=True)
-        value_coef = check_range("value_coef", value_coef, 0.0)
-        if value_clip is not None:
-            value_clip = check_range("value_clip", value_clip, 0.0, exclusive_low=True)
-        entropy_coef = check_range("entropy_coef", entropy_coef, 0.0)
-        kl_coef = check_range("kl_coef", kl_coef, 0.0)
-        kl_target = check_range("kl_target", kl_target, 0.0, exclusive_low=True)
-        if target_kl is not None:
-            target_kl = check_range("target_kl", target_kl, 0.0, exclusive_low=True)
-        num_epochs = check_count("num_epochs", num_epochs)
-        minibatch_size = check_count("minibatch_size", minibatch_size)
-        check_flag("normalize_advantage", normalize_advantage)
-        check_flag("normalize_observations", normalize_observations)
-        check_flag("normalize_returns", normalize_returns)
-        if share_encoder is not None:
-            check_flag("share_encoder", share_encoder)
-        check_flag("state_dependent_std", state_dependent_std)
-        log_std_init = float(check_range("log_std_init", log_std_init))
-        check_flag("squash_actions", squash_actions)
-        sequence_length = check_count("sequence_length", sequence_length)
-        burn_in = check_count("burn_in", burn_in, 0)
+        super().__init__(max_grad_norm=max_grad_norm, **options)
+        self.take_options()
         if burn_in > sequence_length:
             raise OptionError(f"burn_in={burn_in}: expected at most sequence_length={sequence_length}.")
-        self.save_hyperparameters(ignore=["network", "policy_class", "spec"])
+        self.lr, self.clip = self.scheduled("lr"), self.scheduled("clip")
+        self.entropy_coef = self.scheduled("entropy_coef")
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
@@ -186,9 +137,6 @@ class PPO(Algorithm):
         else:
             self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
-        # Numbers that change while training are tensors, so that a compiled step need not be compiled anew.
-        self.register_buffer("clip", torch.tensor(float(hp.clip)), persistent=False)
-        self.register_buffer("entropy_coef", torch.tensor(float(hp.entropy_coef)), persistent=False)
         # Depends on what was learned, but is no weight: in checkpoints it is with the rest of what resumes a run.
         self.register_buffer("kl_coef", torch.tensor(float(hp.kl_coef)) if hp.kl_coef else None, persistent=False)
 
@@ -196,25 +144,8 @@ class PPO(Algorithm):
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
         return torch.optim.Adam(parameters, lr=self.hp.lr, eps=1e-5, fused=True)
 
-    def lr_at(self, env_steps: int) -> float:
-        return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit":  # schedules that cannot be followed are refused now
-            self.clip_at(0)
-            self.entropy_coef_at(0)
-
-    def clip_at(self, env_steps: int) -> float:
-        return self.schedule("clip_schedule", self.hp.clip, self.hp.clip_schedule, env_steps)
-
-    def entropy_coef_at(self, env_steps: int) -> float:
-        return self.schedule("entropy_schedule", self.hp.entropy_coef, self.hp.entropy_schedule, env_steps)
-
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         hp, mask = self.hp, mask_of(rollout)
-        self.clip.fill_(self.clip_at(self.env_steps_done))
-        self.entropy_coef.fill_(self.entropy_coef_at(self.env_steps_done))
         with torch.no_grad():
             value, next_value, states = self.values(rollout)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
@@ -259,16 +190,16 @@ class PPO(Algorithm):
         log_prob, entropy = self.policy.evaluate(minibatch, features)
         value = self.critic(features) if self.shares_encoder else self.value(minibatch["observation"])
         log_ratio = log_prob - minibatch["action_log_prob"]
-        policy_loss = ppo_clip(log_ratio, advantage, self.clip)
+        policy_loss = ppo_clip(log_ratio, advantage, self.clip.value)
         if hp.value_clip is None:
             critic_loss = value_loss(value, minibatch["value_target"])
         else:
             critic_loss = clipped_value_loss(value, minibatch["state_value"], minibatch["value_target"], hp.value_clip)
         kl = approximate_kl(log_ratio)
-        row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef * entropy
+        row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef.value * entropy
         if self.kl_coef is not None:
             row_loss = row_loss + self.kl_coef * kl
-        clipped = ((log_ratio.detach().exp() - 1).abs() > self.clip).float()
+        clipped = ((log_ratio.detach().exp() - 1).abs() > self.clip.value).float()
         with torch.no_grad():
             terms = row_means(mask, policy_loss, critic_loss, entropy, kl, clipped)
         return masked_mean(row_loss, mask), terms

@@ -2,15 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.checks import check_count, check_counts, check_flag, check_range
 from lit_rl.distributed import masked_mean, row_means
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
@@ -29,12 +27,13 @@ from lit_rl.off_policy import (
     target_of,
     weighted_mean,
 )
-from lit_rl.policy import Policy
+from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
 from lit_rl.rollout import mask_of
-from lit_rl.schedules import Schedule, check_schedule
+from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
+Entropy = Annotated[float | str, NumberOr("auto")]
 AUTO_ENTROPY = 0.98  # share of a uniform policy's entropy that a discrete one is held at
 
 
@@ -51,10 +50,11 @@ class SAC(OffPolicy):
 
     Args:
         lr: Adam's learning rate, of everything that has none of its own.
-        lr_schedule: "constant", "linear" (to 0 at the datamodule's `max_env_steps`), or points `[[env_step, lr], ...]`,
-            which replace `lr`; the other learning rates keep their ratio to it.
-        actor_lr, critic_lr, alpha_lr: learning rates of the policy, the critics and the temperature; None takes `lr`.
-        gamma: discount per env step; 0.9 to 0.999.
+        lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
+            `[[env_step, lr], ...]`, which replace `lr`. The other learning rates keep their ratio to it.
+        actor_lr: the policy's; None takes `lr`.
+        critic_lr: the critics'; None takes `lr`.
+        alpha_lr: the temperature's; None takes `lr`.
         tau: how far the target critics move to the critics after every update.
         initial_alpha: the temperature, the weight of the entropy, when training begins.
         learn_alpha: whether the temperature is learned; else it stays.
@@ -67,11 +67,6 @@ class SAC(OffPolicy):
         network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
         share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone (Yarats et
             al. 2021, arXiv:1910.01741). None shares one with memory.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
-        sequence_length: steps of each sequence that a network with memory is trained on.
-        burn_in: steps before each sequence that refresh the memory first, without gradients.
-        policy_class: a subclass of `Policy` that chooses actions in its own way.
-        spec: the environment's spaces in plain data; None takes the datamodule's.
     """
 
     critics: Critics
@@ -80,49 +75,26 @@ class SAC(OffPolicy):
     def __init__(
         self,
         *,
-        lr: float = 3e-4,
+        lr: Positive = 3e-4,
         lr_schedule: Schedule = "constant",
-        actor_lr: float | None = None,
-        critic_lr: float | None = None,
-        alpha_lr: float | None = None,
-        gamma: float = 0.99,
-        tau: float = 0.005,
-        initial_alpha: float = 1.0,
+        actor_lr: Positive | None = None,
+        critic_lr: Positive | None = None,
+        alpha_lr: Positive | None = None,
+        tau: PositiveFraction = 0.005,
+        initial_alpha: Positive = 1.0,
         learn_alpha: bool = True,
-        target_entropy: float | str = "auto",
-        num_critics: int = 2,
-        critic_hidden_sizes: Sequence[int] = (256, 256),
+        target_entropy: Entropy = "auto",
+        num_critics: Count = 2,
+        critic_hidden_sizes: Counts = (256, 256),
         critic_network: NetworkFactory | dict[str, Any] | None = None,
         network: NetworkFactory | dict[str, Any] | None = None,
         share_encoder: bool | None = None,
-        max_grad_norm: float | None = None,
-        sequence_length: int = 20,
-        burn_in: int = 0,
-        policy_class: type[Policy] | None = None,
-        spec: dict[str, Any] | None = None,
+        **options: Any,
     ):
-        if max_grad_norm is not None:
-            max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0.0, exclusive_low=True)
-        super().__init__(network=network, policy_class=policy_class, spec=spec, max_grad_norm=max_grad_norm)
-        lr = check_range("lr", lr, 0.0, exclusive_low=True)
-        lr_schedule = check_schedule("lr_schedule", lr_schedule)
-        for name, rate in (("actor_lr", actor_lr), ("critic_lr", critic_lr), ("alpha_lr", alpha_lr)):
-            if rate is not None:
-                check_range(name, rate, 0.0, exclusive_low=True)
-        gamma = check_range("gamma", gamma, 0.0, 1.0)
-        tau = check_range("tau", tau, 0.0, 1.0, exclusive_low=True)
-        initial_alpha = check_range("initial_alpha", initial_alpha, 0.0, exclusive_low=True)
-        check_flag("learn_alpha", learn_alpha)
-        if target_entropy != "auto":
-            target_entropy = check_range("target_entropy", target_entropy)
-        num_critics = check_count("num_critics", num_critics)
-        critic_hidden_sizes = check_counts("critic_hidden_sizes", critic_hidden_sizes)
-        if share_encoder is not None:
-            check_flag("share_encoder", share_encoder)
-        sequence_length = check_count("sequence_length", sequence_length, 2)
-        burn_in = check_count("burn_in", burn_in, 0)
+        super().__init__(network=network, **options)
+        self.take_options()
+        self.lr = self.scheduled("lr")
         self.critic_network = critic_network
-        self.save_hyperparameters(ignore=["network", "critic_network", "policy_class", "spec"])
 
     def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
         if has_images(spec.observation_space):
@@ -198,9 +170,6 @@ class SAC(OffPolicy):
             groups.setdefault(lr or hp.lr, []).extend(parameters)
         scaled = [{"params": parameters, "lr_scale": lr / hp.lr} for lr, parameters in groups.items()]
         return torch.optim.Adam(scaled, lr=hp.lr, fused=True)
-
-    def lr_at(self, env_steps: int) -> float:
-        return self.schedule("lr_schedule", self.hp.lr, self.hp.lr_schedule, env_steps)
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         policy, critics, mask = self.policy, self.critics, mask_of(batch)
@@ -315,62 +284,19 @@ class TQC(SAC):
     Args:
         num_quantiles: of each critic.
         num_dropped: greatest quantiles left out per critic.
-        lr, lr_schedule, actor_lr, critic_lr, alpha_lr, gamma, tau: see `SAC`, as for all others.
     """
 
     def __init__(
         self,
         *,
-        num_quantiles: int = 25,
-        num_dropped: int = 2,
-        lr: float = 3e-4,
-        lr_schedule: Schedule = "constant",
-        actor_lr: float | None = None,
-        critic_lr: float | None = None,
-        alpha_lr: float | None = None,
-        gamma: float = 0.99,
-        tau: float = 0.005,
-        initial_alpha: float = 1.0,
-        learn_alpha: bool = True,
-        target_entropy: float | str = "auto",
-        num_critics: int = 2,
-        critic_hidden_sizes: Sequence[int] = (256, 256),
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
-        network: NetworkFactory | dict[str, Any] | None = None,
-        share_encoder: bool | None = None,
-        max_grad_norm: float | None = None,
-        sequence_length: int = 20,
-        burn_in: int = 0,
-        policy_class: type[Policy] | None = None,
-        spec: dict[str, Any] | None = None,
+        num_quantiles: Count = 25,
+        num_dropped: CountOrZero = 2,
+        **options: Any,
     ):
-        super().__init__(
-            lr=lr,
-            lr_schedule=lr_schedule,
-            actor_lr=actor_lr,
-            critic_lr=critic_lr,
-            alpha_lr=alpha_lr,
-            gamma=gamma,
-            tau=tau,
-            initial_alpha=initial_alpha,
-            learn_alpha=learn_alpha,
-            target_entropy=target_entropy,
-            num_critics=num_critics,
-            critic_hidden_sizes=critic_hidden_sizes,
-            critic_network=critic_network,
-            network=network,
-            share_encoder=share_encoder,
-            max_grad_norm=max_grad_norm,
-            sequence_length=sequence_length,
-            burn_in=burn_in,
-            policy_class=policy_class,
-            spec=spec,
-        )
-        num_quantiles = check_count("num_quantiles", num_quantiles)
-        num_dropped = check_count("num_dropped", num_dropped, 0)
+        super().__init__(**options)
+        self.take_options()
         if num_dropped >= num_quantiles:
             raise OptionError(f"num_dropped={num_dropped}: expected less than num_quantiles={num_quantiles}.")
-        self.save_hyperparameters(ignore=["network", "critic_network", "policy_class", "spec"])
 
     def make_critics(self, encoder: nn.Module | None, num_outputs: int = 1) -> Critics:
         return super().make_critics(encoder, self.hp.num_quantiles)

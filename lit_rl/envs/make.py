@@ -4,20 +4,20 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
-from lit_rl.checks import check_choice
 from lit_rl.envs.check import check_env, check_spaces
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
+from lit_rl.options import Arguments, OneOf, check_fields
 from lit_rl.spec import EnvSpec
 
 Env = str | Callable[..., Any]
 Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
-VECTORIZATIONS = ("sync", "async", "native")
+Vectorization = Annotated[str, OneOf("sync", "async", "native")]
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class EnvConfig:
     """
 
     env: Env
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    env_kwargs: Arguments = field(default_factory=dict)
     wrappers: Sequence[Wrapper] = ()
-    vectorization: str = "sync"
+    vectorization: Vectorization = "sync"
 
     def __post_init__(self) -> None:
-        check_choice("vectorization", self.vectorization, VECTORIZATIONS)
-        if not isinstance(self.env_kwargs, dict):
-            raise OptionError(f"env_kwargs={self.env_kwargs!r}: expected a dict of arguments.")
+        check_fields(self)
         if isinstance(self.wrappers, str):
             raise OptionError(f"wrappers={self.wrappers!r}: expected a list.")
         if not (isinstance(self.env, str) or callable(self.env)):

@@ -6,11 +6,11 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from lit_rl.checks import check_count
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.build import built_in
 from lit_rl.networks.inputs import ImageInput
 from lit_rl.networks.mlp import orthogonal
+from lit_rl.options import Count, check
 
 
 class _CNN(nn.Module):
@@ -25,7 +25,7 @@ class _CNN(nn.Module):
         self.convolutions = convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             size = convolutions(torch.zeros(1, *self.input.shape)).numel()
-        self.linear = orthogonal(nn.Linear(size, check_count("hidden_size", hidden_size)), gain=2**0.5)
+        self.linear = orthogonal(nn.Linear(size, check("hidden_size", hidden_size, Count)), gain=2**0.5)
         self.output_size = hidden_size
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class ImpalaResNet(_CNN):
         num_channels = self.input.shape[0]
         for count in filters:
             layers += [
-                nn.Conv2d(num_channels, check_count("filters", count), 3, padding=1),
+                nn.Conv2d(num_channels, check("filters", count, Count), 3, padding=1),
                 nn.MaxPool2d(3, stride=2, padding=1),
                 _Residual(count),
                 _Residual(count),

@@ -6,8 +6,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from lit_rl.checks import check_choice, check_count
 from lit_rl.errors import SpaceError
+from lit_rl.options import Count, OneOf, check
 from lit_rl.trees import Tree, find, space_leaves
 
 CHANNEL_ORDERS = ("auto", "first", "last")
@@ -44,7 +44,7 @@ class FlatInput(nn.Module):
             if counts:
                 self.register_buffer(_buffer(path), torch.from_numpy(self._offsets[path]), persistent=False)
             if counts and embedding_size is not None:
-                check_count("embedding_size", embedding_size)
+                check("embedding_size", embedding_size, Count)
                 self.embeddings[path or "observation"] = nn.Embedding(sum(counts), embedding_size)
                 self.output_size += embedding_size * len(counts)
             elif counts:
@@ -109,7 +109,7 @@ class ImageInput(nn.Module):
 
     def __init__(self, observation_space: gym.Space, channels: str = "auto"):
         super().__init__()
-        check_choice("channels", channels, CHANNEL_ORDERS)
+        OneOf(*CHANNEL_ORDERS)("channels", channels)
         if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) not in (2, 3):
             raise SpaceError(
                 f"A convolutional network takes images, a Box of two or three dimensions, got {observation_space}. Use "

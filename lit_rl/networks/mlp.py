@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_rl.checks import check_choice, check_count, check_flag
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.build import NetworkFactory, build_network, built_in, has_memory, output_size
 from lit_rl.networks.inputs import FlatInput, has_images, is_image
+from lit_rl.options import Count, OneOf, check
 from lit_rl.trees import Tree, children, find, space_leaves
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
@@ -211,14 +211,14 @@ def dense(
     Raises:
         OptionError: for an option that has no such value.
     """
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_choice("init", init, tuple(INITIALIZERS))
-    check_flag("layer_norm", layer_norm)
+    OneOf(*ACTIVATIONS)("activation", activation)
+    OneOf(*INITIALIZERS)("init", init)
+    check("layer_norm", layer_norm, bool)
     if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str) or not hidden_sizes:
         raise OptionError(f"hidden_sizes={hidden_sizes!r}: expected a list of at least one layer width.")
     layers: list[nn.Module] = []
     for size in hidden_sizes:
-        layers.append(INITIALIZERS[init](nn.Linear(input_size, check_count("hidden_sizes", size)), 2**0.5))
+        layers.append(INITIALIZERS[init](nn.Linear(input_size, check("hidden_sizes", size, Count)), 2**0.5))
         if layer_norm:
             layers.append(nn.LayerNorm(size))
         layers.append(ACTIVATIONS[activation]())

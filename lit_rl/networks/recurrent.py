@@ -12,9 +12,9 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from lit_rl.checks import check_count
 from lit_rl.errors import OptionError
 from lit_rl.networks.build import NetworkFactory, build_network, built_in, has_memory, output_size
+from lit_rl.options import Count, check
 from lit_rl.trees import Tree, map_tree
 
 
@@ -62,7 +62,7 @@ class _Recurrent(nn.Module):
         self.encoder = build_network(encoder, observation_space)
         if has_memory(self.encoder):
             raise OptionError(f"encoder={type(self.encoder).__name__}: expected a network without memory.")
-        self.cell = self.CELL(output_size(self.encoder), check_count("hidden_size", hidden_size))
+        self.cell = self.CELL(output_size(self.encoder), check("hidden_size", hidden_size, Count))
         for name, parameter in self.cell.named_parameters():
             nn.init.orthogonal_(parameter) if name.startswith("weight") else nn.init.zeros_(parameter)
         self.output_size = hidden_size

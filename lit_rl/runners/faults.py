@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
-from lit_rl.checks import check_count, check_range
+from lit_rl.options import Count, CountOrZero, Positive, check_fields
 
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # before the first restart, and at most
 
@@ -36,19 +36,16 @@ class FaultTolerance:
     longer is killed, even in compiled code, and replaced. What stalls the learner's own process cannot be survived.
     """
 
-    max_restarts: int = 5
-    restart_window_s: float = 600.0
-    min_healthy: int = 1
-    init_timeout_s: float = 120.0
-    reset_timeout_s: float = 60.0
-    step_timeout_s: float = 30.0
-    sample_timeout_s: float = 300.0
+    max_restarts: CountOrZero = 5
+    restart_window_s: Positive = 600.0
+    min_healthy: Count = 1
+    init_timeout_s: Positive = 120.0
+    reset_timeout_s: Positive = 60.0
+    step_timeout_s: Positive = 30.0
+    sample_timeout_s: Positive = 300.0
 
     def __post_init__(self) -> None:
-        check_count("fault_tolerance.max_restarts", self.max_restarts, 0)
-        check_count("fault_tolerance.min_healthy", self.min_healthy)
-        for name in ("restart_window_s", "init_timeout_s", "reset_timeout_s", "step_timeout_s", "sample_timeout_s"):
-            check_range(f"fault_tolerance.{name}", getattr(self, name), 0.0, exclusive_low=True)
+        check_fields(self, "fault_tolerance.")
 
 
 class Restarts:

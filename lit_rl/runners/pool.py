@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 
-from lit_rl.checks import check_choice, check_range
 from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
+from lit_rl.options import NonNegative, OneOf, check, check_fields
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Fragment
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
@@ -136,15 +136,14 @@ class Placement:
         strategy: "SPREAD" over the cluster's nodes, or Ray's "DEFAULT".
     """
 
-    num_cpus: float = 0.0
+    num_cpus: NonNegative = 0.0
     resources: dict[str, float] | None = None
-    strategy: str = "DEFAULT"
+    strategy: Annotated[str, OneOf("DEFAULT", "SPREAD")] = "DEFAULT"
 
     def __post_init__(self) -> None:
-        check_range("placement.num_cpus", self.num_cpus, 0.0)
-        check_choice("placement.strategy", self.strategy, ("DEFAULT", "SPREAD"))
+        check_fields(self, "placement.")
         for name, amount in (self.resources or {}).items():
-            check_range(f"placement.resources[{name!r}]", amount, 0.0)
+            check(f"placement.resources[{name!r}]", amount, NonNegative)
 
     def options(self) -> dict[str, Any]:
         """Ray's, of an actor that nobody but its pool replaces: a task that ran is never run again in secret."""

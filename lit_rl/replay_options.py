@@ -1,0 +1,87 @@
+"""The options of a replay buffer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from lit_rl.errors import OptionError
+from lit_rl.options import (
+    Count,
+    Folder,
+    Limit,
+    Positive,
+    UnitInterval,
+    check,
+    check_fields,
+)
+
+
+class _Steps(Limit):
+    """A whole number of steps, or the least and the most of them."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return check(name, value, Count)
+        if len(value) != 2 or check(name, value[0], Count) > check(name, value[1], Count):
+            raise OptionError(f"{name}={value!r}: expected {self!r}.")
+        return tuple(int(number) for number in value)
+
+    def __repr__(self) -> str:
+        return "a whole number, or [low, high]"
+
+
+Steps = Annotated[int | Sequence[int], _Steps()]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay buffer holds, when learning from it begins, how often, and by what is drawn.
+
+    Attributes:
+        buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
+            of each episode another.
+        batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
+            sequence_length` sequences.
+        learning_starts: env steps, over all learner processes, before the first update.
+        random_warmup: whether actions are random until then, instead of the policy's.
+        update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four.
+        n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
+            what the algorithm's paper does: 1, or 3 for Rainbow.
+        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
+            algorithm's paper does: False, or True for Rainbow.
+        priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
+        priority_beta: how far importance weights make up for it when training begins; they do so in full (1) at
+            `max_env_steps`, linearly in between. Without `max_env_steps` it stays.
+        storage_dir: folder for memory-mapped files of observations and actions; None keeps them in memory. They are
+            removed with the datamodule, at the latest when the program ends.
+        checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file, and
+            whether a resumed run takes it from there; else that begins with an empty buffer.
+    """
+
+    buffer_size: Count = 100_000
+    batch_size: Count = 256
+    learning_starts: Count = 1000
+    random_warmup: bool = True
+    update_to_data: Positive = 1.0
+    n_step: Steps | None = None
+    prioritized: bool | None = None
+    priority_alpha: UnitInterval = 0.6
+    priority_beta: UnitInterval = 0.4
+    storage_dir: Folder | None = None
+    checkpoint_buffer: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        batch_size = self.batch_size
+        if batch_size > self.buffer_size:
+            raise OptionError(f"buffer_size={self.buffer_size}: expected at least batch_size={batch_size}. Raise it.")
+        if batch_size > self.learning_starts:
+            raise OptionError(
+                f"learning_starts={self.learning_starts}: expected at least batch_size={batch_size} env steps. Raise "
+                "it."
+            )
+
+    @property
+    def num_steps(self) -> tuple[int, int] | None:
+        """`n_step` as the least and the most number of steps."""
+        return (self.n_step, self.n_step) if isinstance(self.n_step, int) else self.n_step and tuple(self.n_step)  # type: ignore[return-value]
