@@ -5,6 +5,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import gymnasium as gym
@@ -133,6 +134,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
+
+    def keep_options(self, options: dict[str, Any], caller: FrameType) -> None:
+        """Keep checked options as attributes, but for `env`, which becomes an `EnvConfig`."""
+        super().keep_options({name: value for name, value in options.items() if name != "env"}, caller)
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     POLICY: type[Policy] = Policy
 
     policy: Policy
-    lr: Scheduled | None = None
+    lr: Scheduled | None
     env_steps: Tensor
     updates: Tensor
 
@@ -87,6 +87,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     ):
         super().__init__()
         self.take_options()
+        self.lr = None
         self.automatic_optimization = False
         if not (policy_class is None or (isinstance(policy_class, type) and issubclass(policy_class, self.POLICY))):
             raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.{self.POLICY.__name__}.")
