@@ -66,7 +66,7 @@ class Within(Limit):
         return (self.low < value if self.open_low else self.low <= value) and value <= self.high
 
     def kept(self, value: Any) -> float:
-        return int(value) if isinstance(value, Integral) else float(value)
+        return int(value) if self.whole else float(value)
 
     def __repr__(self) -> str:
         if self.whole:
