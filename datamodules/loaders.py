@@ -10,10 +10,10 @@ from tensordict import TensorDict
 
 from lit_rl.errors import EnvFailure
 from lit_rl.off_policy import ReplayStream
-from lit_rl.rollout import evened
 from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import Restarts
+from lit_rl.runners.gathering import evened
 
 if TYPE_CHECKING:
     from lit_rl.datamodules.environments import EnvDataModule

@@ -9,74 +9,20 @@ Row t's next observation is row t+1's observation, except for the last row (`las
 that ended an episode: row `final_step[b, f]` of environment b has `final_observation[b, f]` ([B, F, *obs]; a
 `final_step` of -1 is padding). The TensorDict's batch size is therefore [B]: it can be cut into environments, not into
 times, without leaving a next observation behind. `rows` gives the [B * T] form, `sequences` pieces of L steps.
+
+Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of each, D features.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl import distributed
-from lit_rl.runners.env_runner import Fragment
-from lit_rl.trees import Tree, leaves, map_tree, nest
+from lit_rl.trees import Tree, leaves, map_tree
 
-NEXT = ("reward", "terminated", "truncated")
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
-
-
-def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
-    """One rollout [B] of all fragments, stacked along B.
-
-    Args:
-        fragments: of equal T.
-        copy: whether the result must own its memory, because the fragments' is read-only (from Ray).
-    """
-    parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
-    width = max(part["final_step"].shape[1] for part in parts)
-    has_mask = any("mask" in part for part in parts)
-    for part in parts:
-        if has_mask and "mask" not in part:
-            part["mask"] = np.ones_like(part["is_init"])
-        missing = width - part["final_step"].shape[1]
-        for name in [name for name in part if missing and name.startswith("final_")]:
-            part[name] = _pad(part[name], missing, -1 if name == "final_step" else 0)
-    if len(parts) == 1 and not copy:
-        columns = {name: torch.from_numpy(array) for name, array in parts[0].items()}
-    else:
-        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
-    batch, length = columns["reward"].shape
-    version = np.repeat([fragment.policy_version for fragment in fragments], [len(part["reward"]) for part in parts])
-    columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
-    next_ = {name: columns.pop(name) for name in NEXT}
-    next_["done"] = next_["terminated"] | next_["truncated"]
-    return TensorDict({**nest(columns), "next": next_}, [batch])
-
-
-def evened(rollout: TensorDict, device: torch.device) -> TensorDict:
-    """A rollout [B] with environments added that have no transitions, so that every rank has as many.
-
-    Ranks then make equally many minibatches, and all of them have a `mask` if one has.
-    """
-    has_mask = int(mask_of(rollout) is not None)
-    most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
-    return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
-
-
-def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
-    """A rollout [B] with environments added that have no transitions, up to `num_envs`; `masked`: with a `mask`."""
-    missing = num_envs - len(rollout)
-    if not missing and not masked:
-        return rollout
-    if mask_of(rollout) is None:
-        rollout["mask"] = torch.ones_like(rollout["is_init"])
-    if not missing:
-        return rollout
-    nothing = rollout[:1].apply(torch.zeros_like).expand(missing).clone()
-    nothing["final_step"].fill_(-1)
-    return torch.cat([rollout, nothing])
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
@@ -106,9 +52,9 @@ def next_values_with_memory(
 
     Args:
         rollout: with `state` and `is_init`.
-        unroll: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, F]
+        unroll: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, D]
             and the states after each step [B, T, ...].
-        head: features [*B, F] to values [*B].
+        head: features [*B, D] to values [*B].
 
     Returns:
         Values, values of the true next observations, each [B, T], and states [B, T, ...]; where an episode begins the
@@ -194,8 +140,3 @@ def _shift(x: Tensor, last: Tensor, final: Tensor, final_step: Tensor) -> Tensor
     b, f = (final_step >= 0).nonzero(as_tuple=True)
     shifted[b, final_step[b, f]] = final[b, f]
     return shifted
-
-
-def _pad(array: np.ndarray, missing: int, value: int) -> np.ndarray:
-    padding = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
-    return np.pad(array, padding, constant_values=value)

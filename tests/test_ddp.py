@@ -17,8 +17,8 @@ from envs import counter_vector
 from lit_rl import MLP, LSTMNetwork, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
-from lit_rl.rollout import to_rollout
 from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.gathering import to_rollout
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("ddp_script.py")

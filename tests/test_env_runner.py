@@ -17,10 +17,11 @@ from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, SpaceError
 from lit_rl.policy import Policy
-from lit_rl.rollout import next_observation, next_values, to_rollout
+from lit_rl.rollout import next_observation, next_values
 from lit_rl.runners.env_runner import EnvRunner, Fragment
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
 
 NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4

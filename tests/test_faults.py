@@ -15,9 +15,10 @@ from lit_rl import DQN, PPO, FaultTolerance, LSTMNetwork, ReplayDataModule, Roll
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, EnvFailure, OptionError, RunnerError
 from lit_rl.policy import Policy
-from lit_rl.rollout import next_observation, padded, rows, to_rollout
+from lit_rl.rollout import next_observation, rows
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import BACKOFF_S, Heartbeat, Phase, Restarts, Watchdog
+from lit_rl.runners.gathering import padded, to_rollout
 from lit_rl.runners.ledger import Entry, Ledger
 from lit_rl.spec import EnvSpec
 

@@ -20,10 +20,11 @@ from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import RunnerError
 from lit_rl.policy import Policy
-from lit_rl.rollout import count_rows, to_rollout
+from lit_rl.rollout import count_rows
 from lit_rl.runners import ray_session as session
 from lit_rl.runners.env_runner import EnvRunner, Fragment
 from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.gathering import to_rollout
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import Placement, RunnerPool
 

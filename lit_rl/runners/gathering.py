@@ -1,0 +1,74 @@
+"""Makes one rollout of the fragments that env runners collected. `lit_rl.rollout` describes its keys.
+
+Shapes: B envs, T steps, F final observations of an env.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from lit_rl import distributed
+from lit_rl.rollout import mask_of
+from lit_rl.runners.env_runner import Fragment
+from lit_rl.trees import nest
+
+NEXT = ("reward", "terminated", "truncated")
+
+
+def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
+    """One rollout [B] of all fragments, stacked along B.
+
+    Args:
+        fragments: of equal T.
+        copy: whether the result must own its memory, because the fragments' is read-only (from Ray).
+    """
+    parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
+    width = max(part["final_step"].shape[1] for part in parts)
+    has_mask = any("mask" in part for part in parts)
+    for part in parts:
+        if has_mask and "mask" not in part:
+            part["mask"] = np.ones_like(part["is_init"])
+        missing = width - part["final_step"].shape[1]
+        for name in [name for name in part if missing and name.startswith("final_")]:
+            part[name] = _pad(part[name], missing, -1 if name == "final_step" else 0)
+    if len(parts) == 1 and not copy:
+        columns = {name: torch.from_numpy(array) for name, array in parts[0].items()}
+    else:
+        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    batch, length = columns["reward"].shape
+    version = np.repeat([fragment.policy_version for fragment in fragments], [len(part["reward"]) for part in parts])
+    columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
+    next_ = {name: columns.pop(name) for name in NEXT}
+    next_["done"] = next_["terminated"] | next_["truncated"]
+    return TensorDict({**nest(columns), "next": next_}, [batch])
+
+
+def evened(rollout: TensorDict, device: torch.device) -> TensorDict:
+    """A rollout [B] with environments added that have no transitions, so that every rank has as many.
+
+    Ranks then make equally many minibatches, and all of them have a `mask` if one has.
+    """
+    has_mask = int(mask_of(rollout) is not None)
+    most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
+    return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
+
+
+def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
+    """A rollout [B] with environments added that have no transitions, up to `num_envs`; `masked`: with a `mask`."""
+    missing = num_envs - len(rollout)
+    if not missing and not masked:
+        return rollout
+    if mask_of(rollout) is None:
+        rollout["mask"] = torch.ones_like(rollout["is_init"])
+    if not missing:
+        return rollout
+    nothing = rollout[:1].apply(torch.zeros_like).expand(missing).clone()
+    nothing["final_step"].fill_(-1)
+    return torch.cat([rollout, nothing])
+
+
+def _pad(array: np.ndarray, missing: int, value: int) -> np.ndarray:
+    padding = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, padding, constant_values=value)
