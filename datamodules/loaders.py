@@ -9,7 +9,7 @@ import numpy as np
 from tensordict import TensorDict
 
 from lit_rl.errors import EnvFailure
-from lit_rl.off_policy import ReplayStream
+from lit_rl.replay import ReplayStream
 from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import Restarts

@@ -15,10 +15,10 @@ from lit_rl.checkpoint import files_beside
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.datamodules.loaders import ReplayLoader
 from lit_rl.errors import OptionError
-from lit_rl.off_policy import OffPolicy, ReplayStream
+from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
-from lit_rl.replay import ReplayBuffer
-from lit_rl.replay_options import Replay
+from lit_rl.replay import ReplayBuffer, ReplayStream
+from lit_rl.replay.options import Replay
 from lit_rl.runners.pool import RunnerPool
 from lit_rl.trees import iterate
 

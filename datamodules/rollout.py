@@ -12,7 +12,6 @@ from lit_rl.datamodules.loaders import RolloutLoader
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count
-from lit_rl.rollout import to_rollout
 from lit_rl.runners.gathering import to_rollout
 
 

@@ -31,7 +31,7 @@ _PUBLIC = {
     "PPO": "lit_rl.modules",
     "QPolicy": "lit_rl.q_policy",
     "Rainbow": "lit_rl.modules",
-    "Replay": "lit_rl.replay_options",
+    "Replay": "lit_rl.replay.options",
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import Policy as Policy
     from lit_rl.q_policy import QPolicy as QPolicy
-    from lit_rl.replay_options import Replay as Replay
+    from lit_rl.replay.options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance
     from lit_rl.runners.pool import Placement as Placement

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_rl import digests
 from lit_rl.errors import CheckpointError, write_error
 from lit_rl.loading import SECTION, previous_of, read_checkpoint, read_one, section
-from lit_rl.replay_files import attach, flush
+from lit_rl.replay.files import attach, flush
 
 TEMPORARY = ".lit_rl.tmp"  # the end of a file's name while it is written
 

@@ -8,26 +8,18 @@ from torch import Tensor
 
 from lit_rl.distributed import row_means
 from lit_rl.errors import OptionError
+from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
 from lit_rl.networks import check_same_in_training
 from lit_rl.networks.q import set_noise
-from lit_rl.off_policy import (
-    Follower,
-    OffPolicy,
-    features,
-    next_features,
-    next_observation,
-    of_action,
-    set_priority,
-    target_of,
-    weighted_mean,
-)
+from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, Counts, OneOf, Positive, PositiveFraction, TwoOrMore, UnitInterval
 from lit_rl.policy import Policy
 from lit_rl.q_policy import DISTRIBUTIONAL, QPolicy
 from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
 from lit_rl.spec import EnvSpec
+from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
 
 EPSILON = [[0, 1.0], [10_000, 0.05]]  # its schedule where neither it nor one is set
 Loss = Annotated[str, OneOf("huber", "mse")]
@@ -180,7 +172,7 @@ class DQN(OffPolicy):
             q = target.expectation(outputs)
         else:
             q = self.policy.expectation(self.policy.distributions(online))
-        return of_action(outputs, target.rule_out(q, next_observation(batch)).argmax(-1))
+        return of_action(outputs, target.rule_out(q, bootstrap_observation(batch)).argmax(-1))
 
     def losses(self, batch: TensorDict, output: Tensor, next_output: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row and its TD error, [*N]; `output` and `next_output` are the actions' own, [*N, Z]."""

@@ -12,25 +12,17 @@ from torch import Tensor, nn
 from lit_rl.distributed import masked_mean, row_means
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
+from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import quantile_huber_loss
 from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
 from lit_rl.networks.inputs import FlatInput, has_images
-from lit_rl.off_policy import (
-    Follower,
-    OffPolicy,
-    features,
-    next_features,
-    next_observation,
-    of_action,
-    set_priority,
-    target_of,
-    weighted_mean,
-)
+from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
 from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
+from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
 from lit_rl.trees import Tree
 
 Entropy = Annotated[float | str, NumberOr("auto")]
@@ -200,7 +192,7 @@ class SAC(OffPolicy):
 
     def value_target(self, batch: TensorDict, next_feature: Tensor, alpha: Tensor) -> Tensor:
         """r + gamma^n (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), eqs. 3 and 5: [*N, J]."""
-        policy, next_obs = self.policy, next_observation(batch)
+        policy, next_obs = self.policy, bootstrap_observation(batch)
         given = next_feature if self.target_policy is None else next_features(self.target_policy, batch)
         feature = self.target.features(policy.inputs(next_obs), given)
         parameters = policy.action_parameters(next_feature, next_obs)

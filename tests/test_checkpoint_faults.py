@@ -24,7 +24,7 @@ from lit_rl import PPO, RolloutDataModule, load_policy
 from lit_rl.checkpoint import LitCheckpointIO, files_beside
 from lit_rl.errors import CheckpointError
 from lit_rl.loading import previous_of, read_checkpoint, read_first, read_one
-from lit_rl.replay_files import CHUNK_ROWS, Snapshots
+from lit_rl.replay.files import CHUNK_ROWS, Snapshots
 
 PATH, PREVIOUS = Path("x.ckpt"), Path("x.ckpt.previous")
 OPEN = io.open

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from lit_rl import DQN, PPO, SAC, ReplayDataModule, RolloutDataModule, rescue
 from lit_rl.errors import DivergedError
 from lit_rl.normalizer import ReturnNormalizer, RunningMoments
-from lit_rl.replay import SMALLEST_PRIORITY
+from lit_rl.replay.buffer import SMALLEST_PRIORITY
 
 ROLLOUTS = {"num_envs_per_env_runner": 4, "rollout_length": 32, "rollouts_per_epoch": 2, "seed": 0}
 REPLAY = {

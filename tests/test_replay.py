@@ -15,11 +15,11 @@ from gymnasium import spaces
 from lit_rl import LSTMNetwork, Policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, ReplayError
-from lit_rl.off_policy import features, next_features, next_observation
 from lit_rl.replay import ReplayBuffer
-from lit_rl.replay_files import CHUNK_ROWS
+from lit_rl.replay.files import CHUNK_ROWS
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.spec import EnvSpec
+from lit_rl.transitions import bootstrap_observation, features, next_features
 from lit_rl.trees import iterate
 
 MODES = ["SameStep", "NextStep", "Disabled"]
@@ -272,7 +272,7 @@ def test_n_steps_in_sequences_are_those_of_transitions() -> None:
     fill(buffer, runner, 10)
     batch = buffer.sample_sequences(200, length=6, gamma=0.5, num_steps=(3, 3))
     obs, mask = batch["observation"][..., 0], batch["mask"]
-    next_obs = next_observation(batch)[..., 0]
+    next_obs = bootstrap_observation(batch)[..., 0]
     steps = (next_obs - obs)[mask]
     assert steps.min() == 1 and steps.max() == 3
     torch.testing.assert_close(batch["discount"][mask], 0.5**steps)
@@ -337,7 +337,7 @@ def test_a_buffer_on_disk_gives_what_one_in_memory_gives(tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.replay_files.GROWTH", 400)
+    monkeypatch.setattr("lit_rl.replay.files.GROWTH", 400)
     buffer, runner = make_buffer(1000, storage_dir=tmp_path), make_runner()
     fill(buffer, runner, 1)
     stored = len(buffer)

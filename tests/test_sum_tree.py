@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lit_rl.sum_tree import TOP, WIDTH, SumTree
+from lit_rl.replay.sum_tree import TOP, WIDTH, SumTree
 
 
 @pytest.mark.parametrize("size", [1, 5, WIDTH, WIDTH + 1, TOP, TOP + 1, 40 * TOP + 7])

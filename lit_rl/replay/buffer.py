@@ -6,6 +6,8 @@ final observation takes a row of its own, and so does the newest observation of 
 known yet; neither is a transition, and neither is drawn.
 
 Rows are written in the order of time: what a row's links lead to is newer than itself, and is overwritten later.
+
+Shapes: B envs, T steps of a fragment; M rows of a minibatch, or S sequences, L steps of each, K steps before them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,10 +20,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.errors import ReplayError
-from lit_rl.replay_files import DiskColumns, Snapshots
+from lit_rl.replay.files import DiskColumns, Snapshots
+from lit_rl.replay.sum_tree import SumTree
 from lit_rl.returns import n_step, n_step_in_sequences
 from lit_rl.spec import EnvSpec
-from lit_rl.sum_tree import SumTree
 from lit_rl.trees import nest, row_dtype, space_leaves
 
 TRANSITION, TERMINATED, DONE, IS_INIT = 1, 2, 4, 8  # bits of a row's flags

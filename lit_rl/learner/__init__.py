@@ -1,0 +1,1 @@
+"""What algorithms learn with, apart from their losses."""

@@ -1,0 +1,26 @@
+"""What an off-policy algorithm is given as one Lightning batch."""
+
+from collections.abc import Callable, Iterator
+
+from tensordict import TensorDict
+
+
+class ReplayStream:
+    """One Lightning batch of an off-policy algorithm: minibatches, drawn while the env runners go on stepping.
+
+    Iterating it steps environments and yields minibatches in turn, in the proportion the datamodule was told. What
+    `update` writes into a minibatch's `priority` goes back to the buffer before the next one is drawn.
+
+    Args:
+        minibatches: given this object, steps environments and yields minibatches.
+
+    Attributes:
+        waited_s: seconds the learner waited for env steps.
+    """
+
+    def __init__(self, minibatches: Callable[["ReplayStream"], Iterator[TensorDict]]):
+        self._minibatches = minibatches
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        return self._minibatches(self)
