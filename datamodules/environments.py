@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,15 +18,15 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
-from lit_rl.datamodules.loaders import EpisodeLoader
 from lit_rl.envs.make import EnvConfig, Vectorization, Wrapper
 from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.evaluation import Evaluation
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
+from lit_rl.runners.episodes import play
 from lit_rl.runners.eval_pool import EvalPool
-from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
+from lit_rl.runners.faults import FaultTolerance, Restarts, Watchdog, time_limit
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
 from lit_rl.spec import EnvSpec
@@ -150,13 +151,13 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         if stage == "fit":
             self._check_budget()
 
-    def val_dataloader(self) -> EpisodeLoader:
+    def val_dataloader(self) -> "EpisodeLoader":
         return EpisodeLoader(self)
 
-    def test_dataloader(self) -> EpisodeLoader:
+    def test_dataloader(self) -> "EpisodeLoader":
         return EpisodeLoader(self)
 
-    def predict_dataloader(self) -> EpisodeLoader:
+    def predict_dataloader(self) -> "EpisodeLoader":
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -483,6 +484,78 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - num_runners
         small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
         torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
+
+
+class EpisodeLoader:
+    """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
+
+    Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
+    """
+
+    def __init__(self, data: EnvDataModule, *, record: bool = False):
+        self._data = data
+        self._record = record
+        self._seeds = data.eval_seeds()
+
+    def __len__(self) -> int:
+        return -(-self._data.evaluation.episodes // self._data.attached_trainer.world_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        data = self._data
+        data.evaluated_at = data.algorithm.env_steps_done
+        played = 0
+        for episode in self._play_here() if not data.evaluation.num_env_runners else self._play_elsewhere():
+            played += 1
+            yield episode._asdict()
+        for _ in range(len(self) - played):
+            yield {}
+
+    def _play_here(self) -> Iterator[Episode]:
+        data = self._data
+        acting = data.algorithm.acting_copy()
+        acting.rng = np.random.default_rng(self._seeds)
+        deadline = time.monotonic() + data.evaluation.timeout_s
+        left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False
+        data.lost_episodes = 0
+        while left:
+            try:
+                options = data.play_options(record=self._record)
+                for episode in play(
+                    data.eval_env, acting, left, timeout_s=max(deadline - time.monotonic(), 0.0), **options
+                ):
+                    if episode.cut and not said:
+                        said = True
+                        data.say_cut(len(self._seeds) - len(left), len(self._seeds))
+                    left = [seed for seed in left if seed != episode.seed]
+                    # What time was too short to begin is lost, and Lightning may not ask again after the last one.
+                    data.lost_episodes = len(left) if said else 0
+                    yield episode
+            except EnvFailure as error:
+                wait = restarts.failed()
+                played = len(self._seeds) - len(left)
+                if wait is None:
+                    log.warning("%s Evaluation ends with %d of %d episodes.", error, played, len(self._seeds))
+                    data.lost_episodes = len(left)
+                    break
+                log.warning("%s The evaluation episodes that had not ended are played again.", error)
+                time.sleep(wait)
+            else:
+                break
+
+    def _play_elsewhere(self) -> list[Episode]:
+        """By the eval runners. While training goes on beside them, it is the evaluation before this one."""
+        data, trainer = self._data, self._data.attached_trainer
+        if not data.evaluates_in_parallel:
+            data.begin_evaluation(record=self._record)
+            return data.end_evaluation()
+        if not data.evaluating:
+            data.begin_evaluation()
+        episodes = data.end_evaluation()
+        data.begin_evaluation()
+        if trainer.should_stop:  # no other one follows
+            data.algorithm.log_evaluation([episode._asdict() for episode in episodes])
+            episodes = data.end_evaluation()
+        return episodes
 
 
 def _global_seed(previous: int | None) -> int:

@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from lit_rl import distributed
 from lit_rl.checkpoint import files_beside
 from lit_rl.datamodules.environments import EnvDataModule
-from lit_rl.datamodules.loaders import ReplayLoader
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
@@ -86,7 +85,7 @@ class ReplayDataModule(EnvDataModule):
                 "is ever learned. Lower it."
             )
 
-    def train_dataloader(self) -> ReplayLoader:
+    def train_dataloader(self) -> "ReplayLoader":
         self.set_threads()
         self.say_if_done()
         return ReplayLoader(self)
@@ -279,3 +278,25 @@ class ReplayDataModule(EnvDataModule):
     @property
     def _rows_per_epoch(self) -> int:
         return self.batches_per_epoch * self.env_steps_per_batch * self.attached_trainer.world_size
+
+
+class ReplayLoader:
+    """A sized, stateful iterable over one epoch's streams of minibatches."""
+
+    def __init__(self, data: ReplayDataModule):
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.batches_per_epoch
+
+    def __iter__(self) -> Iterator[ReplayStream]:
+        first = self._data.attached_trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        for _ in range(first, len(self)):
+            yield self._data.stream()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

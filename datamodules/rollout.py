@@ -1,6 +1,7 @@
 """On-policy rollouts."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -8,11 +9,10 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
-from lit_rl.datamodules.loaders import RolloutLoader
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count
-from lit_rl.runners.gathering import to_rollout
+from lit_rl.runners.gathering import evened, to_rollout
 
 
 class RolloutDataModule(EnvDataModule):
@@ -36,7 +36,7 @@ class RolloutDataModule(EnvDataModule):
                 "ReplayDataModule."
             )
 
-    def train_dataloader(self) -> RolloutLoader:
+    def train_dataloader(self) -> "RolloutLoader":
         self.set_threads()
         self.say_if_done()
         return RolloutLoader(self)
@@ -60,3 +60,45 @@ class RolloutDataModule(EnvDataModule):
     @property
     def _rows_per_epoch(self) -> int:
         return self.rollouts_per_epoch * self._max_rows
+
+
+class RolloutLoader:
+    """A sized, stateful iterable over one epoch's rollouts.
+
+    Sized, because Lightning fetches one batch ahead from an iterable without a length: training would silently be one
+    policy behind.
+    """
+
+    def __init__(self, data: RolloutDataModule):
+        self._data = data
+        self._in_flight = False
+
+    def __len__(self) -> int:
+        return self._data.rollouts_per_epoch
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        data = self._data
+        algorithm, trainer = data.algorithm, data.attached_trainer
+        first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        for _ in range(first, len(self)):
+            started = time.perf_counter()
+            if not self._in_flight:
+                data.start_rollout()
+            rollout = evened(data.finish_rollout(), algorithm.device)
+            self._in_flight = False
+            data.sample_s = time.perf_counter() - started
+            left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
+            # Set before the last batch is yielded: Lightning then still validates and saves after it.
+            if not left:
+                trainer.should_stop = True
+            elif data.prefetch:
+                data.start_rollout()
+                self._in_flight = True
+            yield rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

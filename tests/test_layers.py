@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,30 +13,69 @@ import lit_rl
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTER = ("modules", "datamodules", "callbacks")
-ENTRY_POINTS = {ROOT / "lit_rl" / "__init__.py", ROOT / "lit_rl" / "cli.py"}  # the lazy front door; the command line
+FRONT_DOOR = ROOT / "lit_rl" / "__init__.py"  # names, loaded on first use
+ENTRY_POINTS = {FRONT_DOOR, ROOT / "lit_rl" / "cli.py"}  # these two alone know the outer folders
 CORE = sorted(p for p in (ROOT / "lit_rl").rglob("*.py") if p.relative_to(ROOT / "lit_rl").parts[0] not in OUTER)
 
 
-def imports(node: ast.AST) -> Iterator[str]:
-    """Every module a file imports, also inside functions, but not for type checkers alone."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "relative imports hide which layer they reach"
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        else:
-            yield from imports(child)
+def import_name(path: Path) -> str:
+    """How a file is imported: "lit_rl.modules.ppo" for modules/ppo.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "lit_rl" else ("lit_rl", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    import_name(path): path for path in [*CORE, *(path for top in OUTER for path in sorted((ROOT / top).rglob("*.py")))]
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every name a file imports, also inside functions and, but for the front door, for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    if path == FRONT_DOOR:
+        tree.body = [x for x in tree.body if not (isinstance(x, ast.If) and ast.unparse(x.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which layer they reach"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def packages(module: str) -> set[str]:
+    """The packages a module lies in: "lit_rl" and "lit_rl.runners" for "lit_rl.runners.pool"."""
+    parts = module.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of lit_rl that a file imports, with the packages they lie in; `from lit_rl import PPO` is one too."""
+    importer, found = import_name(path), set()
+    for name in imports(path):
+        first, _, rest = name.partition(".")
+        if first == "lit_rl":
+            name = lit_rl._PUBLIC.get(rest, name)
+            while name not in MODULES:
+                name = name.rpartition(".")[0]
+            found |= {name} | (packages(name) - packages(importer) - {importer})
+    return found
+
+
+GRAPH = {module: imported_modules(path) for module, path in MODULES.items()}
 
 
 def reached(path: Path) -> set[str]:
     """Which of the three outer folders a file imports, by their own names or through `from lit_rl import PPO`."""
-    names = [
-        name.removeprefix("lit_rl.") for name in imports(ast.parse(path.read_text())) if name.startswith("lit_rl.")
-    ]
-    return {lit_rl._PUBLIC.get(name, name).removeprefix("lit_rl.").split(".")[0] for name in names} & set(OUTER)
+    return {module.split(".")[1] for module in imported_modules(path) if "." in module} & set(OUTER)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    TopologicalSorter(GRAPH).prepare()  # raises with the circle, if there is one
+
+
+def test_nothing_but_the_front_door_imports_for_type_checkers_alone() -> None:
+    assert [name for name, path in MODULES.items() if "TYPE_CHECKING" in path.read_text()] == ["lit_rl"]
 
 
 @pytest.mark.parametrize("path", [path for path in CORE if path not in ENTRY_POINTS], ids=lambda p: p.name)
@@ -44,8 +84,7 @@ def test_the_core_imports_no_algorithm_no_batch_source_and_no_callback(path: Pat
 
 
 def test_the_front_door_imports_nothing_of_lit_rl_but_for_type_checkers() -> None:
-    names = list(imports(ast.parse((ROOT / "lit_rl" / "__init__.py").read_text())))
-    assert not [name for name in names if name.startswith("lit_rl")]
+    assert not [name for name in imports(FRONT_DOOR) if name.startswith("lit_rl")]
 
 
 def test_the_command_line_alone_knows_all_three() -> None:
