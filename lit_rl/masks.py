@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rl.distributions import ActionDistribution
 from lit_rl.errors import SpaceError
-from lit_rl.networks.inputs import class_counts
+from lit_rl.spec import class_counts
 from lit_rl.trees import Tree, find, space_leaves
 
 ACTION_MASK = "action_mask"  # the key of a Dict observation

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl import distributed, returns
 from lit_rl.errors import OptionError
-from lit_rl.networks.inputs import is_image
+from lit_rl.spec import is_image
 from lit_rl.trees import Tree, find, is_leaf, space_leaves
 
 CLIP = 10.0

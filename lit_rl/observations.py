@@ -9,8 +9,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from lit_rl.errors import OptionError
-from lit_rl.networks.inputs import class_counts
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, class_counts
 from lit_rl.trees import Tree, find, is_leaf, map_tree, row_converter, row_dtype, space_leaves
 
 

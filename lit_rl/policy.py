@@ -21,10 +21,9 @@ from lit_rl.networks import (
     reset_rows,
     unroll,
 )
-from lit_rl.networks.inputs import class_counts
 from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, class_counts
 from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, space_leaves, to_numpy, to_torch
 
 # What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.

@@ -1,4 +1,4 @@
-"""What an algorithm must know of an environment, in plain data."""
+"""What an algorithm must know of an environment, in plain data, and what networks and policies ask of a space."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from lit_rl.errors import SpaceError
-from lit_rl.trees import children
+from lit_rl.trees import children, space_leaves
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,32 @@ def space_from_dict(data: dict[str, Any]) -> gym.Space:
         low, high = (np.broadcast_to(np.asarray(data[k], dtype), shape) for k in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
     raise SpaceError(f"Unknown space type {data['type']!r}: the file was written by a newer lit_rl.")
+
+
+def is_image(space: gym.Space) -> bool:
+    """Whether a space looks like images: a Box of three dimensions, or of two dimensions and bytes."""
+    if not isinstance(space, spaces.Box):
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
+
+
+def has_images(space: gym.Space) -> bool:
+    """Whether any part of a space looks like images."""
+    return any(is_image(leaf) for leaf in space_leaves(space).values())
+
+
+def class_counts(space: gym.Space) -> list[int]:
+    """How many values each discrete part of a space has; empty for Box and MultiBinary."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec.flatten().tolist()
+    return []
+
+
+def scale(space: gym.Space) -> float:
+    """What bytes of a space are divided by."""
+    return max(float(space.high.max(initial=1)), 1.0) if isinstance(space, spaces.Box) else 1.0
 
 
 def _bound_to_plain(bound: np.ndarray) -> Any:

@@ -16,12 +16,12 @@ from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import quantile_huber_loss
 from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
-from lit_rl.networks.inputs import FlatInput, has_images
+from lit_rl.networks.inputs import FlatInput
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
 from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, has_images
 from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
 from lit_rl.trees import Tree
 

@@ -22,7 +22,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
-from lit_rl.networks.inputs import has_images, is_image
+from lit_rl.spec import has_images, is_image
 from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree
 
 NetworkFactory = Callable[[gym.Space], nn.Module]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import SpaceError
 from lit_rl.options import Count, OneOf, check
+from lit_rl.spec import class_counts, scale
 from lit_rl.trees import Tree, find, space_leaves
 
 CHANNEL_ORDERS = ("auto", "first", "last")
@@ -138,32 +139,6 @@ class ImageInput(nn.Module):
         # The memory layout in which torch convolves a third faster on the CPU; bytes are cheaper to bring into it.
         x = x.contiguous(memory_format=torch.channels_last)
         return x * (1 / self._scale) if x.dtype == torch.uint8 else x.float()
-
-
-def is_image(space: gym.Space) -> bool:
-    """Whether a space looks like images: a Box of three dimensions, or of two dimensions and bytes."""
-    if not isinstance(space, spaces.Box):
-        return False
-    return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
-
-
-def has_images(space: gym.Space) -> bool:
-    """Whether any part of a space looks like images."""
-    return any(is_image(leaf) for leaf in space_leaves(space).values())
-
-
-def class_counts(space: gym.Space) -> list[int]:
-    """How many values each discrete part of a space has; empty for Box and MultiBinary."""
-    if isinstance(space, spaces.Discrete):
-        return [int(space.n)]
-    if isinstance(space, spaces.MultiDiscrete):
-        return space.nvec.flatten().tolist()
-    return []
-
-
-def scale(space: gym.Space) -> float:
-    """What bytes of a space are divided by."""
-    return max(float(space.high.max(initial=1)), 1.0) if isinstance(space, spaces.Box) else 1.0
 
 
 def _offsets(space: gym.Space) -> np.ndarray:
