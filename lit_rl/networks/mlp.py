@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.build import NetworkFactory, build_network, built_in, has_memory, output_size
-from lit_rl.networks.inputs import FlatInput, has_images, is_image
+from lit_rl.networks.inputs import FlatInput
 from lit_rl.options import Count, OneOf, check
 from lit_rl.spec import has_images, is_image
 from lit_rl.trees import Tree, children, find, space_leaves
