@@ -20,7 +20,7 @@ from results import OUT, ROOT, commit
 
 from lit_rl import load_policy
 from lit_rl.envs.make import EnvConfig
-from lit_rl.runners.episodes import play
+from lit_rl.evaluation.episodes import play
 
 OPTIONS = {
     "none": [],

@@ -29,7 +29,7 @@ import yaml
 
 from lit_rl import Policy, load_policy
 from lit_rl.envs.make import EnvConfig
-from lit_rl.runners.episodes import play
+from lit_rl.evaluation.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"

@@ -81,7 +81,7 @@ class Video(TakesOptions, L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         path = folder / "videos" / f"{env_steps:09d}.{self.format}"
         seeds = [data.eval_seed(episode) for episode in range(self.episodes)]
-        policy = algorithm.acting_copy()
+        policy = algorithm.policy.acting_copy()
         policy.rng = np.random.default_rng(seeds)
         try:
             returns = [

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -20,15 +19,16 @@ from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
 from lit_rl.envs.make import EnvConfig, Vectorization, Wrapper
 from lit_rl.errors import EnvError, EnvFailure, OptionError
-from lit_rl.evaluation import Evaluation
+from lit_rl.evaluation.evaluator import Evaluator
+from lit_rl.evaluation.options import Evaluation
+from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
-from lit_rl.policy import Policy
+from lit_rl.rollout import Rollout
 from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
-from lit_rl.runners.episodes import play
-from lit_rl.runners.eval_pool import EvalPool
-from lit_rl.runners.faults import FaultTolerance, Restarts, Watchdog, time_limit
+from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
+from lit_rl.source import Source
 from lit_rl.spec import EnvSpec
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ RUNNERS, EVALUATION = 0, 1
 EVALUATION_OPTIONS = ("episodes", "deterministic", "timeout_s", "env_kwargs", "parallel")  # with eval_ before, once
 
 
-class EnvDataModule(TakesOptions, L.LightningDataModule):
+class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     """Env runners, evaluation, seeds and budget. A subclass gives `train_dataloader` and what it makes of fragments.
 
     Args:
@@ -126,11 +126,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
-        self.evaluated_at = 0  # env steps after which the policy was as the last evaluation's episodes played it
-        self.lost_episodes = 0  # of this rank's share, that the last evaluation could not play
+        self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
-        self._eval_pool: EvalPool | None = None
-        self._evaluating: tuple[int, int] | None = None  # of the evaluation under way: env steps, this rank's episodes
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
@@ -161,7 +158,12 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
+        if not isinstance(batch, TensorDict) or batch.device == device:
+            return batch
+        moved = batch.to(device)
+        if isinstance(batch, Rollout):
+            moved.env_steps = batch.env_steps
+        return moved
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("exception")
@@ -171,9 +173,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
             self._runner_states = self._pool.get_state()  # a checkpoint may still be written
             self._pool.close()
             self._pool = None
-        if self._eval_pool is not None:
-            self._eval_pool.close()
-            self._eval_pool, self._evaluating = None, None
+        if self._evaluator is not None:
+            self._evaluator.close()
 
     # --- what runners and evaluation need ------------------------------------------------------------------------
 
@@ -186,47 +187,68 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         trainer, episodes = self.attached_trainer, self.evaluation.episodes
         return [self.eval_seed(episode) for episode in range(trainer.global_rank, episodes, trainer.world_size)]
 
-    def play_options(self, record: bool) -> dict[str, Any]:
-        """How evaluation plays episodes: arguments of `play`."""
-        return {"deterministic": self.evaluation.deterministic, "info_metrics": self.info_metrics, "record": record}
+    # --- evaluation: Source ---------------------------------------------------------------------------------------
 
     @property
-    def evaluates_in_parallel(self) -> bool:
-        """Whether training goes on beside the evaluation that is asked for now."""
-        trainer = self.attached_trainer
-        return self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking
+    def evaluator(self) -> Evaluator:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(
+                self.eval_env,
+                self.evaluation,
+                info_metrics=self.info_metrics,
+                faults=self.fault_tolerance,
+                placement=self.placement,
+                connect=self._connect_ray,
+            )
+        return self._evaluator
+
+    def evaluate(self, record: bool = False) -> Iterator[Episode]:
+        """This rank's share of an evaluation, episode by episode.
+
+        In process it is that of the policy as it is now. While training goes on beside eval runners, it is the
+        evaluation they were at, and the next one is begun.
+        """
+        trainer, algorithm = self.attached_trainer, self.algorithm
+        evaluator, seeds, at = self.evaluator, self.eval_seeds(), algorithm.env_steps_done
+        if not self.evaluation.num_env_runners:
+            yield from evaluator.play(algorithm.policy, seeds, at, record=record)
+            return
+        if not evaluator.is_under_way:
+            evaluator.begin(algorithm.policy, seeds, at, record=record)
+        result = distributed.together(evaluator.end, algorithm.device)
+        if self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            evaluator.begin(algorithm.policy, seeds, at)
+            if trainer.should_stop:  # no other evaluation follows
+                result = distributed.together(evaluator.end, algorithm.device)
+        yield from result.episodes
+
+    def begin_evaluation(self) -> None:
+        if self.evaluation.parallel:
+            algorithm = self.algorithm
+            self.evaluator.begin(algorithm.policy, self.eval_seeds(), algorithm.env_steps_done)
+
+    def evaluations(self) -> list[EvaluationResult]:
+        return self.evaluator.take_results()
+
+    def end_evaluation(self) -> list[EvaluationResult]:
+        if not self.evaluator.is_under_way:
+            return []
+        distributed.together(self.evaluator.end, self.algorithm.device)
+        return self.evaluator.take_results()
+
+    # --- the run: Source ------------------------------------------------------------------------------------------
 
     @property
-    def evaluating(self) -> bool:
-        """Whether an evaluation is under way in eval runners."""
-        return self._evaluating is not None
+    def budget(self) -> int | None:
+        return self.max_env_steps
 
-    def begin_evaluation(self, *, record: bool = False) -> None:
-        """Have the eval runners play this rank's share of an evaluation, with the weights the policy has now."""
-        if self._eval_pool is None:
-            self._eval_pool = self._make_eval_pool()
-        algorithm, seeds = self.algorithm, self.eval_seeds()
-        self._eval_pool.start(algorithm.policy, seeds, self.evaluation.timeout_s, **self.play_options(record))
-        self._evaluating = algorithm.env_steps_done, len(seeds)
+    def describe_env(self) -> dict[str, Any] | None:
+        return self.env.to_dict()
 
-    def end_evaluation(self) -> list[Episode]:
-        """The episodes of the evaluation under way, as soon as they are played."""
-        assert self._eval_pool is not None and self._evaluating is not None
-        episodes = distributed.together(self._eval_pool.finish, self.algorithm.device)
-        (self.evaluated_at, asked), self._evaluating = self._evaluating, None
-        self.lost_episodes = asked - len(episodes)
-        ended = sum(not episode.cut for episode in episodes)
-        if ended < len(episodes):
-            self.say_cut(ended, asked)
-        return episodes
-
-    def say_cut(self, num_ended: int, asked: int) -> None:
-        log.warning(
-            "Evaluation took longer than evaluation.timeout_s=%g: only %d of %d episodes have ended.",
-            self.evaluation.timeout_s,
-            num_ended,
-            asked,
-        )
+    def metrics(self) -> dict[str, float]:
+        """Of episodes that ended, and of what it took to collect."""
+        timing = {"rollout/env_runner_restarts": float(self.ledger.restarts), "time/sample_s": self.sample_s}
+        return self.rollout_metrics() | timing
 
     def rollout_metrics(self) -> dict[str, float]:
         """Means over the last `return_window` episodes of every rank; absent before the first one ends."""
@@ -240,12 +262,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         return means | {"rollout/discarded_steps": sums[-1]}
 
     def restart(self) -> None:
-        """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
         self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
         self._episodes.clear()
 
     def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
-        """This rank's part of a checkpoint, in plain data; with `weights_only`, without what is large."""
         return {
             "seed": self.seed,
             "rollouts": self._collected,
@@ -255,7 +275,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
         }
 
     def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
-        """Go on from what `rank_state` returned on every rank, be they as many now or not.
+        """Go on from what `rank_state` returned on every rank.
 
         A rank that there was not has the seed and the position in the run of rank 0, and nothing else. The env steps
         of a rank that is not there any more stay in the ledger of rank 0.
@@ -413,18 +433,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule):
                 )
         return pool
 
-    def _make_eval_pool(self) -> EvalPool:
-        policy_class, network = self.algorithm.policy_class, self.algorithm.network
-        description = self.algorithm.policy.describe()
-
-        def make_policy() -> Policy:
-            return policy_class.from_description(description, network=network)
-
-        self._connect_ray()
-        return EvalPool(
-            self.eval_env, make_policy, self.evaluation.num_env_runners, self.fault_tolerance, self.placement
-        )
-
     def _try_out(self, env: EnvConfig) -> EnvSpec:
         """An environment's spaces, also of one that fails sometimes."""
         limit = self.fault_tolerance.init_timeout_s
@@ -495,67 +503,17 @@ class EpisodeLoader:
     def __init__(self, data: EnvDataModule, *, record: bool = False):
         self._data = data
         self._record = record
-        self._seeds = data.eval_seeds()
 
     def __len__(self) -> int:
         return -(-self._data.evaluation.episodes // self._data.attached_trainer.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        data = self._data
-        data.evaluated_at = data.algorithm.env_steps_done
         played = 0
-        for episode in self._play_here() if not data.evaluation.num_env_runners else self._play_elsewhere():
+        for episode in self._data.evaluate(self._record):
             played += 1
             yield episode._asdict()
         for _ in range(len(self) - played):
             yield {}
-
-    def _play_here(self) -> Iterator[Episode]:
-        data = self._data
-        acting = data.algorithm.acting_copy()
-        acting.rng = np.random.default_rng(self._seeds)
-        deadline = time.monotonic() + data.evaluation.timeout_s
-        left, restarts, said = list(self._seeds), Restarts(data.fault_tolerance), False
-        data.lost_episodes = 0
-        while left:
-            try:
-                options = data.play_options(record=self._record)
-                for episode in play(
-                    data.eval_env, acting, left, timeout_s=max(deadline - time.monotonic(), 0.0), **options
-                ):
-                    if episode.cut and not said:
-                        said = True
-                        data.say_cut(len(self._seeds) - len(left), len(self._seeds))
-                    left = [seed for seed in left if seed != episode.seed]
-                    # What time was too short to begin is lost, and Lightning may not ask again after the last one.
-                    data.lost_episodes = len(left) if said else 0
-                    yield episode
-            except EnvFailure as error:
-                wait = restarts.failed()
-                played = len(self._seeds) - len(left)
-                if wait is None:
-                    log.warning("%s Evaluation ends with %d of %d episodes.", error, played, len(self._seeds))
-                    data.lost_episodes = len(left)
-                    break
-                log.warning("%s The evaluation episodes that had not ended are played again.", error)
-                time.sleep(wait)
-            else:
-                break
-
-    def _play_elsewhere(self) -> list[Episode]:
-        """By the eval runners. While training goes on beside them, it is the evaluation before this one."""
-        data, trainer = self._data, self._data.attached_trainer
-        if not data.evaluates_in_parallel:
-            data.begin_evaluation(record=self._record)
-            return data.end_evaluation()
-        if not data.evaluating:
-            data.begin_evaluation()
-        episodes = data.end_evaluation()
-        data.begin_evaluation()
-        if trainer.should_stop:  # no other one follows
-            data.algorithm.log_evaluation([episode._asdict() for episode in episodes])
-            episodes = data.end_evaluation()
-        return episodes
 
 
 def _global_seed(previous: int | None) -> int:

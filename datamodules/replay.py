@@ -66,6 +66,7 @@ class ReplayDataModule(EnvDataModule):
         self._staging: tempfile.TemporaryDirectory | None = None  # of rows as checkpoints of this run share them
         self._owed = 0.0  # updates that env steps ask for and are not made yet
         self._stored = 0  # env steps of all ranks since the buffer was empty
+        self._env_steps = 0  # of all ranks so far, with those of the stream under way
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
 
@@ -105,10 +106,12 @@ class ReplayDataModule(EnvDataModule):
     def _minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
         """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
         trainer, algorithm = self.attached_trainer, self._off_policy
-        end = algorithm.env_steps_done + self.env_steps_per_batch * trainer.world_size
-        while algorithm.env_steps_done < end and self._budget_left(algorithm.env_steps_done) >= self._max_rows:
+        begin = self._env_steps = algorithm.env_steps_done
+        end = begin + self.env_steps_per_batch * trainer.world_size
+        while self._env_steps < end and self._budget_left(self._env_steps) >= self._max_rows:
             started = time.perf_counter()
             self._collect()
+            stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             while self._owed > 1 - ROUNDING:
                 self._owed -= 1
@@ -120,7 +123,7 @@ class ReplayDataModule(EnvDataModule):
                     return
         self.sample_s = stream.waited_s
         # Said before Lightning looks: it then still validates and saves after this batch.
-        if self._budget_left(algorithm.env_steps_done) < self._max_rows:
+        if self._budget_left(self._env_steps) < self._max_rows:
             trainer.should_stop = True
 
     def _collect(self) -> None:
@@ -134,7 +137,7 @@ class ReplayDataModule(EnvDataModule):
             )
         if self.buffer is None:
             self.buffer = self._make_buffer()
-        env_steps = algorithm.env_steps_done
+        env_steps = self._env_steps
         warming_up = env_steps < self.replay.learning_starts
         epsilon = 1.0 if warming_up and self.replay.random_warmup else algorithm.epsilon_at(env_steps)
         self.start_runners(epsilon)
@@ -152,7 +155,7 @@ class ReplayDataModule(EnvDataModule):
         self.took(fragments)
         if distributed.world_size() > 1:
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
-        algorithm.env_steps.add_(taken)
+        self._env_steps += taken
         self._stored += taken
         if not warming_up and self._stored >= self.replay.batch_size * distributed.world_size():
             self._owed += taken / distributed.world_size() * self.replay.update_to_data
@@ -184,7 +187,7 @@ class ReplayDataModule(EnvDataModule):
         if self.max_env_steps is None:
             return self.replay.priority_beta
         return self.replay.priority_beta + (1 - self.replay.priority_beta) * min(
-            1.0, self.algorithm.env_steps_done / self.max_env_steps
+            1.0, self._env_steps / self.max_env_steps
         )
 
     def rollout_metrics(self) -> dict[str, float]:

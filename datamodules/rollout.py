@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
-from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count
+from lit_rl.rollout import Rollout
 from lit_rl.runners.gathering import evened, to_rollout
 
 
@@ -45,8 +45,8 @@ class RolloutDataModule(EnvDataModule):
         """Have the runners begin to collect, with the weights the policy has now."""
         self.start_runners()
 
-    def finish_rollout(self) -> TensorDict:
-        """The rollout that was begun."""
+    def finish_rollout(self) -> Rollout:
+        """The rollout that was begun, this rank's."""
         assert self._pool is not None
         fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
@@ -76,7 +76,7 @@ class RolloutLoader:
     def __len__(self) -> int:
         return self._data.rollouts_per_epoch
 
-    def __iter__(self) -> Iterator[TensorDict]:
+    def __iter__(self) -> Iterator[Rollout]:
         data = self._data
         algorithm, trainer = data.algorithm, data.attached_trainer
         first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
@@ -87,7 +87,7 @@ class RolloutLoader:
             rollout = evened(data.finish_rollout(), algorithm.device)
             self._in_flight = False
             data.sample_s = time.perf_counter() - started
-            left = data.rollouts_left(algorithm.env_steps_done + algorithm.count_env_steps(rollout))
+            left = data.rollouts_left(algorithm.env_steps_done + rollout.env_steps)
             # Set before the last batch is yielded: Lightning then still validates and saves after it.
             if not left:
                 trainer.should_stop = True

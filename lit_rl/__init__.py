@@ -16,7 +16,7 @@ _PUBLIC = {
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
-    "Evaluation": "lit_rl.evaluation",
+    "Evaluation": "lit_rl.evaluation.options",
     "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
-    from lit_rl.evaluation import Evaluation as Evaluation
+    from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.loading import load_policy as load_policy
     from lit_rl.modules import DQN as DQN
     from lit_rl.modules import PPO as PPO

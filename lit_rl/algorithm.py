@@ -7,13 +7,13 @@ import time
 import types
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -23,23 +23,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
-from lit_rl.compiled import CompiledStep, factor
-from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import CheckpointError, DivergedError, OptionError
-from lit_rl.evaluation.summary import summarize
-from lit_rl.loading import FORMAT, SECTION, read_checkpoint, read_first, section, upgrade, with_previous
+from lit_rl.errors import DivergedError, OptionError
+from lit_rl.evaluation.summary import EvaluationResult, summarize
+from lit_rl.files.fits import check_fits, init_from
+from lit_rl.learner.clipping import Clipping
+from lit_rl.learner.compiled import CompiledStep
+from lit_rl.learner.host import Host
+from lit_rl.learner.refusals import check_memory, check_trainer
+from lit_rl.learner.reporting import Reporter
+from lit_rl.learner.signals import Interruption
+from lit_rl.learner.steps import GradientSteps
+from lit_rl.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
-from lit_rl.policy import Policy, class_name
-from lit_rl.rollout import count_rows, mask_of
+from lit_rl.policy import Policy
+from lit_rl.rollout import Rollout, mask_of
 from lit_rl.schedules import Scheduled
-from lit_rl.signals import Interruption
+from lit_rl.source import Source, source_of
 from lit_rl.spec import EnvSpec
 
 ClipBy = Annotated[str, OneOf("global_norm", "norm", "value")]
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10
-ONLY_INITIAL = {"log_std_init", "noisy"}  # arguments of policies that nothing depends on once there are weights
 NOT_SAVED = ("network", "critic_network", "policy_class", "spec")  # as hyper-parameters: they are no plain data
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
 
@@ -65,8 +70,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         lr: the learning rate; None leaves it as `configure_optimizers` sets it.
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
-        skipped_updates: optimizer steps that were skipped since a loss or gradient was not finite.
-        init_from: a checkpoint whose weights and statistics are taken when the networks are built, and nothing else.
+        init_from: a checkpoint whose policy is taken when the networks are built, with what else fits; nothing else.
     """
 
     POLICY: type[Policy] = Policy
@@ -100,16 +104,11 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.generator = torch.Generator()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._host: Host | None = None
         self._resume: dict[str, Any] | None = None
-        self._evaluated: list[dict[str, Any]] = []
-        self._batch_ended = 0.0
-        self._grad_norms: list[Tensor] = []
-        self.skipped_updates = 0
-        self._skipped_in_a_row: dict[LightningOptimizer, int] = {}
-        self._not_finite = ""  # what it was in the last step that was skipped
         self._saved_batches: list[str] = []
+        self._reporter: Reporter | None = None
         self._interruption: Interruption | None = None
-        self._unlogged: dict[str, float] | None = None
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
 
@@ -136,83 +135,49 @@ class Algorithm(TakesOptions, L.LightningModule):
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
 
     def check_memory(self) -> None:
-        """Refuse options that the policy's network, with memory or without, cannot have.
-
-        Raises:
-            OptionError: naming the option.
-        """
-        hp = self.hp
-        if hp.burn_in and not self.policy.has_memory:
-            raise OptionError(
-                f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out."
-            )
-        if self.policy.has_memory and hp.get("share_encoder") is False:
-            raise OptionError(
-                f"share_encoder=False: {type(self.policy.encoder).__name__} has memory, of which an env runner carries "
-                "one. Leave it out: policy and critic then share the network."
-            )
+        """Refuse options that the policy's network, with memory or without, cannot have."""
+        check_memory(self)
 
     def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
         """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss."""
-        if self._compiled_step is not None:
-            loss, norm, rest = self._compiled_step(batch)
-            return self._note_step(loss, norm, self._compiled_step.optimizer), rest
+        mask = mask_of(batch)
+        if mask is not None and distributed.world_size() > 1:  # asked once, for all means in the loss
+            batch["row_count"] = distributed.mean_count(mask).expand(mask.shape)
+        if self._host is not None and self._host.steps.is_compiled:
+            return self._host.steps.on_batch(batch)
         loss, rest = self.loss(batch)
         return self.optimize(loss), rest
 
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool:
-        """One gradient step on `loss`: backward (all-reduced over ranks), clip, step; whether it was taken.
+        """One gradient step on `loss`: backward, the average over ranks, clip, step; whether it was taken.
 
         Where the loss or the gradient of any rank is not finite, every rank skips it.
         """
-        if optimizer is None:
-            optimizer = self.optimizers()  # type: ignore[assignment]
-            assert isinstance(optimizer, LightningOptimizer), "several optimizers: say which one"
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:  # optimizer.zero_grad(), which takes longer to prepare for it than to do it
-            parameter.grad = None
-        # A loss that is not finite gives gradients that are not. DDP sums gradients, so that every rank has the same
-        # norm: they need not ask each other.
-        self.manual_backward(loss, gradient=loss.detach() * 0 + 1)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch._foreach_norm(grads)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if not self._note_step(loss, norm, optimizer):
-            return False
-        if self.hp.max_grad_norm is not None:
-            clip_gradients(grads, norms, norm, self.hp.max_grad_norm, self.hp.grad_clip_by)
-        optimizer.step()
-        return True
+        return self.host.steps.on_loss(loss, optimizer)
 
     def checked_update(self, batch: TensorDict) -> dict[str, Tensor | float]:
-        """`update`, and what follows where `optimize` skipped steps of it.
+        """`update`, and what follows where gradient steps of it were skipped.
 
         The batch with which a row of them begins is saved.
 
         Raises:
             DivergedError: after `MAX_SKIPPED` in a row, with a checkpoint of the weights from before.
         """
-        before = self.skipped_updates
+        steps = self.host.steps
+        before = steps.skipped
         metrics = self.update(batch)
-        skipped = self.skipped_updates - before
+        skipped = steps.skipped - before
         if skipped:
-            in_a_row = max(self._skipped_in_a_row.values(), default=0)
-            if in_a_row <= skipped and len(self._saved_batches) < MAX_SAVED_BATCHES:
+            if steps.in_a_row <= skipped and len(self._saved_batches) < MAX_SAVED_BATCHES:
                 self._save_batch(batch)
-            if in_a_row >= MAX_SKIPPED:
-                path = rescue.save_checkpoint(self.trainer, "before_divergence.ckpt")
+            if steps.in_a_row >= MAX_SKIPPED:
+                path = self.host.save_checkpoint("before_divergence.ckpt")
                 raise DivergedError(
-                    f"{self._not_finite} is not finite after {self.env_steps_done} env steps, {in_a_row} times in a "
-                    f"row: training has diverged. Batch: {self._saved_batches[-1]}. Checkpoint from before: {path}. Go "
-                    "on from it with a lower lr, or scale the rewards down."
+                    f"{steps.not_finite} is not finite after {self.env_steps_done} env steps, {steps.in_a_row} times "
+                    f"in a row: training has diverged. Batch: {self._saved_batches[-1]}. Checkpoint from before: "
+                    f"{path}. Go on from it with a lower lr, or scale the rewards down."
                 )
         return metrics
-
-    def acting_copy(self) -> Policy:
-        """A copy of the policy, on the CPU, that plays and leaves training as it is."""
-        copy = type(self.policy).from_description(self.policy.describe(), network=self.network)
-        copy.load_weights({name: tensor.cpu() for name, tensor in self.policy.state_dict().items()})
-        return copy.eval()
 
     def scheduled(self, name: str) -> Scheduled:
         """The option `name` as it changes by `<name>_schedule`. Kept as an attribute, it follows by itself."""
@@ -231,9 +196,15 @@ class Algorithm(TakesOptions, L.LightningModule):
         return self.hparams
 
     @property
-    def starts_anew(self) -> bool:
-        """Whether the fit under way counts from 0, as Trainer.global_step does; a resumed one goes on."""
-        return self.trainer.global_step == 0 and not self.trainer.ckpt_path
+    def host(self) -> Host:
+        """Its surroundings while it learns."""
+        assert self._host is not None, "an algorithm learns while it is attached: see attach"
+        return self._host
+
+    @property
+    def skipped_updates(self) -> int:
+        """Gradient steps that were skipped since a loss or gradient was not finite."""
+        return 0 if self._host is None else self._host.steps.skipped
 
     @property
     def env_steps_done(self) -> int:
@@ -243,17 +214,15 @@ class Algorithm(TakesOptions, L.LightningModule):
     def updates_done(self) -> int:
         return int(self.updates)
 
-    def count_env_steps(self, batch: TensorDict) -> int:
-        """Real transitions in the batches of all ranks."""
-        if mask_of(batch) is None:
-            return count_rows(batch) * distributed.world_size()
-        return int(distributed.all_reduce_sum(torch.tensor(count_rows(batch), device=self.device)))
+    # --- what a host calls: Lightning's hooks below, or a module that this is a part of -------------------------------
 
-    # --- Lightning's hooks: building ----------------------------------------------------------------------------
+    def build_networks(self, source: Source) -> None:
+        """Make the networks, if there are none yet, from the spaces and the seed of a source.
 
-    def configure_model(self) -> None:
-        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        found: EnvSpec | None = getattr(datamodule, "spec", None)
+        Raises:
+            OptionError: if there are no spaces, or other ones than the networks are for.
+        """
+        found = source.spec
         if self.spec is None and found is None:
             raise OptionError(
                 f"{type(self).__name__} does not know its environment: expected a datamodule, as in "
@@ -269,36 +238,76 @@ class Algorithm(TakesOptions, L.LightningModule):
             return
         self.spec = self.spec or found
         assert self.spec is not None
-        seed = getattr(datamodule, "seed", None)
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(_seed_for(seed, INITIALISATION))
+        with torch.random.fork_rng(devices=[], enabled=source.seed is not None):
+            if source.seed is not None:
+                torch.manual_seed(_seed_for(source.seed, INITIALISATION))
             self.build(self.spec)
-        if self.init_from is not None:
-            checkpoint = read_checkpoint(self.init_from)
-            self._check_fits(section(checkpoint, self.init_from), checkpoint["state_dict"])
-            self.load_state_dict(checkpoint["state_dict"])
+
+    def attach(self, host: Host) -> None:
+        """Learn inside of `host` from now on; with counts from 0 unless that goes on with a run."""
+        self._host = host
+        self._saved_batches.clear()
+        self.max_env_steps = host.source.budget
+        if not host.is_resumed:
+            self.env_steps.zero_()
+            self.updates.zero_()
+        seed = host.source.seed
+        self.generator.manual_seed(_seed_for(0 if seed is None else seed, MINIBATCHES, host.rank))
+
+    def follow_schedules(self) -> None:
+        """Set scheduled options, and the optimizer's learning rate, to their values now.
+
+        Raises:
+            OptionError: if one ends with the budget, and there is none.
+        """
+        env_steps, budget = self.env_steps_done, self.max_env_steps
+        for part in self.children():
+            if isinstance(part, Scheduled):
+                part.follow(env_steps, budget)
+        if self.lr is not None and self._host is not None:
+            lr = self.lr.at(env_steps, budget)
+            for optimizer in self._host.steps.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
+        """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
+        assert isinstance(batch, Rollout)
+        lag = self.updates_done - float(batch["policy_version"].double().mean())
+        metrics = self.checked_update(batch)
+        self.env_steps.add_(batch.env_steps)
+        self.updates.add_(1)
+        return {**metrics, "rollout/policy_lag": lag}
+
+    def learn(self, *args: Any, **kwargs: Any) -> None:
+        """Not how it is trained here: refused in words for those who come from libraries where it is."""
+        name = type(self).__name__
+        raise OptionError(
+            f"{name}.learn(...): training is the Trainer's. lightning.Trainer(max_epochs=-1).fit({name}(), "
+            "RolloutDataModule('CartPole-v1', max_env_steps=100_000)), or ReplayDataModule for off-policy algorithms."
+        )
+
+    def resume_state(self) -> dict[str, Any]:
+        """What this rank needs to go on exactly where it is, beside the weights, in plain data."""
+        return {"generator": self.generator.get_state(), "algorithm": self.rank_state()}
+
+    def load_resume_state(self, state: Mapping[str, Any], skipped: int = 0) -> None:
+        """Go on from what `resume_state` returned; `skipped` updates are counted already."""
+        self.host.steps.skipped = skipped
+        if state:
+            self.generator.set_state(state["generator"])
+            self.load_rank_state(state["algorithm"])
+
+    # --- Lightning's hooks: building ----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        is_new = not hasattr(self, "policy")
+        self.build_networks(source_of(self._trainer))
+        if self.init_from is not None and is_new:
+            init_from(self, self.init_from)
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
-        # Called before Lightning's own check, whose message knows nothing of `max_grad_norm`.
-        trainer = self.trainer
-        if trainer.gradient_clip_val is not None:
-            raise OptionError(
-                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): {type(self).__name__} clips gradients "
-                f"itself. Leave it out and set {type(self).__name__}(max_grad_norm={trainer.gradient_clip_val})."
-            )
-        if trainer.accumulate_grad_batches != 1:
-            own = (
-                f"{type(self).__name__}(minibatch_size"
-                if "minibatch_size" in self.hparams
-                else "ReplayDataModule(batch_size"
-            )
-            raise OptionError(
-                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): expected 1. Set a larger "
-                f"{own}=...) instead."
-            )
-        if trainer.precision not in ("32-true", "bf16-mixed"):
-            raise OptionError(f"Trainer(precision={trainer.precision!r}): expected '32-true' or 'bf16-mixed'.")
+        check_trainer(self.trainer, self)  # before Lightning's own check, whose message knows nothing of our options
         return []
 
     def setup(self, stage: str) -> None:
@@ -306,29 +315,46 @@ class Algorithm(TakesOptions, L.LightningModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = LitCheckpointIO()
         if stage == "fit":
-            self.max_env_steps = getattr(self._datamodule, "max_env_steps", None)
-            self._follow_schedules()  # one that cannot be followed is refused now
+            self.max_env_steps = self.source.budget
+            self._host = None
+            self.follow_schedules()  # one that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
                 check_nameable(self.network)  # and so is a network that no checkpoint could name
+
+    def make_host(self) -> Host:
+        """The host of an algorithm that is the Trainer's module."""
+        trainer = self.trainer
+        optimizers: Any = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        clipping = Clipping(self.hp.max_grad_norm, self.hp.grad_clip_by)
+        steps = GradientSteps(
+            optimizers,
+            self.manual_backward,
+            {parameter: name for name, parameter in self.named_parameters()},
+            clipping,
+            no_sync=trainer.model.no_sync if isinstance(trainer.model, DistributedDataParallel) else nullcontext,
+            compiled=CompiledStep(self, optimizers[0], clipping) if self.hp.get("compile") else None,
+        )
+        return Host(
+            steps=steps,
+            source=self.source,
+            is_resumed=trainer.global_step > 0 or bool(trainer.ckpt_path),
+            rank=self.global_rank,
+            save_checkpoint=lambda name: rescue.save_checkpoint(trainer, name),
+            log_folder=lambda: rescue.log_folder(trainer),
+        )
 
     # --- Lightning's hooks: training ----------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        if self.starts_anew:
-            self.env_steps.zero_()
-            self.updates.zero_()
-            self.skipped_updates = 0
-            if hasattr(self._datamodule, "restart"):
-                self._datamodule.restart()
-        self._skipped_in_a_row.clear()
-        self._saved_batches.clear()
-        seed = getattr(self._datamodule, "seed", None)
-        self.generator.manual_seed(_seed_for(0 if seed is None else seed, MINIBATCHES, self.global_rank))
+        host = self.make_host()
+        if not host.is_resumed:
+            host.source.restart()
+        self.attach(host)
 
     def on_train_start(self) -> None:
         if self._resume is not None:
-            ranks, self.skipped_updates = self._resume["ranks"], self._resume.get("skipped_updates", 0)
-            self._resume = None
+            ranks, skipped, self._resume = self._resume["ranks"], self._resume.get("skipped_updates", 0), None
             if len(ranks) != self.trainer.world_size:
                 if self.trainer.world_size < len(ranks):
                     rest = "The others' random numbers, episodes and replay buffers are left out."
@@ -338,98 +364,70 @@ class Algorithm(TakesOptions, L.LightningModule):
                     f"Resumed: the checkpoint is of {len(ranks)} learner processes, this run has "
                     f"{self.trainer.world_size}. {rest}"
                 )
-            if self.global_rank < len(ranks):
-                state = ranks[self.global_rank]
+            state = ranks[self.global_rank] if self.global_rank < len(ranks) else {}
+            if state:
                 set_rng_state(state["rng"])
-                self.generator.set_state(state["generator"])
-                self.load_rank_state(state["algorithm"])
-        if isinstance(self.trainer.model, DistributedDataParallel) and self.device.type == "cpu":
-            self.trainer.model.register_comm_hook(None, distributed.average_gradients)
+            self.load_resume_state(state, skipped)
         self._interruption = Interruption(self.trainer)
-        self._compiled_step = CompiledStep(self) if self.hp.get("compile") else None
-        if getattr(self._datamodule, "eval_parallel", False) and self.trainer.enable_validation:
-            self._datamodule.begin_evaluation()  # the first that is logged
-        self._batch_ended = time.perf_counter()
+        if self.trainer.enable_validation:
+            self.source.begin_evaluation()
+        self._reporter = Reporter(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._obey_signals()
 
     def on_train_epoch_start(self) -> None:
-        self._batch_ended = time.perf_counter()  # evaluation and checkpoints are not training time
+        self.reporter.resume_timing()  # evaluation and checkpoints are not training time
 
     def on_train_epoch_end(self) -> None:
         self._obey_signals()  # that came during evaluation
 
     def on_train_end(self) -> None:
-        self._log_update()  # the last one is logged, whatever `log_every_n_steps`
+        self.reporter.flush()  # the last update is logged, whatever `log_every_n_steps`
         self._obey_signals()
-        if getattr(self._datamodule, "evaluating", False):
-            self.log_evaluation([episode._asdict() for episode in self._datamodule.end_evaluation()])
-
-    def learn(self, batch: Any) -> dict[str, Tensor | float]:
-        """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
-        env_steps = self.count_env_steps(batch)
-        lag = self.updates_done - float(batch["policy_version"].double().mean())
-        metrics = self.checked_update(batch)
-        self.env_steps.add_(env_steps)
-        self.updates.add_(1)
-        return {**metrics, "rollout/policy_lag": lag}
+        for result in self.source.end_evaluation():
+            self.reporter.evaluation(self._summarized(result, "eval"), result.at)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        started, env_steps = time.perf_counter(), self.env_steps_done
-        skipped = self.skipped_updates
-        self._grad_norms.clear()
-        self._follow_schedules()
-        metrics = self.learn(batch)
-        if self._grad_norms:
-            metrics["optim/grad_norm"] = torch.stack(self._grad_norms).mean()
+        started, env_steps, steps = time.perf_counter(), self.env_steps_done, self.host.steps
+        skipped = steps.skipped
+        steps.norms.clear()
+        self.follow_schedules()
+        metrics = self.learn_from(batch)
+        if steps.norms:
+            metrics["optim/grad_norm"] = torch.stack(steps.norms).mean()
         if distributed.world_size() > 1:
             means = distributed.rank_mean(torch.tensor([float(v) for v in metrics.values()], device=self.device))
             metrics = dict(zip(metrics, means.tolist()))
-        if self.skipped_updates > skipped:  # the steps that were taken have finite means
+        if steps.skipped > skipped:  # the steps that were taken have finite means
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        metrics["optim/skipped_updates"] = self.skipped_updates
-        metrics["optim/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
-        datamodule = self._datamodule
-        if hasattr(datamodule, "rollout_metrics"):
-            metrics |= datamodule.rollout_metrics()
-            metrics["rollout/env_runner_restarts"] = datamodule.ledger.restarts
-            metrics["time/sample_s"] = datamodule.sample_s
-        ended = time.perf_counter()
-        metrics["time/update_s"] = ended - started - getattr(batch, "waited_s", 0.0)
-        metrics["time/env_steps_per_s"] = (self.env_steps_done - env_steps) / max(ended - self._batch_ended, 1e-9)
-        self._batch_ended = ended
-        self._publish(metrics)
+        metrics["optim/skipped_updates"] = steps.skipped
+        metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]
+        self.reporter.update(
+            metrics | self.source.metrics(),
+            started=started,
+            waited_s=getattr(batch, "waited_s", 0.0),
+            env_steps=self.env_steps_done,
+            new=self.env_steps_done - env_steps,
+        )
 
     # --- Lightning's hooks: evaluation --------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        self._evaluated = []
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._add_episode(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_episodes("eval")
-
-    def on_test_epoch_start(self) -> None:
-        self._evaluated = []
+        """Nothing: an episode was played when it became a batch."""
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._add_episode(batch)
+        """Nothing, as in validation."""
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluations("eval")
 
     def on_test_epoch_end(self) -> None:
-        self._log_episodes("test")
+        self._log_evaluations("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The recorded episode itself."""
         return batch
-
-    def log_evaluation(self, episodes: list[dict[str, Any]]) -> None:
-        """Log an evaluation that went on beside training and is not this validation's."""
-        values = self._summarize(episodes, "eval")
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        self._log_evaluation(values)
 
     # --- Lightning's hooks: checkpoints -------------------------------------------------------------------------
 
@@ -447,17 +445,15 @@ class Algorithm(TakesOptions, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.spec is not None
         check_nameable(self.network)
-        state = {"rng": rng_state(), "generator": self.generator.get_state(), "algorithm": self.rank_state()}
-        datamodule = self._datamodule
-        if hasattr(datamodule, "rank_state"):
-            state["data"] = datamodule.rank_state(weights_only="optimizer_states" not in checkpoint)
+        state = {"rng": rng_state(), **self.resume_state()}
+        state["data"] = self.source.rank_state(weights_only="optimizer_states" not in checkpoint)
         checkpoint[SECTION] = {
             "format": FORMAT,
             "algorithm": type(self).__name__,
             "policy": self.policy.describe(),
-            "env": env.to_dict() if isinstance(env := getattr(datamodule, "env", None), EnvConfig) else None,
+            "env": self.source.describe_env(),
             "skipped_updates": self.skipped_updates,
-            "ranks": _gather(state),
+            "ranks": distributed.gather(state),
         }
         arguments = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         arguments["spec"] = self.spec.to_dict()
@@ -466,40 +462,11 @@ class Algorithm(TakesOptions, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
         found = section(checkpoint)
-        self._check_fits(found, checkpoint["state_dict"])
+        check_fits(self, found, checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:
             self._resume = found
-            if hasattr(self._datamodule, "load_ranks"):
-                states = [rank["data"] for rank in found["ranks"]]
-                self._datamodule.load_ranks(states, self.global_rank, self.trainer.world_size)
-
-    def _check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
-        algorithm, policy_class = found["algorithm"], found["policy"]["class"]
-        if algorithm not in (ancestor.__name__ for ancestor in type(self).__mro__):
-            raise CheckpointError(
-                f"The checkpoint was written by {algorithm}: it cannot be loaded into {type(self).__name__}."
-            )
-        if policy_class != class_name(self.policy_class):
-            raise CheckpointError(
-                f"The checkpoint was written with policy_class={policy_class}, not {class_name(self.policy_class)}: "
-                "pass that class."
-            )
-        there, here = found["policy"]["arguments"], self.policy.describe()["arguments"]
-        for name in sorted(there.keys() & here.keys() - ONLY_INITIAL):
-            if there[name] != here[name]:
-                raise CheckpointError(
-                    f"The checkpoint's policy was made with {name}={there[name]!r}, this one with {name}="
-                    f"{here[name]!r}: use the options it was trained with."
-                )
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        if shapes != saved:
-            name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-            there, here = (f"has shape {found[name]}" if name in found else "is missing" for found in (saved, shapes))
-            raise CheckpointError(
-                f"The checkpoint does not fit this {algorithm}: {name} {there} in the file and {here} here. Use the "
-                "environment, network and options it was trained with."
-            )
+            states = [rank["data"] for rank in found["ranks"]]
+            self.source.load_ranks(states, self.global_rank, self.trainer.world_size)
 
     def rank_state(self) -> dict[str, Any]:
         """What is this rank's own and no weight, in plain data."""
@@ -511,111 +478,45 @@ class Algorithm(TakesOptions, L.LightningModule):
     # ------------------------------------------------------------------------------------------------------------
 
     @property
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+    def source(self) -> Source:
+        """The Trainer's datamodule."""
+        return source_of(self.trainer)
+
+    @property
+    def reporter(self) -> Reporter:
+        assert self._reporter is not None, "there is one while training"
+        return self._reporter
 
     def _obey_signals(self) -> None:
         if self._interruption is not None:
             self._interruption.obey()
 
-    def _note_step(self, loss: Tensor, norm: Tensor, optimizer: LightningOptimizer) -> bool:
-        """Whether a step is to be taken: not if the gradient's norm is not finite, which is counted."""
-        if math.isfinite(norm):
-            self._skipped_in_a_row.pop(optimizer, None)
-            self._grad_norms.append(norm)
-            return True
-        self.skipped_updates += 1
-        self._skipped_in_a_row[optimizer] = self._skipped_in_a_row.get(optimizer, 0) + 1
-        wrong = (n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-        self._not_finite = f"The gradient of {next(wrong, 'all parameters')}" if loss.isfinite() else "The loss"
-        return False
-
     def _save_batch(self, batch: TensorDict) -> None:
-        name = f"nonfinite_batch_{self.env_steps_done}_rank{self.global_rank}.pt"
-        self._saved_batches.append(rescue.save_batch(batch, rescue.log_folder(self.trainer) / name))
+        name = f"nonfinite_batch_{self.env_steps_done}_rank{self.host.rank}.pt"
+        self._saved_batches.append(rescue.save_batch(batch, self.host.log_folder() / name))
         rank_zero_warn(
-            f"{self._not_finite} is not finite after {self.env_steps_done} env steps: the optimizer step was skipped. "
-            f"Batch: {self._saved_batches[-1]}"
+            f"{self.host.steps.not_finite} is not finite after {self.env_steps_done} env steps: the optimizer step was "
+            f"skipped. Batch: {self._saved_batches[-1]}"
         )
 
-    def _follow_schedules(self) -> None:
-        """Set scheduled options, and the optimizer's learning rate, to their values now."""
-        env_steps, budget = self.env_steps_done, self.max_env_steps
-        for part in self.children():
-            if isinstance(part, Scheduled):
-                part.follow(env_steps, budget)
-        if self.lr is not None and self.trainer.optimizers:
-            for group in self.trainer.optimizers[0].param_groups:
-                group["lr"] = self.lr.at(env_steps, budget) * group.get("lr_scale", 1.0)
-
-    def _publish(self, metrics: dict[str, Any]) -> None:
-        """Hand metrics to loggers (against env steps), callbacks and the progress bar.
-
-        Not by `self.log`, which costs 0.45 ms per key: 15 % of a small PPO update.
-        """
-        trainer: Any = self.trainer
-        env_steps = self.env_steps_done
-        values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        shown = ("rollout/return_mean", "time/env_steps_per_s")
-        trainer.progress_bar_metrics.update({name: values[name] for name in shown if name in values})
-        self._unlogged = values
-        batches = trainer.fit_loop.total_batch_idx + 1
-        if trainer.loggers and (batches % trainer.log_every_n_steps == 0 or trainer.should_stop):
-            self._log_update()
-
-    def _log_update(self) -> None:
-        """Hand the last update's metrics to the loggers, and have them written."""
-        values, self._unlogged = self._unlogged, None
-        if values is not None:
-            self._log(values, int(values["env_steps"]))
-
-    def _log(self, values: dict[str, float], env_steps: int) -> None:
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=env_steps)
-            logger.save()
-
-    def _add_episode(self, episode: dict[str, Any]) -> None:
-        if episode:  # empty: a rank whose share is one episode smaller
-            self._evaluated.append(episode)
-
-    def _summarize(self, episodes: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    def _summarized(self, result: EvaluationResult, prefix: str) -> dict[str, float]:
         """The metrics of all ranks' episodes."""
-        ranks = _gather((episodes, getattr(self._datamodule, "lost_episodes", 0)))
-        metrics = summarize([episode for part, _ in ranks for episode in part], sum(lost for _, lost in ranks))
-        return {f"{prefix}/{name}": value for name, value in metrics.items()}
+        return {f"{prefix}/{name}": value for name, value in summarize(distributed.gather(result)).items()}
 
-    def _log_episodes(self, prefix: str) -> None:
-        values = self._summarize(self._evaluated, prefix)
-        in_fit = self.trainer.state.fn == "fit"
-        with warnings.catch_warnings():
-            # `trainer.validate` returns what was logged, whether there is a logger or not.
-            warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
-            # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
-            self.log_dict(values, logger=not in_fit, sync_dist=dist.is_available() and dist.is_initialized())
-        if in_fit and not self.trainer.sanity_checking:
-            self._log_evaluation(values)
-
-    def _log_evaluation(self, values: dict[str, float]) -> None:
-        """Hand an evaluation's metrics to the loggers, at the env steps of the policy that played."""
-        shown = "eval/return_mean"
-        self.trainer.progress_bar_metrics.update({shown: values[shown]} if shown in values else {})
-        env_steps = getattr(self._datamodule, "evaluated_at", self.env_steps_done)
-        self._log(values | {"env_steps": float(env_steps)}, env_steps)
-
-
-def clip_gradients(grads: list[Tensor], norms: Sequence[Tensor], norm: Tensor, bound: float, by: str) -> None:
-    """Bound gradients in place, whose own norms and global norm are known.
-
-    As `nn.utils.clip_grad_norm_` and `clip_grad_value_` do, in half their time: they sort gradients by device first.
-    """
-    if by == "value":
-        torch._foreach_clamp_min_(grads, -bound)
-        torch._foreach_clamp_max_(grads, bound)
-    elif by == "norm":
-        torch._foreach_mul_(grads, [factor(each, bound) for each in norms])
-    else:
-        torch._foreach_mul_(grads, factor(norm, bound))
+    def _log_evaluations(self, prefix: str) -> None:
+        """Log evaluations that went on beside training, then the one that is Lightning's validation, or test."""
+        trainer, results = self.trainer, self.source.evaluations()
+        for result in results[:-1]:
+            self.reporter.evaluation(self._summarized(result, prefix), result.at)
+        for result in results[-1:]:
+            values, in_fit = self._summarized(result, prefix), trainer.state.fn == "fit"
+            with warnings.catch_warnings():
+                # `trainer.validate` returns what was logged, whether there is a logger or not.
+                warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
+                # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
+                self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
+            if in_fit and not trainer.sanity_checking:
+                self.reporter.evaluation(values, result.at)
 
 
 def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:
@@ -624,12 +525,3 @@ def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:
 
 def _seed_for(seed: int, *key: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks."""
-    if distributed.world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(values, value)
-    return values

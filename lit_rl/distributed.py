@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,20 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Te
     return x
 
 
-def average_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook of learners on CPUs: its own average, by `all_reduce`."""
-    average: torch.futures.Future[Tensor] = torch.futures.Future()
-    average.set_result(all_reduce(bucket.buffer().div_(world_size())))
-    return average
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace the gradients of parameters by their averages over ranks, in one reduction.
+
+    A parameter without a gradient on this rank counts 0; if it has none on any rank, it stays without.
+    """
+    if world_size() == 1:
+        return
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = rank_mean(torch.cat([*(grad.flatten() for grad in grads), there]))
+    *pieces, there = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, piece, share in zip(parameters, pieces, there.tolist()):
+        parameter.grad = piece.view_as(parameter) if share else None
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -73,16 +82,26 @@ def greatest(numbers: list[int], device: torch.device) -> list[int]:
     return all_reduce(found, dist.ReduceOp.MAX).tolist()
 
 
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+def mean_count(mask: Tensor) -> Tensor:
+    """How many rows of a mask are real, the average over ranks."""
+    return all_reduce_sum(mask.sum(dtype=torch.float32)) / world_size()
+
+
+def masked_mean(x: Tensor, mask: Tensor | None, count: Tensor | None = None) -> Tensor:
     """Mean of `x` [*N] over its real rows, such that the ranks' average of it is the mean over all ranks' real rows.
 
-    DDP averages gradients over ranks. With a mask, ranks may hold different numbers of real rows, so each divides its
+    Gradients are averaged over ranks. With a mask, ranks may hold different numbers of real rows, so each divides its
     own sum by the *mean* count over ranks instead of its own. `mask=None` says that every row of every rank is real.
+
+    Args:
+        x: [*N].
+        mask: [*N].
+        count: `mean_count(mask)`, if it is known: ranks then need not ask each other.
     """
     if mask is None:
         return x.mean()
-    mean_count = all_reduce_sum(mask.sum(dtype=torch.float32)) / world_size()
-    return (x * mask).sum() / mean_count.clamp(min=1.0)
+    count = mean_count(mask) if count is None else count
+    return (x * mask).sum() / count.clamp(min=1.0)
 
 
 def row_means(mask: Tensor | None, *values: Tensor) -> Tensor:
@@ -94,6 +113,15 @@ def row_means(mask: Tensor | None, *values: Tensor) -> Tensor:
 def rank_mean(x: Tensor) -> Tensor:
     """The average of `x` over ranks, in place."""
     return all_reduce_sum(x).div_(world_size())
+
+
+def gather(value: Result) -> list[Result]:
+    """Every rank's `value`, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def standardize(x: Tensor, mask: Tensor | None = None) -> Tensor:

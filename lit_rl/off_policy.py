@@ -57,15 +57,18 @@ class OffPolicy(Algorithm):
         """The probability of random actions after `env_steps`."""
         return 0.0
 
-    def learn(self, batch: Any) -> dict[str, Tensor | float]:
+    def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each minibatch of a stream; the means of what it returned where no step was skipped."""
         metrics: dict[str, list[Tensor]] = {}
+        steps = self.host.steps
         for minibatch in batch:
-            skipped = self.skipped_updates
+            self.env_steps.add_(batch.take_env_steps())
+            skipped = steps.skipped
             found = self.checked_update(minibatch)
             self.updates.add_(1)
-            if self.skipped_updates > skipped:
+            if steps.skipped > skipped:
                 continue
             for name, value in found.items():
                 metrics.setdefault(name, []).append(torch.as_tensor(value))
+        self.env_steps.add_(batch.take_env_steps())
         return {name: torch.stack(values).mean() for name, values in metrics.items()}

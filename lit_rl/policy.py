@@ -1,5 +1,6 @@
 """What acts: shipped to env runners, loaded for inference."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -362,6 +363,16 @@ class Policy(nn.Module):
             )
         spec = EnvSpec.from_dict(description["spec"])
         return cls(spec, network=network or description["network"], **description["arguments"])
+
+    def maker(self) -> "Callable[[], Policy]":
+        """What makes policies of this structure, with weights of their own, also in another process."""
+        return functools.partial(type(self).from_description, self.describe(), network=self._network)
+
+    def acting_copy(self) -> "Policy":
+        """A copy, on the CPU, that plays and leaves this one as it is."""
+        copy = self.maker()()
+        copy.load_weights({name: tensor.cpu() for name, tensor in self.state_dict().items()})
+        return copy.eval()
 
     def load_weights(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights and normaliser.

@@ -20,9 +20,20 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from lit_rl.distributed import masked_mean
 from lit_rl.trees import Tree, leaves, map_tree
 
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
+
+
+class Rollout(TensorDict):
+    """A batch of rollouts, and how many env steps it brings.
+
+    Attributes:
+        env_steps: real transitions in it that are new, those of all ranks once it is a batch.
+    """
+
+    env_steps: int = 0
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
@@ -121,6 +132,12 @@ def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *key
 def mask_of(batch: TensorDict) -> Tensor | None:
     """The batch's `mask`, or None if every row is a real transition."""
     return batch.get("mask", None)
+
+
+def mean_of_rows(x: Tensor, batch: TensorDict) -> Tensor:
+    """The mean of `x` [*N] over the real rows of a batch, such that the ranks' average is that over all ranks' rows."""
+    count = batch.get("row_count", None)
+    return masked_mean(x, mask_of(batch), None if count is None else count.flatten()[0])
 
 
 def count_rows(rollout: TensorDict) -> int:

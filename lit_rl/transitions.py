@@ -7,9 +7,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.distributed import masked_mean
 from lit_rl.policy import Policy
-from lit_rl.rollout import mask_of
+from lit_rl.rollout import mask_of, mean_of_rows
 from lit_rl.trees import Tree, map_tree
 
 MAX_SHARE = 0.9  # of a sequence's priority that is its greatest TD error's; the rest is the mean's (R2D2, section 2.3)
@@ -46,7 +45,7 @@ def weighted_mean(loss: Tensor, batch: TensorDict) -> Tensor:
     weight = batch.get("weight", None)
     if weight is not None:
         loss = loss * weight.reshape(-1, *[1] * (loss.ndim - 1))
-    return masked_mean(loss, mask_of(batch))
+    return mean_of_rows(loss, batch)
 
 
 def of_action(outputs: Tensor, action: Tensor) -> Tensor:

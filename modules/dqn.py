@@ -1,4 +1,7 @@
-"""Deep Q-networks, and Rainbow: all that made them better."""
+"""Deep Q-networks, and Rainbow: all that made them better.
+
+Shapes: *N rows, [M] or sequences [S, L]; F features, A actions, Z atoms or quantiles of an action's value, else 1.
+"""
 
 from typing import Annotated, Any
 
@@ -129,8 +132,8 @@ class DQN(OffPolicy):
     def epsilon_at(self, env_steps: int) -> float:
         return self.epsilon.at(env_steps, self.max_env_steps)
 
-    def learn(self, batch: Any) -> dict[str, Tensor | float]:
-        metrics = super().learn(batch)
+    def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
+        metrics = super().learn_from(batch)
         return {**metrics, "policy/epsilon": self.epsilon_at(self.env_steps_done)}
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
@@ -154,7 +157,9 @@ class DQN(OffPolicy):
         with torch.no_grad():
             next_outputs = self.next_outputs(batch, next_feature)  # [*N, Z]
         output = of_action(outputs, batch["action"])
+        assert output.shape == next_outputs.shape == (*batch["next", "reward"].shape, outputs.shape[-1])
         loss, td_error = self.losses(batch, output, next_outputs)
+        assert loss.shape == td_error.shape == output.shape[:-1]
         with torch.no_grad():
             q = self.policy.expectation(output.unsqueeze(-2)).squeeze(-1)
             terms = row_means(mask_of(batch), loss, td_error.abs(), q)

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
-from lit_rl.distributed import masked_mean, rank_mean, row_means, standardize
+from lit_rl.distributed import rank_mean, row_means, standardize
 from lit_rl.errors import OptionError
+from lit_rl.learner.host import Host
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
-from lit_rl.rollout import mask_of, next_values, next_values_with_memory, rows, sequences
+from lit_rl.rollout import mask_of, mean_of_rows, next_values, next_values_with_memory, rows, sequences
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
@@ -202,7 +203,7 @@ class PPO(Algorithm):
         clipped = ((log_ratio.detach().exp() - 1).abs() > self.clip.value).float()
         with torch.no_grad():
             terms = row_means(mask, policy_loss, critic_loss, entropy, kl, clipped)
-        return masked_mean(row_loss, mask), terms
+        return mean_of_rows(row_loss, minibatch), terms
 
     def adapt_kl_coef(self, kl_coef: Tensor, terms: list[Tensor]) -> None:
         """Weigh the KL penalty by what the last steps, as many as make a pass, measured: section 4 of the paper."""
@@ -244,13 +245,12 @@ class PPO(Algorithm):
             order = torch.randperm(len(batch), generator=self.generator).to(rollout.device or "cpu")
             yield from batch[order].split(size)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.kl_coef is not None and self.starts_anew:
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        if self.kl_coef is not None and not host.is_resumed:
             self.kl_coef.fill_(self.hp.kl_coef)
-        shape = getattr(self._datamodule, "rollout_shape", None)
-        if shape is not None:
-            self.check_sizes(*shape)
+        if host.source.rollout_shape is not None:
+            self.check_sizes(*host.source.rollout_shape)
 
     def check_sizes(self, num_envs: int, rollout_length: int) -> None:
         """Refuse rollouts [B, T] that cannot be cut into minibatches.

@@ -1,4 +1,8 @@
-"""Soft Actor-Critic, for continuous and for discrete actions, and truncated quantile critics."""
+"""Soft Actor-Critic, for continuous and for discrete actions, and truncated quantile critics.
+
+Shapes: *N rows, [M] or sequences [S, L]; F features, A discrete actions, K critics, Z numbers that a critic gives for
+an action, J numbers that the target has.
+"""
 
 import functools
 import math
@@ -9,7 +13,7 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.distributed import masked_mean, row_means
+from lit_rl.distributed import row_means
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.learner.targets import Follower, target_of
@@ -19,13 +23,14 @@ from lit_rl.networks.ensemble import Critics
 from lit_rl.networks.inputs import FlatInput
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
-from lit_rl.rollout import mask_of
+from lit_rl.rollout import mask_of, mean_of_rows
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec, has_images
 from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
 from lit_rl.trees import Tree
 
 Entropy = Annotated[float | str, NumberOr("auto")]
+TERMS = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
 AUTO_ENTROPY = 0.98  # share of a uniform policy's entropy that a discrete one is held at
 
 
@@ -164,7 +169,17 @@ class SAC(OffPolicy):
         return torch.optim.Adam(scaled, lr=hp.lr, fused=True)
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
-        policy, critics, mask = self.policy, self.critics, mask_of(batch)
+        alpha = self.log_alpha.detach().exp()
+        taken, (td_error, terms) = self.gradient_step(batch)
+        set_priority(batch, td_error)
+        if taken:
+            for follow in self.followers:
+                follow(self.hp.tau)
+        return {**dict(zip(TERMS, terms.unbind())), "policy/alpha": alpha}
+
+    def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The losses of critics, policy and temperature, each row's TD error [*N], and the means named by `TERMS`."""
+        policy, critics = self.policy, self.critics
         obs, alpha = batch["observation"], self.log_alpha.detach().exp()
         feature, next_feature = features(policy, batch)
         critic_feature = critics.features(policy.inputs(obs), feature)
@@ -172,23 +187,19 @@ class SAC(OffPolicy):
             feature = feature.detach()  # the critics alone train what they share with the policy
         with torch.no_grad():
             target = self.value_target(batch, next_feature, alpha)  # [*N, J]
-
         q = self.q_of(critics(critic_feature, None if self.is_discrete else batch["action"]), batch["action"])
+        assert q.shape[1:-1] == target.shape[:-1] == batch["next", "reward"].shape  # q [K, *N, Z]
         critic_loss = self.critic_loss(q, target)
         actor_loss, log_prob = self.actor_loss(feature, critic_feature.detach(), obs, alpha)
-        loss = weighted_mean(critic_loss, batch) + masked_mean(actor_loss, mask)
+        assert critic_loss.shape == actor_loss.shape == log_prob.shape == target.shape[:-1]
+        loss = weighted_mean(critic_loss, batch) + mean_of_rows(actor_loss, batch)
         if self.hp.learn_alpha:
-            loss = loss + masked_mean(self.alpha_loss(log_prob, self.entropy_target(obs)), mask)
-        if self.optimize(loss):
-            for follow in self.followers:
-                follow(self.hp.tau)
+            loss = loss + mean_of_rows(self.alpha_loss(log_prob, self.entropy_target(obs)), batch)
         with torch.no_grad():
             q_mean = q.mean((0, -1))
             td_error = (q_mean - target.mean(-1)).abs()
-            set_priority(batch, td_error)
-            means = row_means(mask, critic_loss, actor_loss, -log_prob, q_mean, td_error)
-        names = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
-        return {**dict(zip(names, means.unbind())), "policy/alpha": alpha}
+            terms = row_means(mask_of(batch), critic_loss, actor_loss, -log_prob, q_mean, td_error)
+        return loss, (td_error, terms)
 
     def value_target(self, batch: TensorDict, next_feature: Tensor, alpha: Tensor) -> Tensor:
         """r + gamma^n (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), eqs. 3 and 5: [*N, J]."""

@@ -16,10 +16,10 @@ from tensordict import TensorDict
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, SpaceError
+from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, next_values
 from lit_rl.runners.env_runner import EnvRunner, Fragment
-from lit_rl.runners.episodes import play
 from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
@@ -274,7 +274,7 @@ def test_played_episodes_do_not_depend_on_how_many_are_played_at_a_time() -> Non
 
 
 def test_an_episode_that_does_not_end_is_said(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setattr("lit_rl.runners.episodes.LONG_EPISODE", 3)
+    monkeypatch.setattr("lit_rl.evaluation.episodes.LONG_EPISODE", 3)
     config = EnvConfig(CounterEnv)
     list(play(config, Policy(config.spec()), range(3), num_envs=1))  # of 2, 3 and 4 steps
     assert caplog.text.count("has lasted 3 env steps and goes on") == 1

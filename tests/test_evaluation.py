@@ -18,11 +18,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_rl import DQN, PPO, FaultTolerance, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
-from lit_rl.evaluation import bootstrap_interval, interquartile_mean, summarize
+from lit_rl.evaluation.episodes import play
+from lit_rl.evaluation.eval_pool import EvalPool
+from lit_rl.evaluation.summary import bootstrap_interval, interquartile_mean, summarize
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner, Episode
-from lit_rl.runners.episodes import play
-from lit_rl.runners.eval_pool import EvalPool
 from lit_rl.runners.pool import Placement
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "rollouts_per_epoch": 1, "seed": 0}

@@ -13,9 +13,9 @@ from gymnasium import spaces
 
 from lit_rl import PPO, ImpalaResNet, Policy, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
+from lit_rl.evaluation.episodes import play
 from lit_rl.rollout import next_observation
 from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.episodes import play
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.trees import iterate
 

@@ -16,8 +16,8 @@ from lit_rl import PPO, LSTMNetwork, Policy, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.wrappers import ActionMaskFromInfo
 from lit_rl.errors import EnvError, SpaceError
+from lit_rl.evaluation.episodes import play
 from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.episodes import play
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
 

@@ -17,7 +17,7 @@ import torch
 from test_replay_data import CycleEnv
 
 from lit_rl import PPO, RolloutDataModule, cli
-from lit_rl.signals import SIGNALS
+from lit_rl.learner.signals import SIGNALS
 
 RUN = [
     "fit", "--config", "ppo_cartpole", "--data.env", "test_signals:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",

@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from lit_rl import PPO, EnvStepsProgressBar, FaultTolerance, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
-from lit_rl.runners.episodes import play
+from lit_rl.evaluation.episodes import play
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
 QUICK = {"minibatch_size": 64, "num_epochs": 1}

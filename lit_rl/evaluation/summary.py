@@ -1,6 +1,7 @@
 """What the episodes of an evaluation say: the metrics that are logged."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,37 @@ NUM_RESAMPLES = 2000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
-def summarize(episodes: Sequence[dict[str, Any]], num_lost: int) -> dict[str, float]:
-    """The metrics of an evaluation, without prefix; those of returns and lengths only if there is an episode.
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found.
 
-    Args:
-        episodes: as `Episode._asdict` gives them.
-        num_lost: how many more were to be played.
+    Attributes:
+        episodes: the `Episode`s that were played, in the order they ended.
+        lost: how many more were to be played.
+        at: env steps after which the policy was as it played them.
     """
-    num_cut = sum(episode["cut"] for episode in episodes)
-    metrics = {"episodes": len(episodes), "cut_episodes": num_cut, "partial": float(num_cut + num_lost > 0)}
+
+    episodes: Sequence[Any]
+    lost: int
+    at: int
+
+    @property
+    def cut(self) -> int:
+        """Episodes that had not ended when their time was over."""
+        return sum(episode.cut for episode in self.episodes)
+
+
+def summarize(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """The metrics of an evaluation of which each rank has a result, without prefix.
+
+    Those of returns and lengths are there if there is an episode.
+    """
+    episodes = [episode for result in results for episode in result.episodes]
+    num_cut = sum(result.cut for result in results)
+    is_partial = num_cut + sum(result.lost for result in results) > 0
+    metrics: dict[str, Any] = {"episodes": len(episodes), "cut_episodes": num_cut, "partial": float(is_partial)}
     if episodes:
-        returns = np.sort([episode["return_"] for episode in episodes])  # by whomever they were played
+        returns = np.sort([episode.return_ for episode in episodes])  # by whomever they were played
         low, high = bootstrap_interval(returns)
         metrics |= {
             "return_mean": returns.mean(),
@@ -29,10 +50,10 @@ def summarize(episodes: Sequence[dict[str, Any]], num_lost: int) -> dict[str, fl
             "return_iqm": interquartile_mean(returns),
             "return_iqm_low": low,
             "return_iqm_high": high,
-            "length_mean": np.mean([episode["length"] for episode in episodes]),
+            "length_mean": np.mean([episode.length for episode in episodes]),
         }
-    for key in sorted({key for episode in episodes for key in episode["info"]}):
-        metrics[f"info/{key}_mean"] = np.mean([e["info"][key] for e in episodes if key in e["info"]])
+    for key in sorted({key for episode in episodes for key in episode.info}):
+        metrics[f"info/{key}_mean"] = np.mean([e.info[key] for e in episodes if key in e.info])
     return {name: float(value) for name, value in metrics.items()}
 
 

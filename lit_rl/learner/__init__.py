@@ -1,1 +1,1 @@
-"""What algorithms learn with, apart from their losses."""
+"""How an algorithm learns: gradient steps, target networks, reporting, refusals, signals."""

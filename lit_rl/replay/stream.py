@@ -16,11 +16,19 @@ class ReplayStream:
 
     Attributes:
         waited_s: seconds the learner waited for env steps.
+        env_steps: that it brought so far, over all ranks.
     """
 
     def __init__(self, minibatches: Callable[["ReplayStream"], Iterator[TensorDict]]):
         self._minibatches = minibatches
         self.waited_s = 0.0
+        self.env_steps = 0
+        self._counted = 0
 
     def __iter__(self) -> Iterator[TensorDict]:
         return self._minibatches(self)
+
+    def take_env_steps(self) -> int:
+        """How many env steps it brought since this was asked last."""
+        new, self._counted = self.env_steps - self._counted, self.env_steps
+        return new

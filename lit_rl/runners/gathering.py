@@ -4,20 +4,20 @@ Shapes: B envs, T steps, F final observations of an env.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 
 from lit_rl import distributed
-from lit_rl.rollout import mask_of
+from lit_rl.rollout import Rollout, mask_of
 from lit_rl.runners.env_runner import Fragment
 from lit_rl.trees import nest
 
 NEXT = ("reward", "terminated", "truncated")
 
 
-def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
+def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
     """One rollout [B] of all fragments, stacked along B.
 
     Args:
@@ -42,20 +42,28 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> TensorDict:
     columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
     next_ = {name: columns.pop(name) for name in NEXT}
     next_["done"] = next_["terminated"] | next_["truncated"]
-    return TensorDict({**nest(columns), "next": next_}, [batch])
+    rollout = Rollout({**nest(columns), "next": next_}, [batch])
+    rollout.env_steps = sum(fragment.entry.delivered for fragment in fragments)
+    return rollout
 
 
-def evened(rollout: TensorDict, device: torch.device) -> TensorDict:
-    """A rollout [B] with environments added that have no transitions, so that every rank has as many.
+def evened(rollout: Rollout, device: torch.device) -> Rollout:
+    """A rank's rollout [B] as a batch: with environments that have no transitions, so that every rank has as many.
 
     Ranks then make equally many minibatches, and all of them have a `mask` if one has.
     """
-    has_mask = int(mask_of(rollout) is not None)
+    env_steps, has_mask = rollout.env_steps, int(mask_of(rollout) is not None)
     most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
-    return padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
+    if masked or most != -minus_fewest:
+        env_steps = int(distributed.all_reduce_sum(torch.tensor(env_steps, device=device)))
+    else:
+        env_steps *= distributed.world_size()
+    batch = padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
+    batch.env_steps = env_steps
+    return batch
 
 
-def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
+def padded(rollout: Rollout, num_envs: int, *, masked: bool) -> Rollout:
     """A rollout [B] with environments added that have no transitions, up to `num_envs`; `masked`: with a `mask`."""
     missing = num_envs - len(rollout)
     if not missing and not masked:
@@ -66,7 +74,8 @@ def padded(rollout: TensorDict, num_envs: int, masked: bool) -> TensorDict:
         return rollout
     nothing = rollout[:1].apply(torch.zeros_like).expand(missing).clone()
     nothing["final_step"].fill_(-1)
-    return torch.cat([rollout, nothing])
+    together: Any = torch.cat([rollout, nothing])
+    return together
 
 
 def _pad(array: np.ndarray, missing: int, value: int) -> np.ndarray:

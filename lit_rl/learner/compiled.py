@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from lit_rl import distributed
 from lit_rl.errors import OptionError
+from lit_rl.learner.clipping import Clipping, factor
+from lit_rl.learner.rules import rule_of
 from lit_rl.trees import iterate
 
 
 class CompiledStep:
-    """Loss, gradient, clipping and a step of Adam, compiled together.
+    """Loss, gradient, clipping and a step of the optimizer, compiled together.
 
     For small networks most of an eager step is the cost of calling some hundred small operations; here they are one.
-    The function sees all parameters as one flat tensor, and so do Adam's moments: the module's parameters and the
-    optimizer's state become views of these, so that checkpoints and the policy's copies are those of an eager run.
+    The function sees all parameters as one flat tensor, and so does the optimizer's rule its state: the module's
+    parameters and the optimizer's state become views of these, so that checkpoints and the policy's copies are those of
+    an eager run. With several ranks there are two functions, and the average of the flat gradient between them.
 
     The arithmetic is that of the eager step, in another order: results agree to rounding, not to the last bit.
     Lightning's `on_before_zero_grad`, `on_before_backward`, `on_after_backward` and `on_before_optimizer_step` are not
@@ -31,34 +34,23 @@ class CompiledStep:
     Args:
         algorithm: whose `loss(batch)` returns a scalar and, beside it, any tree of tensors. Numbers that it reads from
             the algorithm and that change while training must be tensors, else each new one compiles again.
+        optimizer: Lightning's wrapper of the one that holds all its parameters.
+        clipping: of gradients.
 
     Raises:
-        OptionError: with more than one learner process, in mixed precision, with memory, or with an optimizer other
-            than one Adam.
+        OptionError: with memory, or with an optimizer that has no `Rule`.
     """
 
-    def __init__(self, algorithm: Any):
-        trainer = algorithm.trainer
-        if distributed.world_size() > 1:
-            raise OptionError("compile=True: expected one learner process. Leave it out, or train with devices=1.")
-        if trainer.precision != "32-true":
-            raise OptionError(f"compile=True: expected Trainer(precision='32-true'), got {trainer.precision!r}.")
+    def __init__(self, algorithm: Any, optimizer: LightningOptimizer, clipping: Clipping):
         if algorithm.policy.has_memory:  # whose gradients through time are written by hand
             name = type(algorithm.policy.encoder).__name__
             raise OptionError(f"compile=True: expected a network without memory, but {name} has memory. Leave it out.")
         self._algorithm = algorithm
-        self.optimizer: LightningOptimizer = algorithm.optimizers()
-        optimizer = getattr(self.optimizer, "optimizer", None)
-        if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
-            raise OptionError(
-                f"compile=True: expected configure_optimizers to return torch.optim.Adam with one group of parameters, "
-                f"got {type(optimizer).__name__}. Leave it out."
-            )
-        self._adam = optimizer
-        self._group = group = optimizer.param_groups[0]
-        for name in ("weight_decay", "amsgrad", "maximize"):
-            if group[name]:
-                raise OptionError(f"compile=True: expected Adam without {name}, got {group[name]!r}. Leave it out.")
+        self.optimizer = optimizer
+        self._inner = optimizer.optimizer
+        self._rule = rule_of(self._inner)
+        self._group = group = self._inner.param_groups[0]
+        self._clipping = clipping
         self._parameters: list[nn.Parameter] = group["params"]
         names = {parameter: name for name, parameter in algorithm.named_parameters()}
         self._names = [f"algorithm.{names[parameter]}" for parameter in self._parameters]
@@ -66,12 +58,13 @@ class CompiledStep:
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._loss = _Loss(algorithm)
         self._views: list[list[Tensor]] = []
-        self._flat: list[Tensor] = []  # parameters and Adam's two moments
+        self._flat: list[Tensor] = []  # parameters, and what the rule keeps of each
         self._scalars = torch.zeros(2)  # learning rate, number of this step; what is written to on the CPU
         self._written = self._scalars.numpy()
-        self._steps = torch.zeros(0)  # of each parameter, as Adam has them
+        self._steps = torch.zeros(0)  # of each parameter, as torch's optimizer has them
         self._taken = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}  # by the shapes in a batch
+        self._compiled_move: Callable[..., Any] | None = None
 
     def __call__(self, batch: TensorDict) -> tuple[Tensor, Tensor, Any]:
         """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`."""
@@ -81,11 +74,14 @@ class CompiledStep:
         values = batch.to_dict()
         key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
-        arguments = (*self._flat, scalars, values)
-        if key in self._compiled:
-            loss, norm, rest = self._compiled[key](*arguments)
+        if distributed.world_size() == 1:
+            loss, norm, rest = self._call(key, self._step, (*self._flat, scalars, values))
         else:
-            loss, norm, rest = self._first_call(key, arguments)
+            loss, grad, rest = self._call(key, self._gradient, (self._flat[0], values))
+            distributed.rank_mean(grad)
+            if self._compiled_move is None:
+                self._compiled_move = self._compile(self._move)
+            norm = self._compiled_move(*self._flat, scalars, grad)
         if math.isfinite(norm):
             self.optimizer._on_before_step()
             self._steps.add_(1.0)
@@ -93,9 +89,12 @@ class CompiledStep:
             self.optimizer._on_after_step()
         return loss, norm, rest
 
-    def _first_call(self, key: Any, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, key: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """The compiled form of a function of batches, which are the last argument; one for each of their shapes."""
+        if key in self._compiled:
+            return self._compiled[key](*arguments)
         rank_zero_info(f"Compiling the gradient step for a batch of {arguments[-1]['action'].shape[0]} rows ...")
-        started, self._compiled[key] = time.perf_counter(), self._compile()
+        started, self._compiled[key] = time.perf_counter(), self._compile(function)
         try:
             results = self._compiled[key](*arguments)
         except Exception as error:
@@ -107,13 +106,13 @@ class CompiledStep:
         rank_zero_info(f"... took {time.perf_counter() - started:.0f} s.")
         return results
 
-    def _compile(self) -> Callable[..., Any]:
-        """`_step` for batches of one shape.
+    def _compile(self, function: Any) -> Callable[..., Any]:
+        """One of the methods below for arguments of one shape.
 
         Nothing that it depends on changes, so that it need not be checked before each call whether it did, which takes
         longer than many a step. The compiler keeps what it compiled with the code it was given: a copy of its own.
         """
-        own = FunctionType(type(self)._step.__code__.replace(), globals())
+        own = FunctionType(function.__func__.__code__.replace(), globals())
         options: dict[str, str | int | bool | Callable[..., Any]] = {
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
             "size_asserts": False,
@@ -122,29 +121,35 @@ class CompiledStep:
         }
         return torch.compile(MethodType(own, self), fullgraph=True, dynamic=False, options=options)
 
-    def _step(self, flat: Tensor, mean: Tensor, square: Tensor, scalars: Tensor, batch: Any) -> Any:
-        """One step of Adam in place: algorithm 1 of Kingma and Ba 2015, arXiv:1412.6980."""
+    def _step(self, flat: Tensor, *rest: Any) -> Any:
+        """Gradient and move in one function, for one rank; not finite where the loss is not, as in an eager step."""
+        *state, scalars, batch = rest
+        value, grad, others = self._gradient(flat, batch)
+        return value, self._move(flat, *state, scalars, grad), others
+
+    def _gradient(self, flat: Tensor, batch: Any) -> tuple[Tensor, Tensor, Any]:
+        """The loss, its gradient by the flat parameters, which is not finite where the loss is not, and the rest."""
 
         def loss(flat: Tensor) -> Any:
             pieces = (piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._shapes))
             return torch.func.functional_call(self._loss, dict(zip(self._names, pieces)), (batch,))
 
         grad, (value, rest) = torch.func.grad_and_value(loss, has_aux=True)(flat)
-        norm = torch.linalg.vector_norm(grad) + 0 * value  # not finite where the loss is not, as in an eager step
-        grad = self._clipped(grad, norm)
+        return value, grad + 0 * value, rest
+
+    def _move(self, flat: Tensor, *rest: Tensor) -> Tensor:
+        """One step of the rule in place, unless the gradient is not finite; returns its norm."""
+        *state, scalars, grad = rest
+        norm = torch.linalg.vector_norm(grad)
         lr, step = scalars.unbind()
-        beta1, beta2 = self._group["betas"]
-        new_mean = torch.lerp(mean, grad, 1 - beta1)
-        new_square = beta2 * square + (1 - beta2) * grad * grad
-        denominator = (new_square / (1 - beta2**step)).sqrt() + self._group["eps"]
-        new_flat = flat - lr / (1 - beta1**step) * new_mean / denominator
+        new_flat, new_state = self._rule(flat, self._clipped(grad, norm), state, lr, step)
         finite = norm.isfinite()
-        for old, new in ((flat, new_flat), (mean, new_mean), (square, new_square)):
+        for old, new in ((flat, new_flat), *zip(state, new_state)):
             old.copy_(torch.where(finite, new, old))
-        return value, norm, rest
+        return norm
 
     def _clipped(self, grad: Tensor, norm: Tensor) -> Tensor:
-        bound, by = self._algorithm.hp.max_grad_norm, self._algorithm.hp.grad_clip_by
+        bound, by = self._clipping.bound, self._clipping.by
         if bound is None:
             return grad
         if by == "value":
@@ -155,15 +160,15 @@ class CompiledStep:
         return torch.cat([piece * factor(torch.linalg.vector_norm(piece), bound) for piece in pieces])
 
     def _attach(self) -> None:
-        """Make parameters and Adam's state views of flat tensors, if they are not (or no longer, after loading)."""
+        """Make parameters and the optimizer's state views of flat tensors, if they are not: at first, after loading."""
         first = self._parameters[0]
-        state = self._adam.state
+        state, kept = self._inner.state, self._rule.STATE
         same_memory = bool(self._flat) and first.data_ptr() == self._flat[0].data_ptr()
-        if same_memory and state[first].get("exp_avg") is self._views[1][0]:  # else a checkpoint was loaded since
+        if same_memory and state[first].get(kept[0]) is self._views[1][0]:  # else a checkpoint was loaded since
             return
         with torch.no_grad():
             values: list[list[Tensor]] = [[parameter.detach() for parameter in self._parameters]]
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in kept:
                 values.append([state[p][name] if state[p] else torch.zeros_like(p) for p in self._parameters])
             self._flat = [torch.cat([value.flatten() for value in column]) for column in values]
             self._views = [
@@ -174,17 +179,10 @@ class CompiledStep:
             on_device = self._group.get("fused") or self._group.get("capturable")
             device = first.device if on_device else torch.device("cpu")
             self._steps = torch.full((len(self._parameters),), float(self._taken), device=device)
-            for parameter, view, step, mean, square in zip(
-                self._parameters, self._views[0], self._steps.unbind(), *self._views[1:]
-            ):
-                parameter.data = view
-                state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+            for i, (parameter, step) in enumerate(zip(self._parameters, self._steps.unbind())):
+                parameter.data = self._views[0][i]
+                state[parameter] = {"step": step, **{name: view[i] for name, view in zip(kept, self._views[1:])}}
         self._algorithm.policy.weights_moved()
-
-
-def factor(norm: Tensor, bound: float) -> Tensor:
-    """What a gradient of some norm is multiplied by, so that its norm is at most `bound`."""
-    return (bound / (norm + 1e-6)).clamp(max=1.0)
 
 
 class _Loss(nn.Module):

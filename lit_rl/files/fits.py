@@ -1,0 +1,92 @@
+"""Whether what a checkpoint holds fits an algorithm, and what a new run may take from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lit_rl.errors import CheckpointError
+from lit_rl.loading import POLICY_PREFIX, read_checkpoint, section
+from lit_rl.policy import class_name
+
+COUNTERS = {"env_steps", "updates"}
+ONLY_INITIAL = {"log_std_init", "noisy"}  # arguments of policies that nothing depends on once there are weights
+
+
+def check_fits(algorithm: Any, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of another algorithm, policy or network.
+
+    Args:
+        algorithm: that has its networks.
+        found: the section of the checkpoint that describes itself.
+        state_dict: its weights.
+
+    Raises:
+        CheckpointError: naming the first thing that differs.
+    """
+    name = found["algorithm"]
+    if name not in (ancestor.__name__ for ancestor in type(algorithm).__mro__):
+        raise CheckpointError(
+            f"The checkpoint was written by {name}: it cannot be loaded into {type(algorithm).__name__}."
+        )
+    check_policy_fits(algorithm, found)
+    shapes = {key: tuple(tensor.shape) for key, tensor in algorithm.state_dict().items()}
+    saved = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    if shapes != saved:
+        key = min(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key))
+        there, here = (f"has shape {known[key]}" if key in known else "is missing" for known in (saved, shapes))
+        raise CheckpointError(
+            f"The checkpoint does not fit this {name}: {key} {there} in the file and {here} here. Use the environment, "
+            "network and options it was trained with."
+        )
+
+
+def check_policy_fits(algorithm: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a policy of another class, or made with other options.
+
+    Raises:
+        CheckpointError: naming the first thing that differs.
+    """
+    policy_class, own_class = found["policy"]["class"], class_name(algorithm.policy_class)
+    if policy_class != own_class:
+        raise CheckpointError(
+            f"The checkpoint was written with policy_class={policy_class}, not {own_class}: pass that class."
+        )
+    there, here = found["policy"]["arguments"], algorithm.policy.describe()["arguments"]
+    for name in sorted(there.keys() & here.keys() - ONLY_INITIAL):
+        if there[name] != here[name]:
+            raise CheckpointError(
+                f"The checkpoint's policy was made with {name}={there[name]!r}, this one with {name}={here[name]!r}: "
+                "use the options it was trained with."
+            )
+
+
+def init_from(algorithm: Any, path: Any) -> None:
+    """Take the policy with its normaliser from another run's checkpoint, and all else of equal name and shape.
+
+    One line lists what was not taken. Counters and the optimizer's state are those of a new run.
+
+    Args:
+        algorithm: that has its networks; the checkpoint may be of another algorithm with the same policy.
+        path: of the checkpoint.
+
+    Raises:
+        CheckpointError: if the policy there differs from the one here, or the file cannot be read.
+    """
+    checkpoint = read_checkpoint(path)
+    check_policy_fits(algorithm, section(checkpoint, path))
+    there, here = checkpoint["state_dict"], algorithm.state_dict()
+    fitting = {name for name in there.keys() & here.keys() if there[name].shape == here[name].shape} - COUNTERS
+    policy = [name for name in sorted(there.keys() | here.keys()) if name.startswith(POLICY_PREFIX)]
+    for name in policy:
+        if name not in fitting:
+            in_file, own = (tuple(found[name].shape) if name in found else "missing" for found in (there, here))
+            raise CheckpointError(
+                f"init_from={str(path)!r}: the policy differs: {name} is {in_file} in the file and {own} here. Use the "
+                "environment, network and options it was trained with."
+            )
+    algorithm.load_state_dict({name: there[name] for name in fitting}, strict=False)
+    left = sorted((there.keys() | here.keys()) - fitting - COUNTERS)
+    if left:
+        rank_zero_info(f"init_from={str(path)!r}: not taken, since it is not alike in both runs: {', '.join(left)}")

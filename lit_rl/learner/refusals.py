@@ -1,0 +1,47 @@
+"""What an algorithm cannot be asked for, said before anything starts."""
+
+from typing import Any
+
+from lit_rl.errors import OptionError
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check_trainer(trainer: Any, algorithm: Any) -> None:
+    """Refuse options of the Trainer that an algorithm has itself, or does not support.
+
+    Raises:
+        OptionError: naming the option, and what to set instead.
+    """
+    name = type(algorithm).__name__
+    if trainer.gradient_clip_val is not None:
+        raise OptionError(
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): {name} clips gradients itself. Leave it out and "
+            f"set {name}(max_grad_norm={trainer.gradient_clip_val})."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        own = f"{name}(minibatch_size" if "minibatch_size" in algorithm.hparams else "ReplayDataModule(batch_size"
+        raise OptionError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): expected 1. Set a larger {own}=...) "
+            "instead."
+        )
+    if trainer.precision not in PRECISIONS:
+        raise OptionError(f"Trainer(precision={trainer.precision!r}): expected '32-true' or 'bf16-mixed'.")
+    if algorithm.hparams.get("compile") and trainer.precision != "32-true":
+        raise OptionError(f"compile=True: expected Trainer(precision='32-true'), got {trainer.precision!r}.")
+
+
+def check_memory(algorithm: Any) -> None:
+    """Refuse options that the policy's network, with memory or without, cannot have.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    hp, policy = algorithm.hparams, algorithm.policy
+    if hp.get("burn_in") and not policy.has_memory:
+        raise OptionError(f"burn_in={hp.burn_in}: expected a network with memory, such as LSTMNetwork. Leave it out.")
+    if policy.has_memory and hp.get("share_encoder") is False:
+        raise OptionError(
+            f"share_encoder=False: {type(policy.encoder).__name__} has memory, of which an env runner carries one. "
+            "Leave it out: policy and critic then share the network."
+        )

@@ -1,0 +1,70 @@
+"""Hands metrics to loggers, callbacks and the progress bar."""
+
+import time
+from typing import Any
+
+import torch
+
+SHOWN = ("rollout/return_mean", "time/env_steps_per_s", "eval/return_mean")  # by the progress bar
+
+
+class Reporter:
+    """Publishes a run's metrics against its clock, and measures how long updates take.
+
+    Not by `LightningModule.log`, which costs 0.45 ms per key: 15 % of a small PPO update.
+
+    Args:
+        trainer: whose loggers, callbacks and progress bar are told.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._unlogged: dict[str, float] | None = None
+        self._batch_ended = time.perf_counter()
+
+    def resume_timing(self) -> None:
+        """Training goes on now: what was before (evaluation, checkpoints) is not its time."""
+        self._batch_ended = time.perf_counter()
+
+    def update(self, metrics: dict[str, Any], *, started: float, waited_s: float, env_steps: int, new: int) -> None:
+        """Publish a batch's metrics and timing.
+
+        Args:
+            metrics: of all ranks.
+            started: when its update began, by `time.perf_counter`.
+            waited_s: seconds of it that the learner waited for env steps.
+            env_steps: the clock after it.
+            new: by how much it advanced.
+        """
+        ended = time.perf_counter()
+        metrics["time/update_s"] = ended - started - waited_s
+        metrics["time/env_steps_per_s"] = new / max(ended - self._batch_ended, 1e-9)
+        self._batch_ended = ended
+        trainer = self._trainer
+        values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
+        self._tell(values)
+        self._unlogged = values
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if trainer.loggers and (batches % trainer.log_every_n_steps == 0 or trainer.should_stop):
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the last update's metrics to the loggers if they have not got them, and have them written."""
+        values, self._unlogged = self._unlogged, None
+        if values is not None:
+            self._log(values, int(values["env_steps"]))
+
+    def evaluation(self, values: dict[str, float], at: int) -> None:
+        """Publish an evaluation's metrics at the env steps of the policy that played."""
+        self._tell(values)
+        self._log(values | {"env_steps": float(at)}, at)
+
+    def _tell(self, values: dict[str, float]) -> None:
+        trainer = self._trainer
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        trainer.progress_bar_metrics.update({name: values[name] for name in SHOWN if name in values})
+
+    def _log(self, values: dict[str, float], env_steps: int) -> None:
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=env_steps)
+            logger.save()

@@ -1,0 +1,67 @@
+"""Optimizers' rules as pure functions on flat tensors: what a compiled step calls."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import OptionError
+
+
+class Rule(Protocol):
+    """One step of an optimizer on N parameters in one flat tensor.
+
+    Attributes:
+        STATE: what the optimizer keeps for each parameter, by the names torch gives it; a flat tensor [N] each.
+    """
+
+    STATE: tuple[str, ...]
+
+    def __call__(
+        self, flat: Tensor, grad: Tensor, state: list[Tensor], lr: Tensor, step: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The parameters and the state after the step; nothing is changed in place.
+
+        Args:
+            flat: the parameters, [N].
+            grad: [N], clipped.
+            state: as named by `STATE`.
+            lr: the learning rate, [].
+            step: the number of this step, from 1, [].
+        """
+
+
+class Adam:
+    """Algorithm 1 of Kingma and Ba 2015, arXiv:1412.6980, as `torch.optim.Adam` has it."""
+
+    STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, betas: tuple[float, float], eps: float):
+        self._betas, self._eps = betas, eps
+
+    def __call__(
+        self, flat: Tensor, grad: Tensor, state: list[Tensor], lr: Tensor, step: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        (mean, square), (beta1, beta2) = state, self._betas
+        mean = torch.lerp(mean, grad, 1 - beta1)
+        square = beta2 * square + (1 - beta2) * grad * grad
+        denominator = (square / (1 - beta2**step)).sqrt() + self._eps
+        return flat - lr / (1 - beta1**step) * mean / denominator, [mean, square]
+
+
+def rule_of(optimizer: Any) -> Rule:
+    """The rule of a torch optimizer with one group of parameters.
+
+    Raises:
+        OptionError: if there is none for it.
+    """
+    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
+        raise OptionError(
+            f"compile=True: expected configure_optimizers to return torch.optim.Adam with one group of parameters, "
+            f"got {type(optimizer).__name__}. Leave it out."
+        )
+    group = optimizer.param_groups[0]
+    for name in ("weight_decay", "amsgrad", "maximize"):
+        if group[name]:
+            raise OptionError(f"compile=True: expected Adam without {name}, got {group[name]!r}. Leave it out.")
+    return Adam(group["betas"], group["eps"])

@@ -1,0 +1,76 @@
+"""What feeds an algorithm, seen from the algorithm: all it may ask of a datamodule."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from lit_rl.evaluation.summary import EvaluationResult
+from lit_rl.spec import EnvSpec
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A datamodule that feeds an algorithm. One that subclasses this need only give what it has.
+
+    Attributes:
+        spec: the environment's spaces; None if there is no environment, or before `setup`.
+        seed: of everything random in the run; None if there is none.
+        budget: what the clock ends at, over all ranks; None if it does not.
+        rollout_shape: B and T of this rank's on-policy batches; None if batches are none.
+    """
+
+    spec: EnvSpec | None = None
+    seed: int | None = None
+
+    @property
+    def budget(self) -> int | None:
+        return None
+
+    @property
+    def rollout_shape(self) -> tuple[int, int] | None:
+        return None
+
+    def describe_env(self) -> dict[str, Any] | None:
+        """How to make the environment, in plain data for checkpoints; None if it cannot be said."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What is to be logged of where the last batch came from; every rank calls it."""
+        return {}
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """Forget an earlier run's episodes and position: a new one begins with this datamodule."""
+        return
+
+    def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
+        """This rank's part of a checkpoint, in plain data; with `weights_only`, without what is large."""
+        return {}
+
+    def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+        """Go on from what `rank_state` returned on every rank, be they as many now or not."""
+        return
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def begin_evaluation(self) -> None:
+        """Training begins: where evaluations go on beside it, begin the first."""
+        return
+
+    def evaluations(self) -> list[EvaluationResult]:
+        """What was evaluated since this was asked last; the last one is that of the validation under way."""
+        return []
+
+    def end_evaluation(self) -> list[EvaluationResult]:
+        """Training is over: the evaluation still under way beside it, if there is one, as soon as it has ended."""
+        return []
+
+
+class NoSource(Source):
+    """In place of a datamodule that is none of lit_rl's: the algorithm is given batches, and knows nothing of them."""
+
+
+def source_of(trainer: Any) -> Source:
+    """The datamodule of a Trainer, as a `Source`."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return datamodule if isinstance(datamodule, Source) else NoSource()
