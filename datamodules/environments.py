@@ -158,12 +158,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if not isinstance(batch, TensorDict) or batch.device == device:
-            return batch
-        moved = batch.to(device)
-        if isinstance(batch, Rollout):
-            moved.env_steps = batch.env_steps
-        return moved
+        return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("exception")

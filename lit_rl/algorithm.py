@@ -7,7 +7,6 @@ import time
 import types
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,20 +18,16 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl import distributed, rescue
 from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.errors import DivergedError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, summarize
 from lit_rl.files.fits import check_fits, init_from
-from lit_rl.learner.clipping import Clipping
-from lit_rl.learner.compiled import CompiledStep
-from lit_rl.learner.host import Host
+from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_memory, check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
-from lit_rl.learner.steps import GradientSteps
 from lit_rl.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
@@ -321,33 +316,11 @@ class Algorithm(TakesOptions, L.LightningModule):
             if self.trainer.checkpoint_callbacks:
                 check_nameable(self.network)  # and so is a network that no checkpoint could name
 
-    def make_host(self) -> Host:
-        """The host of an algorithm that is the Trainer's module."""
-        trainer = self.trainer
-        optimizers: Any = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        clipping = Clipping(self.hp.max_grad_norm, self.hp.grad_clip_by)
-        steps = GradientSteps(
-            optimizers,
-            self.manual_backward,
-            {parameter: name for name, parameter in self.named_parameters()},
-            clipping,
-            no_sync=trainer.model.no_sync if isinstance(trainer.model, DistributedDataParallel) else nullcontext,
-            compiled=CompiledStep(self, optimizers[0], clipping) if self.hp.get("compile") else None,
-        )
-        return Host(
-            steps=steps,
-            source=self.source,
-            is_resumed=trainer.global_step > 0 or bool(trainer.ckpt_path),
-            rank=self.global_rank,
-            save_checkpoint=lambda name: rescue.save_checkpoint(trainer, name),
-            log_folder=lambda: rescue.log_folder(trainer),
-        )
-
     # --- Lightning's hooks: training ----------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        host = self.make_host()
+        optimizers: Any = self.optimizers()
+        host = make_host(self, self, optimizers if isinstance(optimizers, list) else [optimizers], self.source)
         if not host.is_resumed:
             host.source.restart()
         self.attach(host)

@@ -35,6 +35,11 @@ class Rollout(TensorDict):
 
     env_steps: int = 0
 
+    def to(self, *args: Any, **kwargs: Any) -> "Rollout":
+        moved = super().to(*args, **kwargs)
+        moved.env_steps = self.env_steps
+        return moved
+
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T].

@@ -1,9 +1,18 @@
 """What an algorithm needs of its surroundings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lightning as L
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_rl import rescue
+from lit_rl.learner.clipping import Clipping
+from lit_rl.learner.compiled import CompiledStep
 from lit_rl.learner.steps import GradientSteps
 from lit_rl.source import Source
 
@@ -11,8 +20,6 @@ from lit_rl.source import Source
 @dataclass(frozen=True)
 class Host:
     """What an algorithm needs of its surroundings while it learns, be it the Trainer's module or a part of it.
-
-    Lightning's hooks make one (`Algorithm.host`); a module of several algorithms makes one for each of them.
 
     Attributes:
         steps: takes its gradient steps.
@@ -29,3 +36,37 @@ class Host:
     rank: int
     save_checkpoint: Callable[[str], Path]
     log_folder: Callable[[], Path]
+
+
+def make_host(
+    algorithm: Any, module: L.LightningModule, optimizers: Sequence[LightningOptimizer], source: Source
+) -> Host:
+    """The host of an algorithm in a fit that begins.
+
+    Args:
+        algorithm: with its networks.
+        module: the Trainer's, whose manual optimisation takes the steps: the algorithm itself, or what it is a part of.
+        optimizers: Lightning's wrappers of what the algorithm's `configure_optimizers` returned.
+        source: of its batches.
+
+    Raises:
+        OptionError: if its steps are to be compiled and cannot be.
+    """
+    trainer = module.trainer
+    clipping = Clipping(algorithm.hp.max_grad_norm, algorithm.hp.grad_clip_by)
+    steps = GradientSteps(
+        optimizers,
+        module.manual_backward,
+        {parameter: name for name, parameter in algorithm.named_parameters()},
+        clipping,
+        no_sync=trainer.model.no_sync if isinstance(trainer.model, DistributedDataParallel) else nullcontext,
+        compiled=CompiledStep(algorithm, optimizers[0], clipping) if algorithm.hp.get("compile") else None,
+    )
+    return Host(
+        steps=steps,
+        source=source,
+        is_resumed=trainer.global_step > 0 or bool(trainer.ckpt_path),
+        rank=module.global_rank,
+        save_checkpoint=lambda name: rescue.save_checkpoint(trainer, name),
+        log_folder=lambda: rescue.log_folder(trainer),
+    )
