@@ -92,7 +92,6 @@ class Algorithm(TakesOptions, L.LightningModule):
             raise OptionError(f"policy_class={policy_class!r}: expected a subclass of lit_rl.{self.POLICY.__name__}.")
         self.network = network
         self.policy_class = policy_class or self.POLICY
-        self._compiled_step: CompiledStep | None = None
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
         self.max_env_steps: int | None = None
         self.init_from: str | None = None
