@@ -18,6 +18,7 @@ from torch import nn
 from lit_rl import DQN, PPO, Policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.learner.host import make_host
+from lit_rl.replay import ReplayStream
 from lit_rl.rollout import Rollout
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.gathering import evened, to_rollout
