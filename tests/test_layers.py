@@ -98,15 +98,11 @@ def test_the_three_outer_folders_do_not_import_each_other(folder: str) -> None:
     assert {path.name: reached(path) - {folder} for path in files} == {path.name: set() for path in files}
 
 
-# Not yet gone: for one isinstance, when an algorithm is saved.
-STILL_THERE = {"lit_rl.algorithm": {"lit_rl.envs", "lit_rl.envs.make"}}
-
-
 def chains(start: str) -> dict[str, str]:
     """All modules that one imports, itself or through others, and how: "lit_rl.modules.ppo > lit_rl.algorithm"."""
     found, modules = {start: start}, [start]
     for module in modules:
-        for name in sorted(GRAPH[module] - STILL_THERE.get(module, set()) - found.keys()):
+        for name in sorted(GRAPH[module] - found.keys()):
             found[name] = f"{found[module]} > {name}"
             modules.append(name)
     return found
