@@ -144,7 +144,7 @@ class Diagnostics(TakesOptions, L.Callback):
         return {"value": totals[-1] - totals[0]} if totals[-1] > totals[0] else None
 
     def _returns(self, metrics: Mapping[str, float], algorithm: Any) -> dict[str, float] | None:
-        budget, steps = algorithm.max_env_steps, algorithm.env_steps_done
+        budget, steps = algorithm.budget, algorithm.env_steps_done
         enough = self._median(metrics, "rollout/return_mean") is not None
         if budget is None or not enough or steps < self.still_share * budget:
             return None

@@ -6,6 +6,8 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lit_rl.source import source_of
+
 
 class EnvStepsProgressBar(TQDMProgressBar):
     """One bar for the whole run: env steps of `max_env_steps`, training return, evaluation return, env steps/s."""
@@ -25,8 +27,7 @@ class EnvStepsProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.train_progress_bar = self.init_train_tqdm()
-        budget = getattr(getattr(trainer, "datamodule", None), "max_env_steps", None)
-        self.train_progress_bar.reset(budget)
+        self.train_progress_bar.reset(source_of(trainer).budget)
         self._show(pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -48,7 +49,7 @@ class EnvStepsProgressBar(TQDMProgressBar):
         bar = self.train_progress_bar
         if bar.disable:
             return
-        bar.n = int(pl_module.env_steps)
+        bar.n = pl_module.clock
         bar.set_postfix(self.get_metrics(pl_module.trainer, pl_module))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:

@@ -65,6 +65,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         lr: the learning rate; None leaves it as `configure_optimizers` sets it.
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
+        budget: what its clock ends at; None if it does not.
         init_from: a checkpoint whose policy is taken when the networks are built, with what else fits; nothing else.
     """
 
@@ -93,7 +94,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.network = network
         self.policy_class = policy_class or self.POLICY
         self.spec = None if spec is None else EnvSpec.from_dict(spec)
-        self.max_env_steps: int | None = None
+        self.budget: int | None = None
         self.init_from: str | None = None
         self.generator = torch.Generator()
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
@@ -196,6 +197,12 @@ class Algorithm(TakesOptions, L.LightningModule):
         return self._host
 
     @property
+    def clock(self) -> int:
+        """What time it is by the clock of its source: env steps, or updates."""
+        by_updates = self._host is not None and self._host.source.clock == "updates"
+        return self.updates_done if by_updates else self.env_steps_done
+
+    @property
     def skipped_updates(self) -> int:
         """Gradient steps that were skipped since a loss or gradient was not finite."""
         return 0 if self._host is None else self._host.steps.skipped
@@ -241,7 +248,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         """Learn inside of `host` from now on; with counts from 0 unless that goes on with a run."""
         self._host = host
         self._saved_batches.clear()
-        self.max_env_steps = host.source.budget
+        self.budget = host.source.budget
         if not host.is_resumed:
             self.env_steps.zero_()
             self.updates.zero_()
@@ -254,12 +261,12 @@ class Algorithm(TakesOptions, L.LightningModule):
         Raises:
             OptionError: if one ends with the budget, and there is none.
         """
-        env_steps, budget = self.env_steps_done, self.max_env_steps
+        now, budget = self.clock, self.budget
         for part in self.children():
             if isinstance(part, Scheduled):
-                part.follow(env_steps, budget)
+                part.follow(now, budget)
         if self.lr is not None and self._host is not None:
-            lr = self.lr.at(env_steps, budget)
+            lr = self.lr.at(now, budget)
             for optimizer in self._host.steps.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -309,7 +316,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = LitCheckpointIO()
         if stage == "fit":
-            self.max_env_steps = self.source.budget
+            self.budget = self.source.budget
             self._host = None
             self.follow_schedules()  # one that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
@@ -379,6 +386,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             metrics | self.source.metrics(),
             started=started,
             waited_s=getattr(batch, "waited_s", 0.0),
+            step=self.clock,
             env_steps=self.env_steps_done,
             new=self.env_steps_done - env_steps,
         )

@@ -1,7 +1,7 @@
 """What feeds an algorithm, seen from the algorithm: all it may ask of a datamodule."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.spec import EnvSpec
@@ -14,12 +14,14 @@ class Source(Protocol):
     Attributes:
         spec: the environment's spaces; None if there is no environment, or before `setup`.
         seed: of everything random in the run; None if there is none.
+        clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
         rollout_shape: B and T of this rank's on-policy batches; None if batches are none.
     """
 
     spec: EnvSpec | None = None
     seed: int | None = None
+    clock: Literal["env_steps", "updates"] = "env_steps"
 
     @property
     def budget(self) -> int | None:

@@ -130,7 +130,7 @@ class DQN(OffPolicy):
         return torch.optim.Adam(self.policy.parameters(), lr=self.hp.lr, fused=True)
 
     def epsilon_at(self, env_steps: int) -> float:
-        return self.epsilon.at(env_steps, self.max_env_steps)
+        return self.epsilon.at(env_steps, self.budget)
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         metrics = super().learn_from(batch)

@@ -19,22 +19,25 @@ class Reporter:
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._unlogged: dict[str, float] | None = None
+        self._unlogged: tuple[dict[str, float], int] | None = None  # the last update's metrics, and their step
         self._batch_ended = time.perf_counter()
 
     def resume_timing(self) -> None:
         """Training goes on now: what was before (evaluation, checkpoints) is not its time."""
         self._batch_ended = time.perf_counter()
 
-    def update(self, metrics: dict[str, Any], *, started: float, waited_s: float, env_steps: int, new: int) -> None:
+    def update(
+        self, metrics: dict[str, Any], *, started: float, waited_s: float, step: int, env_steps: int, new: int
+    ) -> None:
         """Publish a batch's metrics and timing.
 
         Args:
             metrics: of all ranks.
             started: when its update began, by `time.perf_counter`.
             waited_s: seconds of it that the learner waited for env steps.
-            env_steps: the clock after it.
-            new: by how much it advanced.
+            step: the clock after it, at which loggers are told.
+            env_steps: that were learned from, in all.
+            new: and in this batch.
         """
         ended = time.perf_counter()
         metrics["time/update_s"] = ended - started - waited_s
@@ -43,16 +46,16 @@ class Reporter:
         trainer = self._trainer
         values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
         self._tell(values)
-        self._unlogged = values
+        self._unlogged = values, step
         batches = trainer.fit_loop.total_batch_idx + 1
         if trainer.loggers and (batches % trainer.log_every_n_steps == 0 or trainer.should_stop):
             self.flush()
 
     def flush(self) -> None:
         """Hand the last update's metrics to the loggers if they have not got them, and have them written."""
-        values, self._unlogged = self._unlogged, None
-        if values is not None:
-            self._log(values, int(values["env_steps"]))
+        unlogged, self._unlogged = self._unlogged, None
+        if unlogged is not None:
+            self._log(*unlogged)
 
     def evaluation(self, values: dict[str, float], at: int) -> None:
         """Publish an evaluation's metrics at the env steps of the policy that played."""
@@ -64,7 +67,7 @@ class Reporter:
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         trainer.progress_bar_metrics.update({name: values[name] for name in SHOWN if name in values})
 
-    def _log(self, values: dict[str, float], env_steps: int) -> None:
+    def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=env_steps)
+            logger.log_metrics(values, step=step)
             logger.save()
