@@ -23,8 +23,9 @@ from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
-from lit_rl.runners.env_runner import EnvRunner, Episode, Fragment
+from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
+from lit_rl.runners.fragment import Episode, Fragment
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
 from lit_rl.source import Source

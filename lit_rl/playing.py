@@ -16,7 +16,7 @@ from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.episodes import play
 from lit_rl.loading import load_policy, read_checkpoint, section
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode
+from lit_rl.runners.fragment import Episode
 from lit_rl.video import Frames, VideoFile, check_format, check_renders, rendering
 
 # Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.

@@ -19,8 +19,9 @@ from lit_rl.errors import EnvError, OptionError, SpaceError
 from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, next_values
-from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
 

@@ -34,8 +34,9 @@ from lit_rl.errors import OptionError
 from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.rollout import next_values_with_memory, sequences
-from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
+from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.runners.pool import MakeRunner, _RunnerActor
 from lit_rl.runners.transport import Packed, pack_weights

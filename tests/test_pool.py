@@ -22,8 +22,9 @@ from lit_rl.errors import RunnerError
 from lit_rl.policy import Policy
 from lit_rl.rollout import count_rows
 from lit_rl.runners import ray_session as session
-from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.pool import Placement, RunnerPool

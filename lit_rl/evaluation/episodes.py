@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode
+from lit_rl.runners.fragment import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
 from lit_rl.trees import from_env, iterate
 

@@ -14,8 +14,8 @@ from lit_rl.evaluation.eval_pool import EvalPool
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import Episode
 from lit_rl.runners.faults import FaultTolerance, Restarts
+from lit_rl.runners.fragment import Episode
 from lit_rl.runners.pool import Placement
 
 log = logging.getLogger(__name__)

@@ -93,7 +93,7 @@ class ReplayBuffer:
         """Append a fragment [B, T] of an env runner; returns how many transitions that were.
 
         Args:
-            rows: the fragment's arrays by path: see `runners.env_runner.Fragment`; with `state` [B, T, ...] if states
+            rows: the fragment's arrays by path: see `runners.fragment.Fragment`; with `state` [B, T, ...] if states
                 are kept.
             envs: a number for each of the B environments, the same in each call. One that does not go on where it
                 was (because its runner was replaced) begins a new chain of rows.

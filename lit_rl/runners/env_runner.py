@@ -1,11 +1,10 @@
 """Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
 
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,58 +15,12 @@ from lit_rl.envs.vector import Begin, SyncVectorEnv
 from lit_rl.errors import EnvError, EnvFailure, env_error, sentence
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Phase, Restarts, Watchdog
+from lit_rl.runners.finite import check_finite
+from lit_rl.runners.fragment import Episode, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
-from lit_rl.runners.transport import Layout, Packed, allocate, pack
-from lit_rl.trees import Tree, is_leaf, iterate, leaves, map_tree, nest, row_dtype, space_leaves
-
-ROWS = ("observation", "action", "action_log_prob", "reward")  # numbers of one row each, not of an environment
-OF_POLICY = ("action", "action_log_prob", "state")
-
-
-class Episode(NamedTuple):
-    """A finished episode.
-
-    Attributes:
-        return_: undiscounted sum of its rewards.
-        length: its env steps.
-        info: the user's metrics, read from the last step's `info`.
-        steps: its transitions, if recorded: time-ordered arrays by name.
-        seed: with which it was begun, if it was played for evaluation.
-        cut: whether it had not ended when the time for it was over.
-    """
-
-    return_: float
-    length: int
-    info: dict[str, float]
-    steps: dict[str, np.ndarray] | None = None
-    seed: int | None = None
-    cut: bool = False
-
-
-class Fragment(NamedTuple):
-    """What one `EnvRunner.sample` collected.
-
-    Attributes:
-        rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
-            is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
-            `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
-            path: "observation/arm".
-        finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
-            [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
-        episodes: those that ended.
-        policy_version: version of the weights that acted.
-        entry: where its env steps went.
-        failures: what environments raised, and was survived.
-    """
-
-    rows: Packed
-    finals: Packed
-    episodes: list[Episode]
-    policy_version: int
-    entry: Entry
-    failures: Sequence[str] = ()
+from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
 
 class EnvRunner:
@@ -120,8 +73,6 @@ class EnvRunner:
         self._replayable = replayable
         self._reward_scale, self._reward_clip = reward_scale, reward_clip
         self._keep_states = keep_states and policy.has_memory
-        self._layout: tuple[int, Layout] | None = None  # of a fragment's rows: the same every time
-        self._no_finals: Packed | None = None  # what no episode's end packs to
         self._accounted = 0  # env steps in fragments so far
         self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
         self._failures: list[str] = []
@@ -141,6 +92,14 @@ class EnvRunner:
             self._make_envs([_number(child) for child in self._seeds])
         except EnvFailure as error:
             self._rebuild_all(error)
+        self._layout = FragmentLayout(
+            policy.spec,
+            num_envs,
+            rollout_length,
+            state=self._state,
+            keep_states=self._keep_states,
+            has_mask=self._mode is AutoresetMode.NEXT_STEP,
+        )
         can_replay = self._replayable and isinstance(self._envs, SyncVectorEnv)
         self._history = ActionHistory(num_envs) if can_replay else None
 
@@ -173,7 +132,7 @@ class EnvRunner:
 
     def _collect(self) -> Fragment:
         length, policy, envs = self._rollout_length, self.policy, self._envs
-        rows = self._allocate()
+        rows = self._layout.allocate()
         view = rows.views()
         columns = nest(view)
         obs_rows, action_rows = columns["observation"], columns["action"]
@@ -229,9 +188,9 @@ class EnvRunner:
         self._obs, self._state = obs, state
         self._begun += is_init_rows.sum(1)
         map_tree(np.copyto, columns["last_observation"], obs)
-        packed_finals = self._pack_finals(finals, failed)
-        finals_view = {} if packed_finals is self._no_finals else packed_finals.views()
-        self._check_finite(view | finals_view, begun, lengths)
+        packed_finals = self._layout.pack_finals(finals, failed)
+        finals_view = packed_finals.views() if finals or failed else {}
+        check_finite(self._env.env_id, view | finals_view, begun, lengths, self._is_init)
         if self._reward_scale != 1.0:
             reward_rows *= np.float32(self._reward_scale)
         if self._reward_clip is not None:
@@ -364,33 +323,6 @@ class EnvRunner:
         if wait > BACKOFF_S:  # the first in a row costs nobody anything
             time.sleep(wait)
 
-    def _allocate(self) -> Packed:
-        """Memory for a fragment's rows."""
-        if self._layout is not None:
-            return Packed(np.empty(self._layout[0], np.uint8), self._layout[1])
-        num_envs, batch = self._num_envs, (self._num_envs, self._rollout_length)
-        spec = self.policy.spec
-        fields: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for path, space in space_leaves(spec.observation_space, "observation").items():
-            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
-            fields[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
-        for path, space in space_leaves(spec.action_space, "action").items():
-            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
-        for path, array in iterate(self._state, "state") if self._state is not None else ():
-            fields[path] = (array.dtype.str, (*batch, *array.shape[1:]) if self._keep_states else array.shape)
-        fields |= {
-            "action_log_prob": ("<f4", batch),
-            "reward": ("<f4", batch),
-            "terminated": ("|b1", batch),
-            "truncated": ("|b1", batch),
-            "is_init": ("|b1", batch),
-        }
-        if self._mode is AutoresetMode.NEXT_STEP:
-            fields["mask"] = ("|b1", batch)
-        packed = allocate(fields)
-        self._layout = len(packed.buffer), packed.layout
-        return packed
-
     def _after_next_step(self, t: int, done: np.ndarray, mask_rows: np.ndarray, reward_rows: np.ndarray) -> None:
         """NEXT_STEP: the step after an episode's end ignored its action and returned the next episode's first obs."""
         was_reset = self._resetting
@@ -446,85 +378,6 @@ class EnvRunner:
         self._lengths[ended] = 0
         return episodes
 
-    def _pack_finals(self, finals: list[tuple[int, int, Tree]], failed: list[tuple[int, int]]) -> Packed:
-        if not (finals or failed) and self._no_finals is not None:
-            return self._no_finals
-        counts = np.bincount([b for b, _, _ in finals], minlength=self._num_envs)
-        shape = (self._num_envs, int(counts.max()))
-        steps = np.full(shape, -1, np.int64)
-        space = self.policy.spec.observation_space
-        columns = {
-            path: np.zeros(shape + (part.shape or ()), row_dtype(part))
-            for path, part in space_leaves(space, "final_observation").items()
-        }
-        filled = [0] * self._num_envs
-        for b, t, obs in finals:
-            steps[b, filled[b]] = t
-            for column, value in zip(columns.values(), leaves(obs)):
-                column[b, filled[b]] = value
-            filled[b] += 1
-        if failed:
-            columns["mask"] = np.ones((self._num_envs, self._rollout_length), np.bool_)
-            columns["mask"][tuple(zip(*failed))] = False
-        packed = pack({"final_step": steps, **columns})
-        if not (finals or failed):
-            self._no_finals = packed
-        return packed
-
-    def _check_finite(self, view: dict[str, np.ndarray], begun: np.ndarray, lengths: np.ndarray) -> None:
-        """Once per fragment, so that it costs nothing per step. Named is what was wrong first: the rest follows.
-
-        Args:
-            view: the fragment.
-            begun: episodes of each environment before it.
-            lengths: env steps by then in the episodes under way.
-        """
-        with np.errstate(over="ignore", invalid="ignore"):  # the sum of finite numbers may be infinite
-            suspects = [(n, x) for n, x in view.items() if x.dtype.kind == "f" and not math.isfinite(x.sum())]
-        wrong = []
-        for name, array in suspects:
-            if not np.isfinite(array).all():
-                places = [
-                    (b, k) for b, k, *_ in np.argwhere(~np.isfinite(array[:, None] if array.ndim == 1 else array))
-                ]
-                wrong += [self._where(name.split("/")[0], array, int(b), int(k), view) for b, k in places]
-        if not wrong:
-            return
-        _, _, b, row, after, name, value = min(wrong)
-        is_init = view["is_init"][b, : row + 1]
-        episode, step = int(begun[b] + is_init.sum()) - 1, row + after
-        step += -int(np.flatnonzero(is_init)[-1]) if is_init.any() else int(lengths[b])
-        if name == "last_observation" and self._is_init[b]:
-            episode, step = episode + 1, 0
-        what = name.removeprefix("last_").removeprefix("final_")
-        raise EnvError(
-            f"env={self._env.env_id}: {what}={value} at step {step} of episode {episode} of environment {b}: expected "
-            f"finite numbers. {'The policy has diverged: lower lr.' if name in OF_POLICY else 'Mend the environment.'}"
-        )
-
-    def _where(self, name: str, array: np.ndarray, b: int, k: int, view: dict[str, np.ndarray]) -> tuple:
-        """What sorts before what it brought about, and tells the place: time, part of a step, b, row, steps after."""
-        if name in ROWS:
-            return k, ROWS.index(name), b, k, 0, name, array[b, k].tolist()
-        if name == "final_observation":
-            row = int(view["final_step"][b, k])
-            return row + 1, 0, b, row, 1, name, array[b, k].tolist()
-        last = self._rollout_length - 1
-        return last + 1, 0, b, last, 1, name, array[b].tolist()
-
 
 def _number(seed: np.random.SeedSequence) -> int:
     return int(seed.generate_state(1)[0])
-
-
-def put(rows: np.ndarray, b: int, values: Any) -> None:
-    rows[b] = values
-
-
-def write_step(rows: Tree, t: int, values: Tree) -> None:
-    """`values` [B, ...] into `rows` [B, T, ...] at step t."""
-    if is_leaf(rows):
-        rows[:, t] = values
-        return
-    for key, part in rows.items():
-        write_step(part, t, values[key])

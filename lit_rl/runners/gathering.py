@@ -11,7 +11,7 @@ import torch
 
 from lit_rl import distributed
 from lit_rl.rollout import Rollout, mask_of
-from lit_rl.runners.env_runner import Fragment
+from lit_rl.runners.fragment import Fragment
 from lit_rl.trees import nest
 
 NEXT = ("reward", "terminated", "truncated")

@@ -15,8 +15,9 @@ import torch
 from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.options import NonNegative, OneOf, check, check_fields
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner, Fragment
+from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
+from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 

@@ -1,0 +1,138 @@
+"""A fragment, what a runner collects at a time, and the memory it is written into."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_rl.runners.ledger import Entry
+from lit_rl.runners.transport import Packed, allocate, pack
+from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree, is_leaf, iterate, leaves, row_dtype, space_leaves
+
+
+class Episode(NamedTuple):
+    """A finished episode.
+
+    Attributes:
+        return_: undiscounted sum of its rewards.
+        length: its env steps.
+        info: the user's metrics, read from the last step's `info`.
+        steps: its transitions, if recorded: time-ordered arrays by name.
+        seed: with which it was begun, if it was played for evaluation.
+        cut: whether it had not ended when the time for it was over.
+    """
+
+    return_: float
+    length: int
+    info: dict[str, float]
+    steps: dict[str, np.ndarray] | None = None
+    seed: int | None = None
+    cut: bool = False
+
+
+class Fragment(NamedTuple):
+    """What one `EnvRunner.sample` collected.
+
+    Attributes:
+        rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
+            is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
+            `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
+            path: "observation/arm".
+        finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
+            [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
+        episodes: those that ended.
+        policy_version: version of the weights that acted.
+        entry: where its env steps went.
+        failures: what environments raised, and was survived.
+    """
+
+    rows: Packed
+    finals: Packed
+    episodes: list[Episode]
+    policy_version: int
+    entry: Entry
+    failures: Sequence[str] = ()
+
+
+class FragmentLayout:
+    """Where a runner's fragments have their arrays: the same for all of them.
+
+    Args:
+        spec: the environment's spaces.
+        num_envs: B.
+        rollout_length: T.
+        state: what the policy carries at an episode's start, [B, ...]; None without memory.
+        keep_states: `state` before every step, [B, T, ...], instead of the first alone.
+        has_mask: whether rows have a `mask`.
+    """
+
+    def __init__(
+        self, spec: EnvSpec, num_envs: int, rollout_length: int, *, state: Tree, keep_states: bool, has_mask: bool
+    ):
+        self._batch = batch = (num_envs, rollout_length)
+        fields: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for path, space in space_leaves(spec.observation_space, "observation").items():
+            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
+            fields[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
+        for path, space in space_leaves(spec.action_space, "action").items():
+            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
+        for path, array in iterate(state, "state") if state is not None else ():
+            fields[path] = (array.dtype.str, (*batch, *array.shape[1:]) if keep_states else array.shape)
+        fields |= {
+            "action_log_prob": ("<f4", batch),
+            "reward": ("<f4", batch),
+            "terminated": ("|b1", batch),
+            "truncated": ("|b1", batch),
+            "is_init": ("|b1", batch),
+        }
+        if has_mask:
+            fields["mask"] = ("|b1", batch)
+        packed = allocate(fields)
+        self._num_bytes, self._layout = len(packed.buffer), packed.layout
+        self._finals = space_leaves(spec.observation_space, "final_observation")
+        self._no_finals = self._packed([], [])
+
+    def allocate(self) -> Packed:
+        """Uninitialised memory for a fragment's rows."""
+        return Packed(np.empty(self._num_bytes, np.uint8), self._layout)
+
+    def pack_finals(self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]]) -> Packed:
+        """A fragment's `finals`.
+
+        Args:
+            finals: (b, t, observation [*obs]) of each row that ended an episode, those of one environment in order.
+            failed: (b, t) of each row that is no transition, since the environment failed.
+        """
+        return self._packed(finals, failed) if finals or failed else self._no_finals
+
+    def _packed(self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]]) -> Packed:
+        num_envs = self._batch[0]
+        counts = np.bincount([b for b, _, _ in finals], minlength=num_envs)
+        shape = (num_envs, int(counts.max()))
+        steps = np.full(shape, -1, np.int64)
+        columns = {path: np.zeros(shape + (part.shape or ()), row_dtype(part)) for path, part in self._finals.items()}
+        filled = [0] * num_envs
+        for b, t, obs in finals:
+            steps[b, filled[b]] = t
+            for column, value in zip(columns.values(), leaves(obs)):
+                column[b, filled[b]] = value
+            filled[b] += 1
+        if failed:
+            columns["mask"] = np.ones(self._batch, np.bool_)
+            columns["mask"][tuple(zip(*failed))] = False
+        return pack({"final_step": steps, **columns})
+
+
+def put(rows: np.ndarray, b: int, values: Any) -> None:
+    """`values` [...] into environment b's row of `rows` [B, ...]."""
+    rows[b] = values
+
+
+def write_step(rows: Tree, t: int, values: Tree) -> None:
+    """`values` [B, ...] into `rows` [B, T, ...] at step t."""
+    if is_leaf(rows):
+        rows[:, t] = values
+        return
+    for key, part in rows.items():
+        write_step(part, t, values[key])
