@@ -23,11 +23,13 @@ from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.faults import FaultTolerance, Watchdog, time_limit
+from lit_rl.runners.faults import FaultTolerance, time_limit
 from lit_rl.runners.fragment import Episode, Fragment
 from lit_rl.runners.ledger import Ledger
-from lit_rl.runners.pool import LocalPool, Placement, Pool, RunnerPool
+from lit_rl.runners.making import make_pool
+from lit_rl.runners.placement import Placement
+from lit_rl.runners.pool import Pool
+from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.source import Source
 from lit_rl.spec import EnvSpec
 
@@ -374,59 +376,26 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return np.random.SeedSequence(self.seed, spawn_key=key)
 
     def _make_pool(self) -> Pool:
-        rank, start = self.attached_trainer.global_rank, self._collected
-        description, network = self.algorithm.policy.describe(), self.algorithm.network
-        policy_class = self.algorithm.policy_class
-        env, seed = self.env, self.seed
-        keep_states, num_env_runners = self.keep_states, self.num_env_runners
-        num_envs, rollout_length, info_metrics = self.num_envs_per_env_runner, self.rollout_length, self.info_metrics
-
-        reward_scale, reward_clip = self.reward_scale, self.reward_clip
-        faults = self.fault_tolerance
-
-        def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
-            key = (RUNNERS, rank, runner, incarnation, start)
-            return EnvRunner(
-                env,
-                policy_class.from_description(description, network=network),
-                num_envs=num_envs,
-                rollout_length=rollout_length,
-                seed=np.random.SeedSequence(seed, spawn_key=key),
-                info_metrics=info_metrics,
-                keep_states=keep_states,
-                faults=faults,
-                watchdog=watchdog,
-                replayable=not num_env_runners,
-                reward_scale=reward_scale,
-                reward_clip=reward_clip,
-            )
-
-        saved = self._resume
-        if saved is not None and saved["rollouts"] > 0 and (num_env_runners or not saved["runners"]):
-            rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")
-        if num_env_runners:
+        algorithm = self.algorithm
+        if self.num_env_runners:
             self._connect_ray()
-            return RunnerPool(make_runner, num_env_runners, self.ledger, faults, self.placement)
-        pool = LocalPool(make_runner, self.ledger)
-        if self._resume is not None and self._resume["runners"]:
-            restarted = pool.set_state(self._resume["runners"])
-            before = len(self._resume["runners"][0].get("begins", ())) or num_envs
-            if restarted and before != num_envs:
-                log.warning(
-                    "Resumed: all %d episodes begin afresh, since the checkpoint is of %d environments.",
-                    num_envs,
-                    before,
-                )
-            elif restarted:
-                log.warning(
-                    "Resumed: %d of the %d episodes under way begin afresh, since their environment (env=%s, "
-                    "vectorization=%s) does not come to the same observation again.",
-                    restarted,
-                    num_envs,
-                    env.env_id,
-                    env.vectorization,
-                )
-        return pool
+        return make_pool(
+            self.env,
+            algorithm.policy.maker(),
+            num_env_runners=self.num_env_runners,
+            num_envs=self.num_envs_per_env_runner,
+            rollout_length=self.rollout_length,
+            seed=self._seed_sequence(RUNNERS, self.attached_trainer.global_rank),
+            collected=self._collected,
+            ledger=self.ledger,
+            faults=self.fault_tolerance,
+            placement=self.placement,
+            saved=None if self._resume is None else self._resume["runners"],
+            info_metrics=self.info_metrics,
+            keep_states=self.keep_states,
+            reward_scale=self.reward_scale,
+            reward_clip=self.reward_clip,
+        )
 
     def _try_out(self, env: EnvConfig) -> EnvSpec:
         """An environment's spaces, also of one that fails sometimes."""

@@ -18,7 +18,7 @@ from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
 from lit_rl.replay import ReplayBuffer, ReplayStream
 from lit_rl.replay.options import Replay
-from lit_rl.runners.pool import RunnerPool
+from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.trees import iterate
 
 ROUNDING = 1e-6  # of an update

@@ -26,7 +26,7 @@ _PUBLIC = {
     "MLP": "lit_rl.networks",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
-    "Placement": "lit_rl.runners.pool",
+    "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
     "QPolicy": "lit_rl.q_policy",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from lit_rl.replay.options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance
-    from lit_rl.runners.pool import Placement as Placement
+    from lit_rl.runners.placement import Placement as Placement
     from lit_rl.spec import EnvSpec as EnvSpec
 
 

@@ -24,7 +24,7 @@ from lit_rl.evaluation.summary import bootstrap_interval, interquartile_mean, su
 from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.pool import Placement
+from lit_rl.runners.placement import Placement
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "rollouts_per_epoch": 1, "seed": 0}
 

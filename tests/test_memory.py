@@ -38,7 +38,8 @@ from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
-from lit_rl.runners.pool import MakeRunner, _RunnerActor
+from lit_rl.runners.pool import MakeRunner
+from lit_rl.runners.ray_pool import _RunnerActor
 from lit_rl.runners.transport import Packed, pack_weights
 
 BOX, IMAGE = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 40, 3), np.uint8)

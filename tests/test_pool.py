@@ -27,7 +27,8 @@ from lit_rl.runners.faults import FaultTolerance, Watchdog
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.runners.ledger import Ledger
-from lit_rl.runners.pool import Placement, RunnerPool
+from lit_rl.runners.placement import Placement
+from lit_rl.runners.ray_pool import RunnerPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

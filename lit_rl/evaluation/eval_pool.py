@@ -15,7 +15,7 @@ from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import FaultTolerance, Restarts
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.pool import Placement, cause_of
+from lit_rl.runners.placement import Placement, cause_of
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import FaultTolerance, Restarts
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.pool import Placement
+from lit_rl.runners.placement import Placement
 
 log = logging.getLogger(__name__)
 
