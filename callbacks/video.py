@@ -9,12 +9,12 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_rl import rescue
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
+from lit_rl.files import rescue
 from lit_rl.options import Count, OneOf, TakesOptions
-from lit_rl.playing import play_episodes
-from lit_rl.video import check_format, check_renders
+from lit_rl.viewing.playing import play_episodes
+from lit_rl.viewing.video import check_format, check_renders
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import torch
 from tensordict import TensorDict
 
 from lit_rl import distributed
-from lit_rl.checkpoint import files_beside
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.errors import OptionError
+from lit_rl.files.checkpoint import files_beside
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
 from lit_rl.replay import ReplayBuffer, ReplayStream

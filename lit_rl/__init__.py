@@ -21,7 +21,7 @@ _PUBLIC = {
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
     "ImpalaResNet": "lit_rl.networks",
-    "load_policy": "lit_rl.loading",
+    "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
     "MLP": "lit_rl.networks",
     "MultiInput": "lit_rl.networks",
@@ -29,7 +29,7 @@ _PUBLIC = {
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
-    "QPolicy": "lit_rl.q_policy",
+    "QPolicy": "lit_rl.policy",
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
     "ReplayDataModule": "lit_rl.datamodules",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.evaluation.options import Evaluation as Evaluation
-    from lit_rl.loading import load_policy as load_policy
+    from lit_rl.files.loading import load_policy as load_policy
     from lit_rl.modules import DQN as DQN
     from lit_rl.modules import PPO as PPO
     from lit_rl.modules import SAC as SAC
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import Policy as Policy
-    from lit_rl.q_policy import QPolicy as QPolicy
+    from lit_rl.policy import QPolicy as QPolicy
     from lit_rl.replay.options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance

@@ -19,16 +19,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl import distributed, rescue
-from lit_rl.checkpoint import LitCheckpointIO, rng_state, set_rng_state
+from lit_rl import distributed
 from lit_rl.errors import DivergedError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, summarize
+from lit_rl.files import rescue
+from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.files.fits import check_fits, init_from
+from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_memory, check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
-from lit_rl.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy

@@ -18,7 +18,7 @@ from lit_rl.networks.q import set_noise
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, Counts, OneOf, Positive, PositiveFraction, TwoOrMore, UnitInterval
 from lit_rl.policy import Policy
-from lit_rl.q_policy import DISTRIBUTIONAL, QPolicy
+from lit_rl.policy.q import DISTRIBUTIONAL, QPolicy
 from lit_rl.rollout import mask_of
 from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
 from lit_rl.spec import EnvSpec

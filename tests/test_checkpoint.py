@@ -15,9 +15,9 @@ from envs import CounterEnv, TargetEnv
 from torch import nn
 
 from lit_rl import MLP, PPO, RolloutDataModule, load_policy
-from lit_rl.checkpoint import LitCheckpointIO, check_plain, rng_state, set_rng_state
+from lit_rl.files.checkpoint import LitCheckpointIO, check_plain, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, OptionError
-from lit_rl.loading import read_checkpoint
+from lit_rl.files.loading import read_checkpoint
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
 MODEL = {"minibatch_size": 64, "num_epochs": 1, "normalize_observations": True, "normalize_returns": True}
@@ -243,7 +243,7 @@ def test_a_failed_save_keeps_the_previous_file_and_leaves_no_other(monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lit_rl.checkpoint.os.fsync", full)
+    monkeypatch.setattr("lit_rl.files.checkpoint.os.fsync", full)
     with pytest.raises(CheckpointError, match=r"Cannot write the checkpoint x\.ckpt: .*No space left"):
         io.save_checkpoint({"state_dict": {"a": torch.zeros(3)}}, "x.ckpt")
     assert torch.equal(read_checkpoint("x.ckpt")["state_dict"]["a"], torch.ones(3))

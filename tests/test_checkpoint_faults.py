@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from lit_rl import PPO, RolloutDataModule, load_policy
-from lit_rl.checkpoint import LitCheckpointIO, files_beside
+from lit_rl.files.checkpoint import LitCheckpointIO, files_beside
 from lit_rl.errors import CheckpointError
-from lit_rl.loading import previous_of, read_checkpoint, read_first, read_one
-from lit_rl.replay.files import CHUNK_ROWS, Snapshots
+from lit_rl.files.loading import previous_of, read_checkpoint, read_first, read_one
+from lit_rl.files.snapshots import CHUNK_ROWS, Snapshots
 
 PATH, PREVIOUS = Path("x.ckpt"), Path("x.ckpt.previous")
 OPEN = io.open
@@ -284,10 +284,10 @@ def test_a_damaged_checkpoint_does_not_replace_the_previous_one(same_object: boo
 
 
 def test_what_this_process_wrote_is_not_read_again_to_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.checkpoint.read_one", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr("lit_rl.files.checkpoint.read_one", lambda path: pytest.fail(f"read {path}"))
     writer = LitCheckpointIO()
     with monkeypatch.context() as patch:
-        patch.setattr("lit_rl.checkpoint.read_one", read_one)
+        patch.setattr("lit_rl.files.checkpoint.read_one", read_one)
         writer.save_checkpoint(content(0), PATH)
     for number in range(1, 4):
         writer.save_checkpoint(content(number), PATH)
@@ -468,7 +468,7 @@ def test_replay_files_of_an_older_version_are_checked_by_their_zip() -> None:
 
 
 def test_a_chunk_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_rl import digests
+    from lit_rl.files import digests
 
     described = []
     monkeypatch.setattr(digests, "describe", lambda file: described.append(file.name) or [0, ""])

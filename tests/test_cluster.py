@@ -13,7 +13,7 @@ import torch
 from cluster_script import DQN, TINY
 
 from lit_rl import cli
-from lit_rl.cluster import Cluster
+from lit_rl.cli.cluster import Cluster
 from lit_rl.errors import OptionError
 
 SCRIPT = Path(__file__).with_name("cluster_script.py")

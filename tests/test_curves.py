@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lit_rl import cli
-from lit_rl.curves import curves_of, draw, find_runs
+from lit_rl.viewing.curves import curves_of, draw, find_runs
 from lit_rl.errors import OptionError
 
 

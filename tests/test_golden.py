@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_rl import load_policy
-from lit_rl.loading import FORMAT
+from lit_rl.files.loading import FORMAT
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))

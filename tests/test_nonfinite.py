@@ -11,7 +11,8 @@ import torch
 from envs import CounterEnv
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, SAC, ReplayDataModule, RolloutDataModule, rescue
+from lit_rl import DQN, PPO, SAC, ReplayDataModule, RolloutDataModule
+from lit_rl.files import rescue
 from lit_rl.errors import DivergedError
 from lit_rl.normalizer import ReturnNormalizer, RunningMoments
 from lit_rl.replay.buffer import SMALLEST_PRIORITY

@@ -11,11 +11,11 @@ import pytest
 import torch
 from gymnasium import spaces
 
-import lit_rl.video
+import lit_rl.viewing.video
 from lit_rl import PPO, RolloutDataModule, Video, cli, load_policy
 from lit_rl.errors import OptionError
-from lit_rl.playing import environment_of, episode_seeds, play_episodes
-from lit_rl.video import check_renders
+from lit_rl.viewing.playing import environment_of, episode_seeds, play_episodes
+from lit_rl.viewing.video import check_renders
 
 
 class Painter(gym.Env):
@@ -309,7 +309,7 @@ def test_wandb_is_handed_the_file(make_trainer, tmp_path, monkeypatch) -> None:
 
 
 def test_the_extra_that_is_missing_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_rl.video.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lit_rl.viewing.video.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"imageio_ffmpeg: pip install 'lit-rl\[video\]'"):
         Video()
 

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from test_networks import OwnNetwork
 from torch import nn
 
-from lit_rl.checkpoint import check_plain
+from lit_rl.files.checkpoint import check_plain
 from lit_rl.distributions import DiagonalGaussian
 from lit_rl.errors import CheckpointError, OptionError, SpaceError
 from lit_rl.networks import MLP

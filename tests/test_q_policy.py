@@ -14,7 +14,7 @@ from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.q import NoisyLinear, QHead, set_noise
 from lit_rl.policy import Policy
-from lit_rl.q_policy import QPolicy
+from lit_rl.policy.q import QPolicy
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.spec import EnvSpec
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_rl import cli, recipe_index
-from lit_rl.recipe_index import ENV_STEPS, MEASURED, NOT_MEASURED, read_recipe, recipe_files
+from lit_rl.cli import main, recipe_index
+from lit_rl.cli.recipe_index import ENV_STEPS, MEASURED, NOT_MEASURED, read_recipe, recipe_files
 
 RECIPES = recipe_files()
 
@@ -44,7 +44,7 @@ def test_results_are_read_from_the_first_comment(tmp_path: Path, monkeypatch: py
 
 
 def test_the_command_lists_every_recipe_once(capsys: pytest.CaptureFixture) -> None:
-    cli.main(["recipes"])
+    main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : len(RECIPES) + 1]] == sorted(RECIPES)
     (cartpole,) = [line.split() for line in lines if line.startswith("ppo_cartpole ")]
@@ -54,10 +54,10 @@ def test_the_command_lists_every_recipe_once(capsys: pytest.CaptureFixture) -> N
 
 def test_the_commands_are_told_of_in_the_help(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main(["--help"])
     assert "lit-rl recipes" in capsys.readouterr().out
     for command in ("recipes", "play", "plot"):
         with pytest.raises(SystemExit) as caught:
-            cli.main([command, "--help"])
+            main([command, "--help"])
         assert caught.value.code == 0
         assert f"lit-rl {command}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from lit_rl import LSTMNetwork, Policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, ReplayError
 from lit_rl.replay import ReplayBuffer
-from lit_rl.replay.files import CHUNK_ROWS
+from lit_rl.files.snapshots import CHUNK_ROWS
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.spec import EnvSpec
 from lit_rl.transitions import bootstrap_observation, features, next_features
@@ -337,7 +337,7 @@ def test_a_buffer_on_disk_gives_what_one_in_memory_gives(tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.replay.files.GROWTH", 400)
+    monkeypatch.setattr("lit_rl.files.snapshots.GROWTH", 400)
     buffer, runner = make_buffer(1000, storage_dir=tmp_path), make_runner()
     fill(buffer, runner, 1)
     stored = len(buffer)

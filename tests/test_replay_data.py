@@ -365,7 +365,7 @@ def test_a_disk_that_is_full_keeps_the_previous_checkpoint(make_trainer, monkeyp
     def full(*_: object) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
-    monkeypatch.setattr("lit_rl.replay.files.torch.save", full)
+    monkeypatch.setattr("lit_rl.files.snapshots.torch.save", full)
     with pytest.raises(CheckpointError, match=r"Cannot write the replay buffer .* The previous checkpoint is kept"):
         save(make_trainer)
     assert before == (Path("run.ckpt").read_bytes(), sorted(Path("run.ckpt.d/rank_0").iterdir()))

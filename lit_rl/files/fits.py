@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.errors import CheckpointError
-from lit_rl.loading import POLICY_PREFIX, read_checkpoint, section
+from lit_rl.files.loading import POLICY_PREFIX, read_checkpoint, section
 from lit_rl.policy import class_name
 
 COUNTERS = {"env_steps", "updates"}

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_rl import rescue
+from lit_rl.files import rescue
 from lit_rl.learner.clipping import Clipping
 from lit_rl.learner.compiled import CompiledStep
 from lit_rl.learner.steps import GradientSteps

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from lit_rl import distributed
-from lit_rl.rescue import save_checkpoint
+from lit_rl.files.rescue import save_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.errors import ReplayError
-from lit_rl.replay.files import DiskColumns, Snapshots
+from lit_rl.files.snapshots import DiskColumns, Snapshots
 from lit_rl.replay.sum_tree import SumTree
 from lit_rl.returns import n_step, n_step_in_sequences
 from lit_rl.spec import EnvSpec

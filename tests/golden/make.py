@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lit_rl import DQN, PPO, ReplayDataModule, RolloutDataModule, load_policy
-from lit_rl.loading import FORMAT
+from lit_rl.files.loading import FORMAT
 
 FOLDER = Path(__file__).parent
 OBS = np.linspace(-1, 1, 40, dtype=np.float32).reshape(10, 4)

@@ -12,7 +12,7 @@ from lit_rl.distributions import Categorical
 from lit_rl.errors import SpaceError
 from lit_rl.networks import NetworkFactory, orthogonal
 from lit_rl.networks.q import QHead, set_noise
-from lit_rl.policy import Policy, State, built_in
+from lit_rl.policy.base import Policy, State, built_in
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from lit_rl import digests
 from lit_rl.errors import CheckpointError
+from lit_rl.files import digests
 from lit_rl.networks import NetworkFactory
 from lit_rl.policy import POLICIES, Policy
-from lit_rl.q_policy import QPolicy
 
 log = logging.getLogger(__name__)
-
-assert QPolicy.__name__ in POLICIES  # importing it made it known
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
 SECTION, FORMAT = "lit_rl", 3

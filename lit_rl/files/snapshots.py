@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_rl import digests
 from lit_rl.errors import CheckpointError, ReplayError, write_error
+from lit_rl.files import digests
 
 GROWTH = 64 * 2**20  # bytes by which a file on disk grows
 CHUNK_ROWS = 4096  # rows of a snapshot's file

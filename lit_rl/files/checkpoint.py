@@ -16,10 +16,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
 
-from lit_rl import digests
 from lit_rl.errors import CheckpointError, write_error
-from lit_rl.loading import SECTION, previous_of, read_checkpoint, read_one, section
-from lit_rl.replay.files import attach, flush
+from lit_rl.files import digests
+from lit_rl.files.loading import SECTION, previous_of, read_checkpoint, read_one, section
+from lit_rl.files.snapshots import attach, flush
 
 TEMPORARY = ".lit_rl.tmp"  # the end of a file's name while it is written
 

@@ -7,11 +7,11 @@ from typing import Any
 import jsonargparse
 import numpy as np
 
-from lit_rl import recipe_index
-from lit_rl.curves import draw
+from lit_rl.cli import recipe_index
 from lit_rl.options import Count, CountOrZero, check
-from lit_rl.playing import environment_of, episode_seeds, load_player, play_episodes
-from lit_rl.video import check_format, display_is_there
+from lit_rl.viewing.curves import draw
+from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
+from lit_rl.viewing.video import check_format, display_is_there
 
 
 def recipes(args: Sequence[str]) -> None:

@@ -24,13 +24,13 @@ import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
-from lit_rl.cluster import Cluster, last_reported, run_learners, trainer_arguments
-from lit_rl.commands import COMMANDS
-from lit_rl.configs import check_config, suggestion
+from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
+from lit_rl.cli.commands import COMMANDS
+from lit_rl.cli.configs import check_config, suggestion
+from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
-from lit_rl.loading import read_first, whole_checkpoint
+from lit_rl.files.loading import read_first, whole_checkpoint
 from lit_rl.networks import NETWORKS
-from lit_rl.recipe_index import recipe_files
 
 DEFAULTS = {
     "max_epochs": -1,  # the budget is data.max_env_steps

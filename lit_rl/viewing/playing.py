@@ -14,10 +14,10 @@ import numpy as np
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.episodes import play
-from lit_rl.loading import load_policy, read_checkpoint, section
+from lit_rl.files.loading import load_policy, read_checkpoint, section
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
-from lit_rl.video import Frames, VideoFile, check_format, check_renders, rendering
+from lit_rl.viewing.video import Frames, VideoFile, check_format, check_renders, rendering
 
 # Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.
 TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole")
