@@ -33,6 +33,7 @@ from lit_rl.envs.wrappers import PreviousActionReward
 from lit_rl.errors import OptionError
 from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
+from lit_rl.policy.numpy_policy import NumpyPolicy
 from lit_rl.rollout import next_values_with_memory, sequences
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
@@ -100,7 +101,7 @@ def test_the_learner_computes_the_runners_features_and_log_probs(name: str) -> N
     runner = make_runner(EnvConfig(SampleEnv, env_kwargs(space)), policy)
     runner.sample()  # the next fragment begins inside of episodes
     seen: list[Tensor] = []
-    if policy._numpy_forward() is None:
+    if NumpyPolicy.of(policy) is None:
         policy.encoder.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     rollout = to_rollout([runner.sample()], copy=False)
     assert rollout["is_init"][:, 1:].sum() > 6  # episodes end inside of the fragment

@@ -1,7 +1,7 @@
-"""The default network: its numpy form, and its name in checkpoints."""
+"""The default network, and its name in checkpoints."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -30,12 +30,9 @@ from lit_rl.networks import (
     output_size,
 )
 from lit_rl.networks.inputs import FlatInput, ImageInput
-from lit_rl.policy import Policy
-from lit_rl.spec import EnvSpec
-from lit_rl.trees import to_numpy, to_torch
+from lit_rl.trees import to_numpy
 
 BOX = spaces.Box(-10, 10, (5,))
-SPACES = pytest.mark.parametrize("space", [BOX, spaces.Discrete(4), spaces.Discrete(4, start=-2)], ids=str)
 
 
 class OwnNetwork(nn.Module):
@@ -56,81 +53,6 @@ def own_function(observation_space: gym.Space, width: int = 3) -> nn.Module:
 
 def own_factory(network: type[MLP], observation_space: gym.Space, width: int = 3) -> nn.Module:
     return network(observation_space, hidden_sizes=[width, width])
-
-
-def observations(space: gym.Space, batch: int = 32) -> np.ndarray:
-    space.seed(0)
-    return np.array([space.sample() for _ in range(batch)])
-
-
-def mlp_and_head(space: gym.Space, hidden_sizes: Sequence[int], activation: str) -> tuple[MLP, nn.Linear]:
-    torch.manual_seed(0)
-    network = MLP(space, hidden_sizes=hidden_sizes, activation=activation)
-    head = nn.Linear(network.output_size, 3)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.5)  # biases too
-    return network, head
-
-
-@SPACES
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("hidden_sizes", [(8,), (16, 8), (4, 4, 4)], ids=str)
-def test_numpy_forward_equals_torch(space: gym.Space, activation: str, hidden_sizes: Sequence[int]) -> None:
-    network, head = mlp_and_head(space, hidden_sizes, activation)
-    obs = observations(space)
-    given = obs.copy()
-    found = network.numpy_forward(head)(obs)
-    np.testing.assert_allclose(found, head(network(torch.as_tensor(obs))).detach(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(obs, given)  # nothing is written into the observations
-
-
-@SPACES
-def test_numpy_forward_sees_updates_in_place(space: gym.Space) -> None:
-    network, head = mlp_and_head(space, (8, 8), "tanh")
-    forward, obs = network.numpy_forward(head), observations(space)
-    before = forward(obs)
-    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=0.1, fused=True)
-    head(network(torch.as_tensor(obs))).square().sum().backward()
-    optimizer.step()
-    after = head(network(torch.as_tensor(obs))).detach().numpy()
-    np.testing.assert_allclose(forward(obs), after, rtol=1e-5, atol=1e-6)
-    assert np.abs(before - after).max() > 0.1
-
-
-@pytest.mark.parametrize("activation", ["elu", "silu"])
-def test_numpy_forward_is_left_out_where_there_is_none_and_the_policy_acts_in_torch(activation: str) -> None:
-    network, head = mlp_and_head(BOX, (8,), activation)
-    assert network.numpy_forward(head) is None
-    policy = Policy(EnvSpec("e", BOX, spaces.Discrete(3)), network=functools.partial(MLP, activation=activation))
-    assert_numpy_equals_torch(policy)
-
-
-def assert_numpy_equals_torch(policy: Policy) -> None:
-    obs = observations(policy.spec.observation_space)
-    with torch.no_grad():
-        expected = policy(torch.as_tensor(obs))
-    np.testing.assert_allclose(policy.parameters_of(obs), expected, rtol=1e-5, atol=1e-6)
-
-
-@SPACES
-@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))], ids=str)
-def test_policy_parameters_in_numpy_equal_torch(space: gym.Space, action_space: gym.Space) -> None:
-    policy = Policy(EnvSpec("e", space, action_space))
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    assert_numpy_equals_torch(policy)
-
-
-def test_policy_parameters_in_numpy_follow_the_normaliser() -> None:
-    policy = Policy(EnvSpec("e", BOX, spaces.Box(-1, 1, (2,))), normalize_observations=True)
-    nn.init.normal_(policy.head.weight)
-    for scale in (1.0, 30.0, 0.01):  # the last makes observations that are clipped to +-10
-        policy.update_normalizer(torch.randn(50, 5) * scale + scale)
-        assert_numpy_equals_torch(policy)
-    policy.normalizer.moments["/"].var.fill_(1e-6)
-    assert (policy.inputs(torch.as_tensor(observations(BOX))).abs() == 10).any()
-    assert_numpy_equals_torch(policy)
 
 
 def test_mlp_takes_batches_of_any_rank() -> None:
@@ -328,15 +250,6 @@ def test_embeddings_give_every_value_a_vector_of_its_own() -> None:
     network = FlatInput(space, embedding_size=2)
     rows = network(torch.tensor([[0, 0], [0, 1], [1, 0]]))
     assert rows[0, :2].equal(rows[1, :2]) and not rows[0, 2:].equal(rows[1, 2:]) and not rows[0, :2].equal(rows[0, 2:])
-
-
-def test_an_mlp_of_a_nested_space_acts_the_same_in_numpy() -> None:
-    policy = Policy(EnvSpec("e", NESTED, spaces.Discrete(3)))
-    nn.init.normal_(policy.head.weight)
-    obs = policy.as_rows(gym.vector.utils.batch_space(NESTED, 5).sample())
-    assert policy._numpy_forward() is not None
-    with torch.no_grad():
-        np.testing.assert_allclose(policy.parameters_of(obs), policy(to_torch(obs)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

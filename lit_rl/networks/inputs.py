@@ -34,6 +34,7 @@ class FlatInput(nn.Module):
         super().__init__()
         self.embeddings = nn.ModuleDict()
         self.output_size = 0
+        self.space = observation_space
         self._leaves = space_leaves(observation_space)
         self._counts = {path: class_counts(space) for path, space in self._leaves.items()}
         self._offsets = {path: _offsets(space) for path, space in self._leaves.items() if self._counts[path]}

@@ -24,6 +24,7 @@ from lit_rl.networks import (
 )
 from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
+from lit_rl.policy.numpy_policy import METHODS, NumpyPolicy
 from lit_rl.spec import EnvSpec, class_counts
 from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, space_leaves, to_numpy, to_torch
 
@@ -44,8 +45,8 @@ def built_in(policy: type["Policy"]) -> type["Policy"]:
 class Policy(nn.Module):
     """Observation to action and log-probability: an encoder, an action head and the observation normaliser.
 
-    No critic and no optimizer. On the CPU an MLP is evaluated in numpy, which is five times faster on a few
-    observations than torch; the result is the same to float32 rounding.
+    No critic and no optimizer. On the CPU an MLP is evaluated in numpy (see `NumpyPolicy`), which is five times faster
+    on a few observations than torch; the result is the same to float32 rounding.
 
     A Dict observation with the key "action_mask" (see `ActionMasks`) restricts what is sampled, what is most probable,
     log-probability and entropy to legal actions; the encoder does not see it.
@@ -64,6 +65,8 @@ class Policy(nn.Module):
 
     Attributes:
         epsilon: the probability with which `sample` takes an action that knows nothing of the observation instead.
+        masks: what rules out illegal actions; None if the observations hold no action mask.
+        own_methods: those of the methods in `numpy_policy.METHODS` that a subclass overrides.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Policy(nn.Module):
         self.class_spaces = {path: space for path, space in leaf_spaces.items() if class_counts(space)}
         self.distribution = distribution_for(spec.action_space, squash=squash)
         self.input_space, mask_space = split_mask(spec.observation_space)
-        self._masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
+        self.masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
         # Beside the mask there is nothing but an "observation", of which the encoder is given the inside.
         self._unwraps = mask_space is not None and set(children(spec.observation_space) or ()) == {
             "observation",
@@ -102,11 +105,10 @@ class Policy(nn.Module):
         self.normalizer = ObservationNormalizer(self.input_space) if normalize_observations else None
         self.log_std: nn.Parameter | None = None
         self.build_head(output_size(self.encoder))
-        overridable = ("choose", "action_parameters", "inputs", "draw")
-        self._chooses_as_here = all(getattr(type(self), name) is getattr(Policy, name) for name in overridable)
+        self.own_methods = [name for name in METHODS if getattr(type(self), name) is not getattr(Policy, name)]
         self.rng = np.random.default_rng()
-        # The head's outputs in numpy, and the weight whose memory they are made from.
-        self._forward_numpy: tuple[Tensor, Callable[[Tree], np.ndarray] | None] | None = None
+        # The numpy form, if there is one, after the weight that the head had when this was found out.
+        self._numpy: tuple[Tensor | None, NumpyPolicy | None] | None = None
 
     # --- for people ---------------------------------------------------------------------------------------------
 
@@ -169,10 +171,10 @@ class Policy(nn.Module):
             state: [B, ...], None without memory.
             deterministic: the most probable actions instead of random ones.
         """
-        forward = self._numpy_forward()
-        if forward is not None:
+        twin = self._in_numpy()
+        if twin is not None:
             with np.errstate(over="ignore", invalid="ignore"):  # of diverged weights: the runner says so, by name
-                action, log_prob = self.draw(self.distribution, self._parameters_by(forward, obs), deterministic)
+                action, log_prob = self.draw(self.distribution, twin.action_parameters(obs), deterministic)
             if self.epsilon and not deterministic:
                 action = self._explore(action, obs, len(log_prob))
             return action, log_prob, state
@@ -187,7 +189,7 @@ class Policy(nn.Module):
                 features = self.encoder(inputs)
             action, log_prob = self.choose(features, tensors, deterministic)
         action, log_prob = to_numpy(action), to_numpy(log_prob)
-        if not self._chooses_as_here:
+        if self.own_methods:
             self._check_chosen(action, log_prob, len(features))
         if self.epsilon and not deterministic:
             action = self._explore(action, obs, len(log_prob))
@@ -195,11 +197,11 @@ class Policy(nn.Module):
 
     def parameters_of(self, obs: Tree) -> np.ndarray:
         """`action_parameters` for observations [B, *obs] in numpy, where there is no memory."""
-        forward = self._numpy_forward()
-        if forward is None:
-            with torch.inference_mode():
-                return to_numpy(self(to_torch(obs, self._device)))
-        return self._parameters_by(forward, obs)
+        twin = self._in_numpy()
+        if twin is not None:
+            return twin.action_parameters(obs)
+        with torch.inference_mode():
+            return to_numpy(self(to_torch(obs, self._device)))
 
     def to_env(self, action: Tree) -> Any:
         """Recorded actions as the environment takes them: Box actions clipped to their bounds, tuples restored."""
@@ -214,9 +216,9 @@ class Policy(nn.Module):
 
     def blocked(self, obs: Tree) -> np.ndarray | None:
         """Which of the observations [B, *obs] have an action mask that allows no action, [B]; None if none has."""
-        if self._masks is None:
+        if self.masks is None:
             return None
-        blocked = self._masks.blocked(obs[ACTION_MASK])
+        blocked = self.masks.blocked(obs[ACTION_MASK])
         return blocked if blocked.any() else None
 
     def draw(
@@ -231,14 +233,14 @@ class Policy(nn.Module):
     @property
     def has_masks(self) -> bool:
         """Whether observations hold an action mask."""
-        return self._masks is not None
+        return self.masks is not None
 
     def legal(self, obs: Tree) -> Tensor:
         """Which outputs of a policy with masks belong to legal actions of the observations, [*B, num_outputs]."""
-        assert self._masks is not None
+        assert self.masks is not None
         mask = obs[ACTION_MASK]
         shape = (*leaves(mask)[0].shape[:-1], self.distribution.num_outputs)
-        return self._masks.apply(torch.zeros(shape, device=leaves(mask)[0].device), mask) == 0
+        return self.masks.apply(torch.zeros(shape, device=leaves(mask)[0].device), mask) == 0
 
     # --- what a subclass may override ---------------------------------------------------------------------------
 
@@ -320,17 +322,21 @@ class Policy(nn.Module):
 
     def rule_out(self, parameters: Tensor, obs: Tree) -> Tensor:
         """Parameters [*B, P] with the logits, or values, of actions that the observations' mask forbids very low."""
-        return parameters if self._masks is None else self._masks.apply(parameters, obs[ACTION_MASK])
+        return parameters if self.masks is None else self.masks.apply(parameters, obs[ACTION_MASK])
 
     def inputs(self, obs: Tree) -> Tree:
         """Observations in tensors as the encoder takes them, and the critic too: without mask, normalised."""
-        obs = as_input(self.input_space, self._unmasked(obs))
+        obs = as_input(self.input_space, self.unmasked(obs))
         return obs if self.normalizer is None else self.normalizer(obs)
+
+    def unmasked(self, obs: Tree) -> Tree:
+        """What `inputs` takes of observations: the part "observation", if the mask is all that is beside it."""
+        return obs["observation"] if self._unwraps else obs
 
     def update_normalizer(self, obs: Tree, mask: Tensor | None = None) -> None:
         """Take observations [*N, *obs] into the statistics, if there are any; `mask` [*N] says which are real."""
         if self.normalizer is not None:
-            self.normalizer.update(self._unmasked(obs), mask)
+            self.normalizer.update(self.unmasked(obs), mask)
 
     # --- plain data ---------------------------------------------------------------------------------------------
 
@@ -400,8 +406,8 @@ class Policy(nn.Module):
         if not chosen.any():
             return action
         legal = np.zeros((batch, self.distribution.num_outputs), np.float32)
-        if self._masks is not None:
-            self._masks.apply_numpy(legal, obs[ACTION_MASK])
+        if self.masks is not None:
+            self.masks.apply_numpy(legal, obs[ACTION_MASK])
         random = self.distribution.uniform(legal, self.rng)
         return map_tree(lambda x, y: np.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), y, x), action, random)
 
@@ -417,41 +423,24 @@ class Policy(nn.Module):
                 f"{np.shape(log_prob)}: expected {expected} and ({batch},)."
             )
 
-    def _unmasked(self, obs: Tree) -> Tree:
-        return obs["observation"] if self._unwraps else obs
-
-    def _numpy_forward(self) -> Callable[[Tree], np.ndarray] | None:
-        """Head and encoder in numpy, if the encoder has such a form and actions are chosen as here."""
+    def _in_numpy(self) -> NumpyPolicy | None:
+        """The numpy form, if there is one: looked for again when the head has another weight."""
         head = self._modules.get("head")  # `self.head` takes longer, and this is asked in every step
-        if not (self._chooses_as_here and isinstance(head, nn.Linear)):
-            return None
-        weight: Any = head._parameters["weight"]
-        if self._forward_numpy is None or self._forward_numpy[0] is not weight:
-            make = getattr(self.encoder, "numpy_forward", None)
-            self._forward_numpy = (weight, None if make is None else make(head))
-        return self._forward_numpy[1]
-
-    def _parameters_by(self, forward: Callable[[Tree], np.ndarray], obs: Tree) -> np.ndarray:
-        """`action_parameters` from what `_numpy_forward` gave."""
-        inputs = self._unmasked(obs)
-        out = forward(inputs if self.normalizer is None else self.normalizer.numpy(inputs))
-        if self.log_std is not None:
-            log_std = self.log_std.detach().numpy()
-            out = np.concatenate([out, np.broadcast_to(log_std, (len(out), len(log_std)))], -1)
-        if self._masks is not None:
-            self._masks.apply_numpy(out, obs[ACTION_MASK])
-        return out
+        weight = None if head is None else head._parameters.get("weight")
+        if self._numpy is None or self._numpy[0] is not weight:
+            self._numpy = weight, NumpyPolicy.of(self)
+        return self._numpy[1]
 
     def weights_moved(self) -> None:
-        """To be called when parameters were given other memory: `act` may read it without torch."""
-        self._forward_numpy = None
+        """To be called when parameters got other memory, or layers or hooks were added: the numpy form is made anew."""
+        self._numpy = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         self.weights_moved()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_forward_numpy": None}
+        return {**super().__getstate__(), "_numpy": None}
 
 
 def class_name(cls: type) -> str:
