@@ -274,7 +274,11 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
-        assert isinstance(batch, Rollout)
+        if not isinstance(batch, Rollout):
+            raise OptionError(
+                f"{type(self).__name__} was given a {type(batch).__name__} to learn from: expected a "
+                "lit_rl.rollout.Rollout that says how many env_steps it brings, as RolloutDataModule gives it."
+            )
         lag = self.updates_done - float(batch["policy_version"].double().mean())
         metrics = self.checked_update(batch)
         self.env_steps.add_(batch.env_steps)
