@@ -101,6 +101,21 @@ def test_log_std_that_is_replaced_after_acting_is_seen() -> None:
     assert_acts_as_torch(policy)
 
 
+@pytest.mark.parametrize("layer", ["encoder", "head"])
+@pytest.mark.parametrize("how", ["parameter", "data"])
+def test_parameters_that_are_replaced_after_acting_are_seen(layer: str, how: str) -> None:
+    policy = make_policy()
+    policy.act(np.zeros(5))
+    linear = policy.head if layer == "head" else policy.encoder.layers[0]
+    for name in ("weight", "bias"):
+        new = torch.randn_like(getattr(linear, name))
+        if how == "parameter":
+            setattr(linear, name, nn.Parameter(new))
+        else:
+            getattr(linear, name).data = new
+    assert_acts_as_torch(policy)
+
+
 # --- policies that have no numpy form -------------------------------------------------------------------------------
 
 

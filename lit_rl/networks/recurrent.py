@@ -33,12 +33,12 @@ def unroll(network: Any, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tenso
     Gradients flow from the features through time, back to each episode's start.
 
     Args:
-        network: with memory; it is stepped through time, unless it has a method of its own to do so.
+        network: with memory; it is stepped through time, unless it has an `unroll` that does the same at once.
         obs: [B, T, *obs].
         state: before the first step, [B, ...].
         is_init: [B, T], True where an episode begins: there the state is the initial one.
     """
-    if hasattr(network, "unroll"):
+    if has_own_unroll(network):
         return network.unroll(obs, state, is_init)
     initial = network.initial_state(len(is_init))
     features, states = [], []
@@ -48,6 +48,25 @@ def unroll(network: Any, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tenso
         features.append(step_features)
         states.append(state)
     return torch.stack(features, 1), map_tree(lambda *xs: torch.stack(xs, 1), *states)
+
+
+def has_own_unroll(network: Any) -> bool:
+    """Whether a network's `unroll` does what calling it step by step does.
+
+    It is that of the class that defines `forward`, or of a subclass: not one that was inherited by a class with another
+    `forward`. What is put around modules (hooks, weight_norm) goes around `unroll`.
+    """
+    owners = {
+        name: next((cls for cls in type(network).__mro__ if name in vars(cls)), None) for name in ("unroll", "forward")
+    }
+    unroll_of, forward_of = owners["unroll"], owners["forward"]
+    if unroll_of is None or forward_of is None or not issubclass(unroll_of, forward_of):
+        return False
+    cell = getattr(network, "cell", None)
+    if issubclass(unroll_of, _Recurrent) and type(cell) is not unroll_of.CELL:
+        return False
+    around = [module for module in (network, cell) if isinstance(module, nn.Module)]
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in around)
 
 
 class _Recurrent(nn.Module):
@@ -70,7 +89,7 @@ class _Recurrent(nn.Module):
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         return {name: self.cell.weight_hh.new_zeros(num_envs, self.output_size) for name in self.STATE}
 
-    def unroll(self, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tensor, Tree]:
+    def _unroll(self, obs: Tree, state: Tree, is_init: Tensor) -> tuple[Tensor, Tree]:
         """All steps in one autograd node: four times faster than step by step. No gradient flows from the states."""
         cell = self.cell
         features = self.encoder(map_tree(lambda x: x.flatten(0, 1), obs)).unflatten(0, is_init.shape)
@@ -107,6 +126,8 @@ class LSTMNetwork(_Recurrent):
         h, c = self.cell(self.encoder(obs), (state["h"], state["c"]))
         return h, {"h": h, "c": c}
 
+    unroll = _Recurrent._unroll
+
     def _sequences(self, inputs: Tensor, state: Tree, is_init: Tensor) -> tuple[Tensor, ...]:
         return _LSTMSequence.apply(inputs, state["h"], state["c"], is_init, self.cell.weight_hh, self.cell.bias_hh)
 
@@ -126,6 +147,8 @@ class GRUNetwork(_Recurrent):
     def forward(self, obs: Tree, state: Tree) -> tuple[Tensor, Tree]:
         h = self.cell(self.encoder(obs), state["h"])
         return h, {"h": h}
+
+    unroll = _Recurrent._unroll
 
     def _sequences(self, inputs: Tensor, state: Tree, is_init: Tensor) -> tuple[Tensor, ...]:
         return (_GRUSequence.apply(inputs, state["h"], is_init, self.cell.weight_hh, self.cell.bias_hh),)

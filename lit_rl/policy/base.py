@@ -140,6 +140,7 @@ class Policy(nn.Module):
                 raise OptionError(f"{shapes[0]}: expected {shapes[1]} for {batch} observations, as act returned it.")
         if self.blocked(rows) is not None:
             raise EnvError(f"env={self.spec.env_id}: the observation's action_mask allows no action.")
+        self.see_weights()
         action, _, state = self.step(rows, state, deterministic)
         action = self.to_env(map_tree(lambda x: x[0], action) if single else action)
         return (as_tensors(action) if holds_tensors(obs) else action), state
@@ -197,6 +198,7 @@ class Policy(nn.Module):
 
     def parameters_of(self, obs: Tree) -> np.ndarray:
         """`action_parameters` for observations [B, *obs] in numpy, where there is no memory."""
+        self.see_weights()
         twin = self._in_numpy()
         if twin is not None:
             return twin.action_parameters(obs)
@@ -422,6 +424,12 @@ class Policy(nn.Module):
                 f"policy_class={type(self).__name__}: choose gave {found} and log-probabilities of shape "
                 f"{np.shape(log_prob)}: expected {expected} and ({batch},)."
             )
+
+    def see_weights(self) -> None:
+        """Notice parameters that were replaced. `act` does so, and an env runner once per fragment, not in each step."""
+        twin = None if self._numpy is None else self._numpy[1]
+        if twin is not None and not twin.is_current:
+            self.weights_moved()
 
     def _in_numpy(self) -> NumpyPolicy | None:
         """The numpy form, if there is one: looked for again when the head has another weight."""

@@ -24,8 +24,8 @@ METHODS = ("inputs", "action_parameters", "rule_out", "choose", "draw")
 def has_twin(policy: Any) -> bool:
     """Whether a `NumpyPolicy` computes what the policy computes in torch: all conditions are here.
 
-    They are looked at when a policy acts with another head or after `Policy.weights_moved`, not in every step: a hook,
-    or a layer in the encoder, that is added in between is not seen.
+    They are looked at when a policy acts with other parameters or after `Policy.weights_moved`, not in every step: a
+    hook that is added in between is not seen.
     """
     encoder, head = policy.encoder, getattr(policy, "head", None)
     is_mlp = isinstance(encoder, MLP) and type(encoder).forward is MLP.forward
@@ -59,6 +59,13 @@ class NumpyPolicy:
         self._policy = policy
         flat, space = policy.encoder.input, policy.encoder.input.space
         linears = [*policy.encoder.layers[0::2], policy.head]
+        # Who holds which parameter, and where its numbers are.
+        self._memory = [
+            (linear._parameters, name, parameter, parameter.data_ptr())
+            for linear in linears
+            for name, parameter in linear._parameters.items()
+            if parameter is not None
+        ]
         first, *weights = [linear.weight.detach().numpy().T for linear in linears]
         *biases, self._last_bias = [linear.bias.detach().numpy() for linear in linears]
         activations = [ACTIVATIONS[type(activation)] for activation in policy.encoder.layers[1::2]]
@@ -77,6 +84,14 @@ class NumpyPolicy:
     def of(cls, policy: Any) -> "NumpyPolicy | None":
         """The numpy form of a `Policy`, None if it has none."""
         return cls(policy) if has_twin(policy) else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the layers still have the parameters, in the memory, from which the arrays were made."""
+        return all(
+            held.get(name) is parameter and parameter.data_ptr() == where
+            for held, name, parameter, where in self._memory
+        )
 
     def action_parameters(self, obs: Tree) -> np.ndarray:
         """`Policy.action_parameters` of observations [B, *obs], [B, P]."""

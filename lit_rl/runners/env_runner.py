@@ -110,6 +110,7 @@ class EnvRunner:
 
     def set_version(self, version: int, epsilon: float = 0.0) -> None:
         """Say that the policy's weights are now of this version; act at random with probability `epsilon`."""
+        self.policy.see_weights()
         self.policy.epsilon = epsilon
         self.policy_version = version
 
