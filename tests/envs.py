@@ -8,6 +8,15 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
+class OurFault(BaseException):
+    """What an environment raises where lit_rl is at fault. No Exception: those of environments are survived."""
+
+
+def check_action(space: gym.Space, action: Any) -> None:
+    if not space.contains(action):
+        raise OurFault(f"{action!r} is not in {space}")
+
+
 class CounterEnv(gym.Env):
     """obs = 100 * episode + t, reward = t: every transition can be checked from its numbers.
 
@@ -56,7 +65,7 @@ class IdentityEnv(gym.Env):
 
 
 class TargetEnv(gym.Env):
-    """One step: reward -(action - obs)^2. The best return is 0."""
+    """One step: reward -(action - obs)^2. The best return is 0; an action outside of [-1, 1] is our fault."""
 
     def __init__(self) -> None:
         self.observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -68,7 +77,7 @@ class TargetEnv(gym.Env):
         return self._value, {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        assert self.action_space.contains(action), action
+        check_action(self.action_space, action)
         return self._value, -float((action[0] - self._value[0]) ** 2), True, False, {}
 
 
@@ -112,7 +121,7 @@ class FailingEnv(CounterEnv):
 
 
 class SampleEnv(gym.Env):
-    """Random observations of any space, reward 1 for an action of the action space, an error for any other.
+    """Random observations of any space, reward 1 for an action of the action space; any other is our fault.
 
     Episodes last 3, 4, 5, 3, ... steps and end by truncation and termination in turn.
     """
@@ -129,8 +138,7 @@ class SampleEnv(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        if not self.action_space.contains(action):
-            raise ValueError(f"{action!r} is not in {self.action_space}")
+        check_action(self.action_space, action)
         self._t += 1
         ended = self._t == 3 + self._episode % 3
         truncated = ended and self._episode % 2 == 1
@@ -138,8 +146,8 @@ class SampleEnv(gym.Env):
 
 
 class MaskedEnv(gym.Env):
-    """Random masks for any action space with discrete parts; an illegal action is an error. Reward 1 for one of the two
-    lowest values.
+    """Random masks for any action space with discrete parts; an illegal action is our fault. Reward 1 for one of the
+    two lowest values.
 
     Args:
         action_space: Discrete, MultiDiscrete, or a Dict or Tuple with such parts.
@@ -158,6 +166,7 @@ class MaskedEnv(gym.Env):
         return self._observe(), {}
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        check_action(self.action_space, action)
         self._check(self.action_space, action, self._mask)
         self._t += 1
         first, space = action, self.action_space
@@ -210,7 +219,7 @@ class MaskedEnv(gym.Env):
                 self._check(part, part_action, part_mask)
             return
         if not legal:
-            raise ValueError(f"{action} is illegal: {mask}")
+            raise OurFault(f"{action} is illegal: {mask}")
 
 
 class RepeatPreviousEnv(gym.Env):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from envs import CounterEnv, SampleEnv
+from envs import CounterEnv, OurFault, SampleEnv
 from gymnasium import spaces
 
 from lit_rl import DQN, PPO, FaultTolerance, LSTMNetwork, ReplayDataModule, RolloutDataModule
@@ -250,6 +250,27 @@ def test_training_goes_on_past_failures(algorithm: str, make_trainer: Callable, 
     assert ledger.discarded["env_error"] > 3 and ledger.delivered == module.env_steps_done > 500
     assert "raised in step: OSError: no step. Environment" in caplog.text
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class Illegal(Policy):
+    """Gives environments an action that does not exist."""
+
+    def to_env(self, action: Any) -> Any:
+        return np.full(len(action), 9)
+
+
+def test_a_fault_of_ours_that_a_test_environment_finds_is_never_survived(make_trainer: Callable) -> None:
+    kwargs = {"observation_space": SPEC.observation_space, "action_space": SPEC.action_space}
+    data = RolloutDataModule(SampleEnv, env_kwargs=kwargs, fault_tolerance=MANY, max_env_steps=1024, seed=0)
+    algorithm, seed = PPO(spec=data.env.spec().to_dict(), policy_class=Illegal), np.random.SeedSequence(0)
+    runner = EnvRunner(data.env, Illegal(SPEC), num_envs=2, rollout_length=6, seed=seed, faults=MANY)
+    for act in (
+        runner.sample,
+        lambda: make_trainer(limit_val_batches=0).fit(algorithm, data),
+        lambda: make_trainer().validate(algorithm, data),
+    ):
+        with pytest.raises(OurFault, match=r"is not in Discrete\(2\)"):
+            act()
 
 
 class EndlessAfter(CounterEnv):
