@@ -18,6 +18,7 @@ import lightning as L
 import ray
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
+from helpers import quiet_trainer
 from ray.cluster_utils import Cluster
 
 from lit_rl import PPO, Placement, RolloutDataModule, cli
@@ -113,12 +114,8 @@ def runners_spread_and_a_node_lost() -> None:
             prefetch=1, placement=Placement(resources={"simulator": 1}, strategy="SPREAD"),
         )  # fmt: skip
         lose = LoseANode(cluster, data)
-        trainer = L.Trainer(
-            accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=[lose],
-        )  # fmt: skip
         algorithm = PPO(minibatch_size=128, num_epochs=1)
-        trainer.fit(algorithm, data)
+        quiet_trainer(limit_val_batches=0, callbacks=[lose]).fit(algorithm, data)
     (steps / str(os.getpid())).unlink()  # trying the environment out
     found = {
         "homes": lose.homes,

@@ -6,18 +6,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from helpers import TESTS, quiet_trainer
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import envs`
+# Test files, and processes that they start, find each other by name, as in the environment "test_faults:Sometimes".
+FOLDERS = [str(TESTS), *sorted({str(path.parent) for path in TESTS.glob("*/test_*.py")})]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
 # A process that a test starts has one thread too: weights made by two differ from those made by one in the last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Ray's actors import the test environments too.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("WANDB_MODE", "offline")
 warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -36,31 +36,9 @@ def _one_thread_and_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    """A Trainer on the CPU that logs, saves and shows nothing unless asked."""
-
-    def make(**kwargs: Any) -> L.Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_epochs": -1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": tmp_path,
-        }
-        return L.Trainer(**quiet | kwargs)
-
-    return make
-
-
-def until(return_: float) -> L.Callback:
-    """Ends training once an evaluation, which comes after each epoch, has this mean return."""
-    return EarlyStopping(
-        "eval/return_mean", mode="max", stopping_threshold=return_, patience=10**6, check_on_train_epoch_end=False
-    )
+def make_trainer() -> Callable[..., L.Trainer]:
+    """A Trainer on the CPU that logs, saves and shows nothing unless asked, and works in the test's folder."""
+    return quiet_trainer
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 from gymnasium import spaces
+from helpers import quiet_trainer
 from tensordict import TensorDict
 
 from lit_rl import DQN, MLP, SAC, TQC, LSTMNetwork, Rainbow, ReplayDataModule
@@ -87,10 +87,7 @@ def train(folder: Path, name: str) -> None:
     )  # fmt: skip
     kind = CASES[name][0]
     algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))
-    trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
-    )  # fmt: skip
+    trainer = quiet_trainer(devices=2, strategy="ddp")
     trainer.fit(algorithm, data)
     trainer.save_checkpoint(folder / "off-policy.ckpt")
     first = data.buffer.sample(64)["observation"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from envs import counter_vector
+from helpers import quiet_trainer
 from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, Algorithm, ReplayDataModule, RolloutDataModule, distributed, networks
@@ -169,11 +170,7 @@ def resume(out: Path) -> None:
 def fit(
     algorithm: Algorithm, data: L.LightningDataModule, world_size: int, ckpt_path: Path | None = None, **kwargs: object
 ) -> L.Trainer:
-    options = {"max_epochs": -1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto",
-        enable_model_summary=False, num_sanity_val_steps=0, **options | kwargs,
-    )  # fmt: skip
+    trainer = quiet_trainer(devices=world_size, strategy="ddp" if world_size > 1 else "auto", **kwargs)
     trainer.fit(algorithm, data, ckpt_path=ckpt_path)
     return trainer
 

@@ -98,6 +98,23 @@ class ClockEnv(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, self._t == 5, {}
 
 
+class CycleEnv(gym.Env):
+    """Five steps and a truncation, always the same: the reward is 1 for the action t % 2."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 1, (5,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._t = 0
+        return np.eye(5, dtype=np.float32)[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = float(action == self._t % 2)
+        self._t += 1
+        return np.eye(5, dtype=np.float32)[self._t % 5], reward, False, self._t == 5, {}
+
+
 class FailingEnv(CounterEnv):
     """Raises, or gives a bad number, at its `at`-th step."""
 

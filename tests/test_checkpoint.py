@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, TargetEnv
+from helpers import assert_same
 from torch import nn
 
 from lit_rl import MLP, PPO, RolloutDataModule, load_policy
-from lit_rl.files.checkpoint import LitCheckpointIO, check_plain, rng_state, set_rng_state
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.files.checkpoint import LitCheckpointIO, check_plain, rng_state, set_rng_state
 from lit_rl.files.loading import read_checkpoint
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
@@ -65,12 +66,9 @@ def test_resuming_goes_on_with_everything_that_was_saved(make_trainer) -> None:
     assert torch.equal(seen["rng"]["numpy"][1], rank["rng"]["numpy"][1])
     assert torch.equal(seen["generator"], rank["generator"])
     assert torch.equal(seen["carry"], first.return_normalizer.running_return)
-    for name, value in first.state_dict().items():  # weights, normalisers, counters
-        assert torch.equal(seen["weights"][name], value), name
+    assert_same(seen["weights"], first.state_dict())  # normalisers and counters too
     assert int(seen["weights"]["env_steps"]) == 384 and int(seen["weights"]["updates"]) == 3
-    for key, state in saved["optimizer_states"][0]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(seen["optimizer"]["state"][key][name], value)
+    assert_same(seen["optimizer"]["state"], saved["optimizer_states"][0]["state"])
     assert seen["data"]["rollouts"] == 3 and seen["data"]["episodes"] == rank["data"]["episodes"] != []
     assert algorithm.env_steps_done == 1024 and algorithm.updates_done == 8
 
@@ -135,8 +133,7 @@ def test_load_from_checkpoint_needs_nothing_else_and_a_new_fit_counts_from_zero(
     first = fit(make_trainer, 256, model={"lr": 0.01, "network": MLP})
     loaded = PPO.load_from_checkpoint("out.ckpt", lr=0.5)
     assert (loaded.hparams.lr, loaded.hparams.minibatch_size, loaded.env_steps_done) == (0.5, 64, 256)
-    for name, value in first.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
+    assert_same(loaded.state_dict(), first.state_dict())
     data = RolloutDataModule("CartPole-v1", max_env_steps=128, **SMALL)
     make_trainer(limit_val_batches=0).fit(loaded, data)
     assert loaded.env_steps_done == 128

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from lit_rl import PPO, RolloutDataModule, load_policy
-from lit_rl.files.checkpoint import LitCheckpointIO, files_beside
 from lit_rl.errors import CheckpointError
+from lit_rl.files.checkpoint import LitCheckpointIO, files_beside
 from lit_rl.files.loading import previous_of, read_checkpoint, read_first, read_one
 from lit_rl.files.snapshots import CHUNK_ROWS, Snapshots
 

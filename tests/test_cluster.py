@@ -11,21 +11,17 @@ import psutil
 import pytest
 import torch
 from cluster_script import DQN, TINY
+from helpers import TESTS, run_python
 
 from lit_rl import cli
 from lit_rl.cli.cluster import Cluster
 from lit_rl.errors import OptionError
 
-SCRIPT = Path(__file__).with_name("cluster_script.py")
-
 
 def run_on_nodes(case: str, folder: Path) -> str:
     """Run a case of cluster_script.py in `folder`; nothing of its Ray may be left. Returns what it printed."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "STEPS_FOLDER": str(folder / "steps")}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), case], cwd=folder, capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(TESTS / "cluster_script.py", case, cwd=folder, env=environment)
     session = Path("session.txt").read_text()
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if session in " ".join(p.info["cmdline"] or ())]
     assert left == []

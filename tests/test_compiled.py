@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from envs import CycleEnv
+from helpers import assert_same
 from tensordict import TensorDict
-from test_replay_data import CycleEnv
-from test_signals import same
 
 from lit_rl import DQN, MLP, PPO, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
 from lit_rl.errors import DivergedError, OptionError
@@ -98,8 +98,8 @@ def test_a_resumed_compiled_run_equals_an_unbroken_one(
         float(first.global_step)
     }
     resumed, again = fit(make_trainer, case, compile=True, path=tmp_path / "half.ckpt", **options)
-    assert same(whole.state_dict(), resumed.state_dict())
-    assert same(trainer.optimizers[0].state_dict(), again.optimizers[0].state_dict())
+    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_same(again.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
     assert trainer.global_step == again.global_step
 
 

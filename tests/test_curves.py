@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lit_rl import cli
-from lit_rl.viewing.curves import curves_of, draw, find_runs
 from lit_rl.errors import OptionError
+from lit_rl.viewing.curves import curves_of, draw, find_runs
 
 
 def write_run(folder: str, returns: list[float], seed: int = 1, lr: float = 0.1, step: int = 10) -> Path:

@@ -13,23 +13,19 @@ import pytest
 import torch
 from ddp_off_policy import CASES
 from envs import counter_vector
+from helpers import TESTS, make_runner, next_rollout, run_python
 
 from lit_rl import MLP, LSTMNetwork, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.gathering import to_rollout
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
-SCRIPT = Path(__file__).with_name("ddp_script.py")
-OFF_POLICY = Path(__file__).with_name("ddp_off_policy.py")
+SCRIPT, OFF_POLICY = TESTS / "ddp_script.py", TESTS / "ddp_off_policy.py"
 
 
 def run(case: str, out: Path, *more: str) -> str:
     """What it printed to stderr."""
-    done = subprocess.run([sys.executable, str(SCRIPT), case, str(out), *more], cwd=out, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return run_python(SCRIPT, case, out, *more, cwd=out).stderr
 
 
 @pytest.mark.parametrize(("network", "splits"), [(MLP, ["two", "uneven"]), (LSTMNetwork, ["two"])])
@@ -38,8 +34,7 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
 ) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
     policy = Policy(config.spec(), network=network)
-    runner = EnvRunner(config, policy, num_envs=4, rollout_length=16, seed=np.random.SeedSequence(0))
-    rollout = to_rollout([runner.sample()], copy=False)
+    rollout = next_rollout(make_runner(config, policy, 4, 16))
     real = rollout["mask"].sum(1)
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
@@ -164,10 +159,7 @@ def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path
 
 @pytest.mark.parametrize("name", ["Rainbow", "TQC"])
 def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path: Path, name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(OFF_POLICY), "train", str(tmp_path), name], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(OFF_POLICY, "train", tmp_path, name, cwd=tmp_path)
     first, second = (torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1))
     for key, value in first["weights"].items():
         assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
-import gymnasium as gym
 import pytest
+from envs import ClockEnv
 from gymnasium import spaces
 
 from lit_rl import PPO, Diagnostics, RolloutDataModule
@@ -100,25 +100,11 @@ def test_what_was_said_is_not_said_again_after_a_resume(caplog) -> None:
     assert len(messages(caplog)) == said
 
 
-class Deaf(gym.Env):
-    """Whatever is done, every episode is worth 3."""
-
-    observation_space, action_space = spaces.Box(-1.0, 1.0, (1,)), spaces.Discrete(2)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        self._t = 0
-        return self.observation_space.low, {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        self._t += 1
-        return self.observation_space.low, 1.0, self._t == 3, False, {}
-
-
 def test_returns_that_stay_where_they_are_are_told_in_a_run(make_trainer, caplog) -> None:
-    data = RolloutDataModule(Deaf, num_envs_per_env_runner=2, rollout_length=8, max_env_steps=640, seed=0)
+    data = RolloutDataModule(ClockEnv, num_envs_per_env_runner=2, rollout_length=8, max_env_steps=640, seed=0)
     make_trainer(callbacks=[Diagnostics(window=5)], limit_val_batches=0).fit(PPO(minibatch_size=16, num_epochs=1), data)
     (message,) = [text for text in messages(caplog) if "returns have not moved" in text]
-    assert "stayed between 3 and 3 for 160 env steps" in message
+    assert "stayed between 5 and 5 for 160 env steps" in message
 
 
 def test_steps_that_are_far_too_large_are_told_in_a_run(make_trainer, caplog) -> None:

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from helpers import ROOT, run_python
 
 import lit_rl
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BUDGET = 2048  # env steps of each `fit` line; those after the first get more, so that resumed runs have something to do
 
@@ -87,8 +87,7 @@ def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.ray
 @each_block("python ray")
 def test_python_block_with_ray_runs(block: Block) -> None:
-    done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python("-c", block.text)
 
 
 # Lit_rl's command line, imported once; every command runs in a fork of its own.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from envs import ClockEnv, IdentityEnv, MaskedEnv, PictureEnv, RepeatPreviousEnv
 from gymnasium import spaces
+from helpers import check_padding, greedy_return
 from tensordict import TensorDict
 
 from lit_rl import DQN, GRUNetwork, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
@@ -14,7 +15,9 @@ from lit_rl.errors import OptionError
 from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)).to_dict()
-QUICK: dict[str, Any] = {"learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400}
+QUICK: dict[str, Any] = {
+    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "eval_episodes": 40,
+}  # fmt: skip
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {"double": False},
     "double": {},
@@ -191,33 +194,9 @@ def test_the_priority_of_a_distribution_is_its_kl_divergence() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    """Rows that are masked may hold anything: loss, priorities and metrics are those of the real rows."""
     algorithm = DQN(spec=SPEC, network=LSTMNetwork, loss="mse")
     algorithm.configure_model()
-    generator = torch.Generator().manual_seed(0)
-    batch = TensorDict(
-        {
-            "observation": torch.randn(2, 4, 1, generator=generator), "last_observation": torch.randn(2, 1),
-            "action": torch.randint(2, (2, 4)), "discount": torch.full((2, 4), 0.5),
-            "bootstrap_row": torch.arange(4).expand(2, 4), "is_init": torch.zeros(2, 4, dtype=torch.bool),
-            "mask": torch.tensor([[True, True, False, False], [True, True, True, True]]),
-            "state": {k: torch.from_numpy(x) for k, x in algorithm.policy.initial_state(2).items()},
-            "next": {"reward": torch.randn(2, 4), "terminated": torch.zeros(2, 4, dtype=torch.bool)},
-            "weight": torch.ones(2),
-        },
-        [2],
-    )  # fmt: skip
-    other = batch.clone()
-    other["next", "reward"][0, 2:] = 1e6
-    other["observation"][0, 3] = 50.0  # row 2 is the observation that row 1 bootstraps from
-    other["action"][0, 2:] = 1 - other["action"][0, 2:]
-    losses: list[torch.Tensor] = []
-    algorithm.optimize = losses.append
-    metrics = [algorithm.update(b) for b in (batch, other)]
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(batch["priority"], other["priority"])
-    for name in metrics[0]:
-        torch.testing.assert_close(metrics[0][name], metrics[1][name])
+    check_padding(algorithm, torch.randint(2, (2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -259,59 +238,53 @@ class Batched(torch.nn.BatchNorm1d):
         super().__init__(1)
 
 
-def greedy_return(algorithm: DQN, data: ReplayDataModule, make_trainer: Any) -> float:
-    trainer = make_trainer(limit_val_batches=0)
-    trainer.fit(algorithm, data)
-    data.eval_episodes = 40
-    return make_trainer().validate(algorithm, data, verbose=False)[0]["eval/return_mean"]
-
-
 @pytest.mark.parametrize(
     "part", [part if part == "double" else pytest.param(part, marks=pytest.mark.slow) for part in PARTS]
 )
-def test_learns_to_name_what_it_sees(part: str, make_trainer) -> None:
+def test_learns_to_name_what_it_sees(part: str) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2400, update_to_data=0.25, seed=1, **QUICK)
     epsilon = None if part == "noisy" else 0.2
     algorithm = DQN(lr=5e-3, target_update_interval=20, epsilon=epsilon, **PARTS[part])
-    assert greedy_return(algorithm, data, make_trainer) == 1.0
+    assert greedy_return(algorithm, data) == 1.0
 
 
 @pytest.mark.slow
-def test_rainbow_learns_to_name_what_it_sees(make_trainer) -> None:
+def test_rainbow_learns_to_name_what_it_sees() -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2400, update_to_data=0.25, seed=1, **QUICK)
     algorithm = Rainbow(lr=5e-3, target_update_interval=20, v_min=0.0, v_max=1.0, num_atoms=11)
-    assert greedy_return(algorithm, data, make_trainer) == 1.0
+    assert greedy_return(algorithm, data) == 1.0
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
 
 
 @pytest.mark.slow
-def test_learns_from_pictures(make_trainer) -> None:
+def test_learns_from_pictures() -> None:
     data = ReplayDataModule(PictureEnv, max_env_steps=1600, update_to_data=0.1, seed=1, **QUICK)
-    assert greedy_return(DQN(lr=1e-3, target_update_interval=10, epsilon=0.3), data, make_trainer) == 1.0
+    assert greedy_return(DQN(lr=1e-3, target_update_interval=10, epsilon=0.3), data) == 1.0
 
 
 @pytest.mark.slow
-def test_learns_with_action_masks(make_trainer) -> None:
+def test_learns_with_action_masks() -> None:
     data = ReplayDataModule(
         MaskedEnv, env_kwargs={"action_space": spaces.Discrete(4)}, max_env_steps=3000, update_to_data=0.25, seed=1,
         **QUICK,
     )  # fmt: skip
-    trained = greedy_return(DQN(lr=2e-3, gamma=0.5, target_update_interval=20), data, make_trainer)
+    trained = greedy_return(DQN(lr=2e-3, gamma=0.5, target_update_interval=20), data)
     assert trained > 5.5  # the mask of each step decides what can be had; random legal actions give about 4.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "options"), [(LSTMNetwork, {}), (GRUNetwork, {"prioritized": True, "n_step": 2})])
-def test_memory_solves_what_needs_memory(network: type, options: dict, make_trainer) -> None:
+def test_memory_solves_what_needs_memory(network: type, options: dict) -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, **options,
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, eval_episodes=40,
+        **options,
     )  # fmt: skip
     algorithm = DQN(
         lr=5e-3, gamma=0.5, network=network, target_update_interval=1, tau=0.05, epsilon=0.2, sequence_length=5,
         burn_in=2,
     )  # fmt: skip
-    assert greedy_return(algorithm, data, make_trainer) > 7.5  # 8 is the best, 4 a guess
+    assert greedy_return(algorithm, data) > 7.5  # 8 is the best, 4 a guess
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, FailingEnv, SampleEnv, counter_vector
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
+from helpers import next_rollout
 from tensordict import TensorDict
 
 from lit_rl.envs.make import EnvConfig, autoreset_mode
@@ -19,23 +21,18 @@ from lit_rl.errors import EnvError, OptionError, SpaceError
 from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
 from lit_rl.rollout import next_observation, next_values
-from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
 
 NUM_ENVS, LENGTH, FRAGMENTS = 3, 7, 4
+make_runner = functools.partial(helpers.make_runner, num_envs=NUM_ENVS, length=LENGTH)
 CONFIGS = {
     "sync": EnvConfig(CounterEnv),
     "async": EnvConfig(CounterEnv, vectorization="async"),
     **{mode.value: EnvConfig(counter_vector, {"mode": mode.value}, vectorization="native") for mode in AutoresetMode},
 }
-
-
-def make_runner(config: EnvConfig, num_envs: int = NUM_ENVS, length: int = LENGTH, **kwargs) -> EnvRunner:
-    seed = np.random.SeedSequence(0)
-    return EnvRunner(config, Policy(config.spec()), num_envs=num_envs, rollout_length=length, seed=seed, **kwargs)
 
 
 def expected_rows(offset: int) -> Iterator[tuple[float, float, bool, bool, float, bool]]:
@@ -107,7 +104,7 @@ def test_masked_rows_are_exactly_the_reset_rows_of_next_step_mode() -> None:
 
 
 def test_next_values_use_the_final_observation_at_an_episode_end() -> None:
-    rollout = to_rollout([make_runner(CONFIGS["sync"]).sample()], copy=False)
+    rollout = next_rollout(make_runner(CONFIGS["sync"]))
     value, next_value = next_values(rollout, lambda obs: obs.squeeze(-1))
     assert torch.equal(value, rollout["observation"].squeeze(-1))
     assert torch.equal(next_value, next_observation(rollout).squeeze(-1))
@@ -151,10 +148,9 @@ def test_a_rollout_is_the_same_for_the_same_seed_and_another_for_another() -> No
     policies = [Policy(spec) for _ in range(3)]
     for policy in policies[1:]:
         policy.load_state_dict(policies[0].state_dict())
-    seeds = [np.random.SeedSequence(s) for s in (1, 1, 2)]
     a, b, c = (
-        EnvRunner(config, policy, num_envs=2, rollout_length=50, seed=seed).sample().rows.views()["observation"]
-        for policy, seed in zip(policies, seeds)
+        make_runner(config, policy, length=50, seed=seed).sample().rows.views()["observation"]
+        for policy, seed in zip(policies, (1, 1, 2))
     )
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
@@ -169,8 +165,7 @@ def test_recorded_log_probs_are_the_policys() -> None:
         config = EnvConfig(env)
         policy = Policy(config.spec(), normalize_observations=True)
         policy.update_normalizer(torch.randn(100, *config.spec().observation_space.shape) * 3 + 1)
-        runner = EnvRunner(config, policy, num_envs=2, rollout_length=40, seed=np.random.SeedSequence(0))
-        rollout = to_rollout([runner.sample()], copy=False)
+        rollout = next_rollout(make_runner(config, policy, length=40))
         log_prob, _ = policy.evaluate(rollout)
         torch.testing.assert_close(log_prob, rollout["action_log_prob"], atol=1e-5, rtol=0)
 
@@ -296,9 +291,9 @@ class NestedCounter(gym.ObservationWrapper):
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_next_observations_of_nested_spaces_are_the_true_ones_in_every_part(vectorization: str) -> None:
     env = EnvConfig(CounterEnv, wrappers=[NestedCounter], vectorization=vectorization)
-    runner = EnvRunner(env, Policy(env.spec()), num_envs=3, rollout_length=20, seed=np.random.SeedSequence(0))
+    runner = make_runner(env, length=20)
     try:
-        rollout = to_rollout([runner.sample()], copy=False)
+        rollout = next_rollout(runner)
     finally:
         runner.close()
     obs, next_obs = rollout["observation"], next_observation(rollout)
@@ -317,8 +312,7 @@ def test_a_policys_action_may_name_its_parts_in_any_order() -> None:
 
     space = spaces.Dict(a=spaces.Discrete(2), b=spaces.Discrete(2))
     env = EnvConfig(SampleEnv, {"observation_space": spaces.Box(-1, 1, (2,)), "action_space": space})
-    runner = EnvRunner(env, Reversed(env.spec()), num_envs=2, rollout_length=4, seed=np.random.SeedSequence(0))
-    action = to_rollout([runner.sample()], copy=False)["action"]
+    action = next_rollout(make_runner(env, Reversed(env.spec())))["action"]
     assert (action["a"] == 0).all() and (action["b"] == 1).all()
 
 
@@ -358,6 +352,6 @@ def test_a_class_that_does_not_exist_names_environment_step_and_part() -> None:
         return obs | {"pair": (obs["n"], 7)}
 
     env = EnvConfig(CounterEnv, wrappers=[{"test_env_runner:NestedWrong": {"what": wrong, "late": True}}])
-    runner = EnvRunner(env, Policy(env.spec()), num_envs=2, rollout_length=9, seed=np.random.SeedSequence(0))
+    runner = make_runner(env, length=9)
     with pytest.raises(EnvError, match=r"observation\['pair/1'\]=7 of environment 0 at step \d.*Discrete\(7\)"):
         runner.sample()

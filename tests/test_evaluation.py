@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from envs import CounterEnv, FailingEnv, IdentityEnv
+from helpers import make_runner
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -22,7 +23,6 @@ from lit_rl.evaluation.episodes import play
 from lit_rl.evaluation.eval_pool import EvalPool
 from lit_rl.evaluation.summary import bootstrap_interval, interquartile_mean, summarize
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.fragment import Episode
 from lit_rl.runners.placement import Placement
 
@@ -100,10 +100,7 @@ def test_a_number_that_is_not_finite_in_evaluation_names_episode_step_and_value(
      ({"reward_scale": 0.5, "reward_clip": 1.2}, [0.5, 1, 0.5, 1, 1.2])],
 )  # fmt: skip
 def test_the_learner_sees_scaled_and_clipped_rewards_and_returns_stay_true(options: dict, expected: list) -> None:
-    env = EnvConfig(CounterEnv)
-    seed = np.random.SeedSequence(0)
-    runner = EnvRunner(env, Policy(env.spec()), num_envs=1, rollout_length=5, seed=seed, **options)
-    fragment = runner.sample()
+    fragment = make_runner(EnvConfig(CounterEnv), num_envs=1, length=5, **options).sample()
     assert fragment.rows.views()["reward"][0].tolist() == pytest.approx(expected)
     assert [episode.return_ for episode in fragment.episodes] == [3.0, 6.0]
 

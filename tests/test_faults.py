@@ -10,6 +10,7 @@ import pytest
 import torch
 from envs import CounterEnv, OurFault, SampleEnv
 from gymnasium import spaces
+from helpers import make_runner, next_rollout
 
 from lit_rl import DQN, PPO, FaultTolerance, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
@@ -58,7 +59,7 @@ def runner_of(env: EnvConfig, num_envs: int = 2, length: int = 6, **options: Any
     spec = env.spec() if env.env_kwargs.get("step", 0.0) == 0.0 else SPEC
     policy = Policy(spec, network=options.pop("network", None))
     BreaksAt.made = 0
-    return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0), **options)
+    return make_runner(env, policy, num_envs, length, **options)
 
 
 def test_an_environment_that_raises_is_rebuilt_alone_and_its_episode_cut() -> None:
@@ -86,7 +87,7 @@ def test_an_environment_that_raises_is_rebuilt_alone_and_its_episode_cut() -> No
 
 def test_a_failure_at_a_fragments_first_row_leaves_the_last_one_as_it_was() -> None:
     runner = runner_of(EnvConfig(BreaksAt, {"at": (1,)}), num_envs=1, length=3)
-    first, second = (to_rollout([runner.sample()], copy=False) for _ in range(2))
+    first, second = (next_rollout(runner) for _ in range(2))
     assert first["observation"].flatten().tolist() == [0, 1, 100] and first.get("mask", None) is None
     assert first["last_observation"].item() == 101 and not first["next", "done"][0, 2]
     assert second["observation"].flatten().tolist() == [101, 1000, 1001]
@@ -133,10 +134,8 @@ def test_every_env_step_is_delivered_once_or_discarded_with_a_reason(
     env, spec = EnvConfig("test_faults:Sometimes", options), SPEC
     if vectorization == "native":
         env = EnvConfig("test_faults:sometimes_vector", options, vectorization="native")
-    seeds, ledger = np.random.SeedSequence(1), Ledger()
-    policy = Policy(spec, network=network)
-    runner = EnvRunner(env, policy, num_envs=4, rollout_length=8, seed=seeds, faults=MANY)
-    failures = 0
+    ledger, policy, failures = Ledger(), Policy(spec, network=network), 0
+    runner = make_runner(env, policy, num_envs=4, length=8, seed=1, faults=MANY)
     for _ in range(60):
         fragment = runner.sample()
         failures += len(fragment.failures)
@@ -173,8 +172,7 @@ def test_the_budget_ends_what_fails_too_often(max_restarts: int, monkeypatch: py
     slept: list[float] = []
     monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", slept.append)
     env = EnvConfig("test_faults:Sometimes", {"step": 1.0, "reset": 0.0})
-    faults = FaultTolerance(max_restarts=max_restarts)
-    runner = EnvRunner(env, Policy(SPEC), num_envs=1, rollout_length=9, seed=np.random.SeedSequence(0), faults=faults)
+    runner = make_runner(env, Policy(SPEC), num_envs=1, faults=FaultTolerance(max_restarts=max_restarts))
     with pytest.raises(EnvFailure, match="raised in step: OSError: no step") as caught:
         runner.sample()
     assert ("more than max_restarts=3 in 600 s allows" in str(caught.value)) == bool(max_restarts)
@@ -262,10 +260,9 @@ class Illegal(Policy):
 def test_a_fault_of_ours_that_a_test_environment_finds_is_never_survived(make_trainer: Callable) -> None:
     kwargs = {"observation_space": SPEC.observation_space, "action_space": SPEC.action_space}
     data = RolloutDataModule(SampleEnv, env_kwargs=kwargs, fault_tolerance=MANY, max_env_steps=1024, seed=0)
-    algorithm, seed = PPO(spec=data.env.spec().to_dict(), policy_class=Illegal), np.random.SeedSequence(0)
-    runner = EnvRunner(data.env, Illegal(SPEC), num_envs=2, rollout_length=6, seed=seed, faults=MANY)
+    algorithm = PPO(spec=data.env.spec().to_dict(), policy_class=Illegal)
     for act in (
-        runner.sample,
+        make_runner(data.env, Illegal(SPEC), faults=MANY).sample,
         lambda: make_trainer(limit_val_batches=0).fit(algorithm, data),
         lambda: make_trainer().validate(algorithm, data),
     ):
@@ -391,7 +388,7 @@ class WrongLater(CounterEnv):
 def test_what_an_environment_must_not_give_is_refused_in_the_middle_of_a_run(what: str, value: Any, words: str) -> None:
     """N2."""
     env = EnvConfig("test_faults:WrongLater", {"what": what, "value": value})
-    runner = EnvRunner(env, Policy(COUNTER_SPEC), num_envs=2, rollout_length=6, seed=np.random.SeedSequence(0))
+    runner = make_runner(env, Policy(COUNTER_SPEC))
     with pytest.raises(EnvError) as caught:
         runner.sample()
     assert not isinstance(caught.value, EnvFailure)
@@ -402,15 +399,14 @@ def test_what_an_environment_must_not_give_is_refused_in_the_middle_of_a_run(wha
 @pytest.mark.parametrize("value", [np.float32(1.5), 2, np.array(1.5), True])
 def test_numbers_of_other_types_are_rewards_too(value: Any) -> None:
     env = EnvConfig("test_faults:WrongLater", {"what": "reward", "value": value})
-    runner = EnvRunner(env, Policy(COUNTER_SPEC), num_envs=1, rollout_length=6, seed=np.random.SeedSequence(0))
-    assert runner.sample().rows.views()["reward"][0, 2] == float(value)
+    assert make_runner(env, Policy(COUNTER_SPEC)).sample().rows.views()["reward"][0, 2] == float(value)
 
 
 def test_rollouts_of_unequal_ranks_are_filled_up_with_rows_that_do_not_count() -> None:
     space = spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(3))
     env = EnvConfig("test_faults:Sometimes", {"step": 0.0, "reset": 0.0, "observation_space": space})
     runner = runner_of(env, num_envs=2, network=LSTMNetwork)
-    rollout = to_rollout([runner.sample()], copy=False)
+    rollout = next_rollout(runner)
     filled = padded(rollout, 5, masked=True)
     assert filled.batch_size == (5,) and filled["mask"].sum(1).tolist() == [6, 6, 0, 0, 0]
     assert torch.equal(filled["observation", "a"][:2], rollout["observation", "a"])

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import TESTS
 
 from lit_rl import load_policy
 from lit_rl.files.loading import FORMAT
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = TESTS / "golden"
 sys.path.insert(0, str(GOLDEN))
 
 from make import OBS, digest, runs  # noqa: E402

@@ -1,22 +1,19 @@
 """Pictures: ale-py's vector environment, what a rollout of them weighs, wrappers that make them small."""
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from envs import PictureEnv
 from gymnasium import spaces
+from helpers import greedy_return, make_runner, next_rollout
 
 from lit_rl import PPO, ImpalaResNet, Policy, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.evaluation.episodes import play
 from lit_rl.rollout import next_observation
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.gathering import to_rollout
 from lit_rl.trees import iterate
 
 
@@ -26,17 +23,9 @@ def pong(mode: str, **kwargs: Any) -> EnvConfig:
     return EnvConfig("ale_py:ALE/Pong-v5", small, vectorization="native")
 
 
-def make_runner(env: EnvConfig, num_envs: int, length: int) -> EnvRunner:
-    torch.manual_seed(0)
-    return EnvRunner(env, Policy(env.spec()), num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0))
-
-
 def test_both_autoreset_modes_of_ale_give_the_same_transitions() -> None:
     """The true final picture is the next observation of an episode's last step, however ale-py hands it over."""
-    rollouts = {
-        mode: to_rollout([make_runner(pong(mode), 2, 30).sample()], copy=False) for mode in ("SameStep", "NextStep")
-    }
-    same, next_ = rollouts["SameStep"], rollouts["NextStep"]
+    same, next_ = (next_rollout(make_runner(pong(mode), num_envs=2, length=30)) for mode in ("SameStep", "NextStep"))
     assert same["next", "truncated"].sum() >= 4 and "mask" not in same.keys()  # noqa: SIM118
     mask = next_["mask"]
     assert mask.logical_not().sum() >= 4
@@ -62,7 +51,7 @@ def test_evaluation_plays_whole_episodes_of_ales_vector_environment() -> None:
 
 def test_a_rollout_of_pictures_holds_them_once_as_bytes() -> None:
     env = EnvConfig("ale_py:ALE/Pong-v5", {"autoreset_mode": "SameStep", "num_threads": 1}, vectorization="native")
-    rollout = to_rollout([make_runner(env, 8, 128).sample()], copy=False)
+    rollout = next_rollout(make_runner(env, num_envs=8, length=128))
     obs = rollout["observation"]
     assert obs.shape == (8, 128, 4, 84, 84) and obs.dtype == torch.uint8
     storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for _, leaf in iterate(rollout)}
@@ -72,7 +61,7 @@ def test_a_rollout_of_pictures_holds_them_once_as_bytes() -> None:
 def test_the_critic_is_given_a_bounded_number_of_pictures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_rl.rollout.CHUNK", 16)
     env = pong("SameStep")
-    rollout = to_rollout([make_runner(env, 2, 20).sample()], copy=False)
+    rollout = next_rollout(make_runner(env, num_envs=2, length=20))
     algorithm = PPO(spec=env.spec().to_dict(), share_encoder=True)
     algorithm.configure_model()
     sizes: list[int] = []
@@ -100,12 +89,12 @@ def test_atari_preprocessing_of_gymnasium_is_a_wrapper_like_any_other() -> None:
         {"gymnasium.wrappers:FrameStackObservation": {"stack_size": 4}},
     ]
     env = EnvConfig("ale_py:ALE/Pong-v5", {"frameskip": 1}, wrappers)
-    rollout = to_rollout([make_runner(env, 2, 8).sample()], copy=False)
+    rollout = next_rollout(make_runner(env, num_envs=2, length=8))
     assert rollout["observation"].shape == (2, 8, 4, 84, 84) and rollout["observation"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("channels_first", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_ppo_learns_to_tell_pictures_apart(make_trainer: Callable[..., L.Trainer], channels_first: bool) -> None:
+def test_ppo_learns_to_tell_pictures_apart(channels_first: bool) -> None:
     data = RolloutDataModule(
         PictureEnv,
         env_kwargs={"channels_first": channels_first},
@@ -114,9 +103,7 @@ def test_ppo_learns_to_tell_pictures_apart(make_trainer: Callable[..., L.Trainer
         eval_episodes=40,
         seed=0,
     )
-    algorithm, trainer = PPO(lr=1e-3, network=small_resnet, minibatch_size=64), make_trainer()
-    trainer.fit(algorithm, data)
-    assert trainer.validate(algorithm, data, verbose=False)[0]["eval/return_mean"] > 0.95
+    assert greedy_return(PPO(lr=1e-3, network=small_resnet, minibatch_size=64), data) > 0.95
 
 
 def small_resnet(observation_space: gym.Space) -> ImpalaResNet:

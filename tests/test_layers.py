@@ -1,17 +1,15 @@
 """Imports point one way, and what is heavy is loaded on first use."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_python
 
 import lit_rl
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTER = ("modules", "datamodules", "callbacks")
 FRONT_DOOR = ROOT / "lit_rl" / "__init__.py"  # names, loaded on first use
 ENTRY_POINTS = {FRONT_DOOR, ROOT / "lit_rl" / "cli" / "program.py"}  # these two alone know the outer folders
@@ -117,8 +115,7 @@ def test_algorithms_reach_neither_env_runners_nor_environments(algorithm: str) -
 def loaded_after(statement: str, *packages: str) -> set[str]:
     """Which of `packages` a fresh interpreter has loaded after a statement."""
     code = f"{statement}; import sys; print(*(set({packages!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(run_python("-c", code).stdout.split())
 
 
 @pytest.mark.parametrize(

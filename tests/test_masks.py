@@ -11,14 +11,13 @@ import torch
 from envs import MaskedEnv
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from helpers import make_runner, next_rollout
 
 from lit_rl import PPO, LSTMNetwork, Policy, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.wrappers import ActionMaskFromInfo
 from lit_rl.errors import EnvError, SpaceError
 from lit_rl.evaluation.episodes import play
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.gathering import to_rollout
 from lit_rl.spec import EnvSpec
 
 DISCRETE = spaces.Discrete(6, start=2)
@@ -35,15 +34,11 @@ def sharp_policy(env: EnvConfig, **kwargs: Any) -> Policy:
     return policy
 
 
-def run(env: EnvConfig, policy: Policy, num_envs: int, length: int) -> Any:
-    return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0))
-
-
 @pytest.mark.slow
 @EVERY_ACTION
 def test_no_illegal_action_in_100_000_steps(space: gym.Space) -> None:
     env = EnvConfig(MaskedEnv, {"action_space": space})
-    runner = run(env, sharp_policy(env), 10, 10_000 if space is DISCRETE else 500)
+    runner = make_runner(env, sharp_policy(env), 10, 10_000 if space is DISCRETE else 500)
     assert runner.sample().failures == ()  # the environment raises at the first one
 
 
@@ -66,7 +61,7 @@ def test_evaluation_and_inference_choose_legal_actions(space: gym.Space, determi
 def test_log_prob_and_entropy_are_those_of_the_legal_actions_alone(network: Any) -> None:
     env = EnvConfig(MaskedEnv, {"action_space": DISCRETE})
     policy = sharp_policy(env, network=network)
-    rollout = to_rollout([run(env, policy, 4, 32).sample()], copy=False)
+    rollout = next_rollout(make_runner(env, policy, 4, 32))
     features = policy.features(rollout)
     log_prob, entropy = policy.evaluate(rollout, features)
     logits = policy.head(features).masked_fill(rollout["observation", "action_mask"] == 0, -torch.inf)
@@ -90,7 +85,7 @@ def test_illegal_actions_get_no_gradient() -> None:
 def test_a_mask_that_allows_nothing_names_env_and_step() -> None:
     env = EnvConfig(MaskedEnv, {"action_space": DISCRETE, "nothing_at": 5})
     policy = sharp_policy(env)
-    for collect in (lambda: run(env, policy, 2, 20).sample(), lambda: list(play(env, policy, range(3)))):
+    for collect in (make_runner(env, policy).sample, lambda: list(play(env, policy, range(3)))):
         with pytest.raises(EnvError, match=r"env=MaskedEnv.*environment 0 allows no action at step 5 of its episode"):
             collect()
     obs = {"observation": np.zeros(2), "action_mask": np.zeros(6)}
@@ -109,7 +104,7 @@ def test_a_final_observation_may_allow_nothing() -> None:
         EnvConfig(masked_vector, {}, (), "native"),
     ):
         policy = sharp_policy(env)
-        rollout = to_rollout([run(env, policy, 2, 40).sample()], copy=False)
+        rollout = next_rollout(make_runner(env, policy, length=40))
         log_prob, entropy = policy.evaluate(rollout)
         assert log_prob.isfinite().all() and entropy.isfinite().all()
         assert len(list(play(env, policy, range(3)))) == 3
@@ -157,8 +152,7 @@ def test_a_mask_in_info_is_moved_into_the_observation() -> None:
     taxi = env.make()
     obs, info = taxi.reset(seed=0)
     assert obs["action_mask"].tolist() == info["action_mask"].tolist() and taxi.observation_space.contains(obs)
-    runner = run(env, sharp_policy(env), 2, 300)
-    rollout = to_rollout([runner.sample()], copy=False)
+    rollout = next_rollout(make_runner(env, sharp_policy(env), length=300))
     mask = rollout["observation", "action_mask"]
     assert (mask == 0).any()
     assert mask.gather(-1, rollout["action"].unsqueeze(-1)).all()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from conftest import until
 from envs import CounterEnv, RepeatPreviousEnv, SampleEnv, counter_vector
 from gymnasium import spaces
+from helpers import greedy_return, make_runner, next_rollout
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lit_rl import (
@@ -35,7 +36,6 @@ from lit_rl.networks import unroll
 from lit_rl.networks.recurrent import _GRUSequence, _LSTMSequence
 from lit_rl.policy.numpy_policy import NumpyPolicy
 from lit_rl.rollout import next_values_with_memory, sequences
-from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
@@ -90,10 +90,6 @@ def env_kwargs(space: gym.Space) -> dict[str, Any]:
     return {"observation_space": space, "action_space": spaces.Discrete(3)}
 
 
-def make_runner(env: EnvConfig, policy: Policy, num_envs: int = 3, length: int = 16) -> EnvRunner:
-    return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=np.random.SeedSequence(0))
-
-
 @EVERY_NETWORK
 def test_the_learner_computes_the_runners_features_and_log_probs(name: str) -> None:
     space, network = NETWORKS[name]
@@ -103,7 +99,7 @@ def test_the_learner_computes_the_runners_features_and_log_probs(name: str) -> N
     seen: list[Tensor] = []
     if NumpyPolicy.of(policy) is None:
         policy.encoder.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    rollout = to_rollout([runner.sample()], copy=False)
+    rollout = next_rollout(runner)
     assert rollout["is_init"][:, 1:].sum() > 6  # episodes end inside of the fragment
     in_runner = torch.stack([features.clone() for features in seen], 1) if seen else None
     with torch.no_grad():
@@ -154,7 +150,7 @@ def test_memory_begins_anew_exactly_where_episodes_do(mode: str) -> None:
     policy = Policy(env.spec(), network=Recorder)
     runner = make_runner(env, policy, length=13)
     for _ in range(3):
-        rollout = to_rollout([runner.sample()], copy=False)
+        rollout = next_rollout(runner)
         # The state counts the steps since the last start; the observation's last two digits say how many there were.
         mask = rollout.get("mask", torch.ones_like(rollout["is_init"]))
         _, after = policy.unroll(rollout["observation"], rollout["state"], rollout["is_init"])
@@ -240,7 +236,7 @@ def test_gradients_do_not_cross_an_episodes_start() -> None:
 def rollout_of_counters(policy: Policy, length: int = 16) -> Any:
     runner = make_runner(EnvConfig(CounterEnv), policy, length=length)
     runner.sample()
-    return to_rollout([runner.sample()], copy=False)
+    return next_rollout(runner)
 
 
 @pytest.mark.parametrize("burn_in", [0, 3, 4])
@@ -295,7 +291,10 @@ def test_memory_solves_repeating_the_previous_observation(
     )
     factory = functools.partial(network, hidden_size=16, encoder=functools.partial(MLP, hidden_sizes=[16]))
     algorithm = PPO(network=factory, lr=5e-3, num_epochs=8, gamma=0.5, minibatch_size=128, sequence_length=8)
-    trainer = make_trainer(callbacks=[until(7.9)])
+    enough = EarlyStopping(
+        "eval/return_mean", mode="max", stopping_threshold=7.9, patience=10**6, check_on_train_epoch_end=False
+    )
+    trainer = make_trainer(callbacks=[enough])
     trainer.fit(algorithm, data)
     data.eval_episodes = 50
     assert trainer.validate(algorithm, data, verbose=False)[0]["eval/return_mean"] > 7.5
@@ -312,11 +311,9 @@ def test_memory_solves_repeating_the_previous_observation(
 
 
 @pytest.mark.slow
-def test_without_memory_the_previous_observation_cannot_be_repeated(make_trainer: Callable[..., L.Trainer]) -> None:
+def test_without_memory_the_previous_observation_cannot_be_repeated() -> None:
     data = RolloutDataModule(RepeatPreviousEnv, rollout_length=64, max_env_steps=12_000, eval_episodes=50, seed=1)
-    algorithm, trainer = PPO(lr=5e-3, num_epochs=8, gamma=0.5), make_trainer()
-    trainer.fit(algorithm, data)
-    assert trainer.validate(algorithm, data, verbose=False)[0]["eval/return_mean"] < 5.5
+    assert greedy_return(PPO(lr=5e-3, num_epochs=8, gamma=0.5), data) < 5.5
 
 
 def test_the_previous_action_and_reward_are_observed_and_begin_at_zero() -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from envs import CounterEnv
+from helpers import assert_same
 from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, SAC, ReplayDataModule, RolloutDataModule
-from lit_rl.files import rescue
 from lit_rl.errors import DivergedError
+from lit_rl.files import rescue
 from lit_rl.normalizer import ReturnNormalizer, RunningMoments
 from lit_rl.replay.buffer import SMALLEST_PRIORITY
 
@@ -190,7 +191,7 @@ def test_running_statistics_leave_out_what_is_not_finite() -> None:
     moments.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     before = {name: value.clone() for name, value in moments.state_dict().items()}
     moments.update(torch.tensor([[1.0, torch.nan]]))
-    assert all(torch.equal(value, before[name]) for name, value in moments.state_dict().items())
+    assert_same(moments.state_dict(), before)
     reward, done = torch.tensor([[1.0, torch.inf], [1.0, 1.0]]), torch.zeros(2, 2, dtype=torch.bool)
     normalizer.scale(reward, done)
     assert normalizer.running_return.tolist() == pytest.approx([0.0, 0.9 * 1.9])

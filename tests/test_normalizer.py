@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same
 
 from lit_rl.normalizer import CLIP, EPSILON, ReturnNormalizer, RunningMoments
 from lit_rl.spec import EnvSpec
@@ -45,7 +46,7 @@ def test_moments_without_a_real_row_stay_as_they_were() -> None:
     moments.update(torch.randn(8, 2))
     before = {name: tensor.clone() for name, tensor in moments.state_dict().items()}
     moments.update(torch.randn(8, 2), torch.zeros(8, dtype=torch.bool))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in moments.state_dict().items())
+    assert_same(moments.state_dict(), before)
 
 
 def test_moments_travel_in_the_state_dict() -> None:
@@ -55,7 +56,7 @@ def test_moments_travel_in_the_state_dict() -> None:
     batch = torch.randn(8, 2)
     moments.update(batch)
     other.update(batch)
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in moments.state_dict().items())
+    assert_same(other.state_dict(), moments.state_dict())
 
 
 def rollouts(num: int, batch: int = 4, length: int = 25, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -114,4 +115,4 @@ def test_a_policys_statistics_are_frozen_while_it_acts(method: str) -> None:
         policy.evaluate({"observation": torch.as_tensor(obs), "action": torch.zeros(8, dtype=torch.int64)})
     else:
         getattr(policy, method)(obs)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.normalizer.state_dict().items())
+    assert_same(policy.normalizer.state_dict(), before)

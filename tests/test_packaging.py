@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_python
 
 import lit_rl
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("modules", "datamodules", "callbacks", "recipes")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
@@ -57,9 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("source") / "lit_rl", tmp_path_factory.mktemp("dist")
     unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=unwanted)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy)
     (path,) = out.glob("*.whl")
     return path
 
@@ -84,10 +82,7 @@ def test_wheel_runs_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -
     environment = os.environ | {"PYTHONPATH": str(unpacked)}  # comes before the editable install
 
     def run(*args: str) -> str:
-        command = [sys.executable, *args]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+        return run_python(*args, cwd=cwd, env=environment).stdout
 
     where = "import lit_rl, lit_rl.modules.ppo as ppo; print(lit_rl.__file__, ppo.__file__)"
     assert all(Path(file).is_relative_to(unpacked) for file in run("-c", where).split())

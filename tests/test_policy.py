@@ -15,9 +15,9 @@ from gymnasium import spaces
 from test_networks import OwnNetwork
 from torch import nn
 
-from lit_rl.files.checkpoint import check_plain
 from lit_rl.distributions import DiagonalGaussian
 from lit_rl.errors import CheckpointError, OptionError, SpaceError
+from lit_rl.files.checkpoint import check_plain
 from lit_rl.networks import MLP
 from lit_rl.policy import Policy
 from lit_rl.spec import EnvSpec

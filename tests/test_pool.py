@@ -4,8 +4,6 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import psutil
 import pytest
 from envs import CounterEnv, FailingEnv
 from gymnasium import spaces
+from helpers import run_python
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
@@ -304,10 +303,7 @@ def test_a_full_object_store_moves_to_the_disk_and_without_one_ends_the_run_with
     disk: str, length: int, tmp_path: Path
 ) -> None:
     """FT5: the store holds 80 MB, a fragment takes one for each of its rows."""
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL_STORE, disk, str(length)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", SMALL_STORE, disk, length, cwd=tmp_path)
     error, env_steps, delivered, discarded, restarts = json.loads(done.stdout.splitlines()[-1])
     assert restarts == 0
     if disk == "free":

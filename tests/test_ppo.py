@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from envs import ClockEnv, CounterEnv, IdentityEnv, TargetEnv, counter_vector
+from helpers import greedy_return
 from tensordict import TensorDict
 
 from lit_rl import MLP, PPO, RolloutDataModule
@@ -13,46 +14,44 @@ from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.modules.ppo import explained_variance
 
 
-def train(make_trainer, env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, RolloutDataModule, float]:
+def train(env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, RolloutDataModule, float]:
     """Train, then play: the algorithm, its datamodule, and the mean greedy return."""
     module = RolloutDataModule(env, max_env_steps=steps, **{"seed": 0, "eval_episodes": 20} | data)
     algorithm = PPO(**model)
-    make_trainer(limit_val_batches=0, **trainer).fit(algorithm, module)
-    evaluated = make_trainer().validate(algorithm, module, verbose=False)
-    return algorithm, module, evaluated[0]["eval/return_mean"]
+    return algorithm, module, greedy_return(algorithm, module, **trainer)
 
 
 SMALL = {"num_envs_per_env_runner": 8, "rollout_length": 16}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learns_to_name_a_discrete_observation(make_trainer, seed: int) -> None:
+def test_learns_to_name_a_discrete_observation(seed: int) -> None:
     model = {"lr": 1e-2, "minibatch_size": 64, "gamma": 0.0}
-    *_, return_ = train(make_trainer, IdentityEnv, 2_500, model, SMALL | {"seed": seed})
+    *_, return_ = train(IdentityEnv, 2_500, model, SMALL | {"seed": seed})
     assert return_ == 1.0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learns_a_continuous_action_from_a_continuous_observation(make_trainer, seed: int) -> None:
+def test_learns_a_continuous_action_from_a_continuous_observation(seed: int) -> None:
     model = {"lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 64, "gamma": 0.0, "normalize_observations": True}
-    *_, return_ = train(make_trainer, TargetEnv, 6_000, model, SMALL | {"seed": seed})
+    *_, return_ = train(TargetEnv, 6_000, model, SMALL | {"seed": seed})
     assert return_ > -0.02  # acting at random costs about 0.7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learns_cartpole(make_trainer, seed: int) -> None:
+def test_learns_cartpole(seed: int) -> None:
     model = {"lr": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "num_epochs": 10}
-    *_, return_ = train(make_trainer, "CartPole-v1", 30_000, model, {"seed": seed})
+    *_, return_ = train("CartPole-v1", 30_000, model, {"seed": seed})
     assert return_ > 300
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "native"])
-def test_a_time_limit_is_bootstrapped_not_a_value_of_zero(make_trainer, vectorization: str) -> None:
+def test_a_time_limit_is_bootstrapped_not_a_value_of_zero(vectorization: str) -> None:
     env = ClockEnv if vectorization == "sync" else clock_vector
     model = {"lr": 1e-2, "gamma": 0.5, "minibatch_size": 64, "value_coef": 1.0, "max_grad_norm": None}
     data = SMALL | {"vectorization": vectorization}
-    algorithm, *_ = train(make_trainer, env, 8_000, model, data)
+    algorithm, *_ = train(env, 8_000, model, data)
     # 1 + 0.5 + 0.25 + ... = 2; were the limit an end, 1.4.
     assert algorithm.value(torch.zeros(1, 1)).item() == pytest.approx(2.0, abs=0.05)
 
@@ -212,14 +211,14 @@ def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None
     assert words in str(caught.value)
 
 
-def test_a_minibatch_larger_than_the_rollout_is_refused(make_trainer) -> None:
+def test_a_minibatch_larger_than_the_rollout_is_refused() -> None:
     with pytest.raises(OptionError, match="minibatch_size=256: expected at most the 128 rows"):
-        train(make_trainer, CounterEnv, 256, {}, SMALL)
+        train(CounterEnv, 256, {}, SMALL)
 
 
-def test_observation_normalisation_of_a_discrete_space_is_refused(make_trainer) -> None:
+def test_observation_normalisation_of_a_discrete_space_is_refused() -> None:
     with pytest.raises(OptionError, match="normalize_observations"):
-        train(make_trainer, IdentityEnv, 256, {"normalize_observations": True, "minibatch_size": 64}, SMALL)
+        train(IdentityEnv, 256, {"normalize_observations": True, "minibatch_size": 64}, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +228,9 @@ def test_observation_normalisation_of_a_discrete_space_is_refused(make_trainer) 
         ({"accumulate_grad_batches": 2}, "minibatch_size"),
     ],
 )
-def test_trainer_options_that_do_not_apply_name_the_algorithms_own(make_trainer, trainer: dict, words: str) -> None:
+def test_trainer_options_that_do_not_apply_name_the_algorithms_own(trainer: dict, words: str) -> None:
     with pytest.raises(LitRLError, match=words):
-        train(make_trainer, CounterEnv, 256, {"minibatch_size": 64}, SMALL, **trainer)
+        train(CounterEnv, 256, {"minibatch_size": 64}, SMALL, **trainer)
 
 
 def test_advantages_and_targets_of_a_rollout_by_hand(make_trainer) -> None:
@@ -443,12 +442,12 @@ def test_gradients_are_bounded_as_torch_does_it(make_trainer, by: str, bound: fl
     assert any(not torch.equal(gradient, before) for gradient, before in zip(bounded, free))
 
 
-def test_squashed_actions_stay_inside_and_learn(make_trainer) -> None:
+def test_squashed_actions_stay_inside_and_learn() -> None:
     model = {
         "lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 64, "gamma": 0.0, "normalize_observations": True,
         "squash_actions": True,
     }  # fmt: skip
-    algorithm, data, return_ = train(make_trainer, TargetEnv, 4_000, model, SMALL)
+    algorithm, data, return_ = train(TargetEnv, 4_000, model, SMALL)
     assert return_ > -0.05  # acting at random costs about 0.7
     space = data.spec.action_space
     obs = np.full((100, *data.spec.observation_space.shape), 50, np.float32)

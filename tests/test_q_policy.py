@@ -8,6 +8,7 @@ import pytest
 import torch
 from envs import MaskedEnv
 from gymnasium import spaces
+from helpers import make_runner
 
 from lit_rl import DQN, ReplayDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
@@ -15,7 +16,6 @@ from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.q import NoisyLinear, QHead, set_noise
 from lit_rl.policy import Policy
 from lit_rl.policy.q import QPolicy
-from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(4, start=2))
@@ -120,9 +120,7 @@ def test_epsilon_takes_random_legal_actions_at_its_rate() -> None:
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_no_illegal_action_is_taken(part: str, epsilon: float) -> None:
     config = EnvConfig(MaskedEnv, {"action_space": spaces.Discrete(4)}, (), "sync")  # raises at an illegal action
-    runner = EnvRunner(
-        config, QPolicy(config.spec(), **PARTS[part]), num_envs=4, rollout_length=500, seed=np.random.SeedSequence(0)
-    )
+    runner = make_runner(config, QPolicy(config.spec(), **PARTS[part]), 4, 500)
     runner.set_version(0, epsilon)
     assert runner.sample().failures == ()
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,8 @@ from gymnasium import spaces
 from lit_rl import LSTMNetwork, Policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, ReplayError
-from lit_rl.replay import ReplayBuffer
 from lit_rl.files.snapshots import CHUNK_ROWS
+from lit_rl.replay import ReplayBuffer
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.spec import EnvSpec
 from lit_rl.transitions import bootstrap_observation, features, next_features
@@ -30,12 +31,10 @@ def counter(mode: str = "SameStep") -> EnvConfig:
     return EnvConfig(counter_vector, {"mode": mode}, vectorization="native")
 
 
-def make_runner(mode: str = "SameStep", length: int = 4, **options: Any) -> EnvRunner:
+def make_runner(mode: str = "SameStep", length: int = 4, network: Any = None, **options: Any) -> EnvRunner:
     torch.manual_seed(0)
-    config = counter(mode)
-    policy = Policy(config.spec(), network=options.pop("network", None))
-    seed = np.random.SeedSequence(0)
-    return EnvRunner(config, policy, num_envs=ENVS, rollout_length=length, seed=seed, **options)
+    policy = Policy(counter(mode).spec(), network=network)
+    return helpers.make_runner(counter(mode), policy, ENVS, length, **options)
 
 
 def fill(buffer: ReplayBuffer, runner: EnvRunner, times: int, first: int = 0) -> int:

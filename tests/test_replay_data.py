@@ -3,18 +3,15 @@
 import csv
 import gc
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from envs import FailingEnv, counter_vector
-from gymnasium import spaces
+from envs import CycleEnv, FailingEnv, counter_vector
+from helpers import ROOT, assert_same, run_python
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
@@ -27,23 +24,6 @@ pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac hav
 SMALL: dict[str, Any] = {
     "learning_starts": 40, "batch_size": 16, "buffer_size": 500, "env_steps_per_batch": 50, "seed": 0,
 }  # fmt: skip
-
-
-class CycleEnv(gym.Env):
-    """Five steps and a truncation, always the same: the reward is 1 for the action t % 2."""
-
-    def __init__(self) -> None:
-        self.observation_space, self.action_space = spaces.Box(0, 1, (5,), np.float32), spaces.Discrete(2)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self._t = 0
-        return np.eye(5, dtype=np.float32)[0], {}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward = float(action == self._t % 2)
-        self._t += 1
-        return np.eye(5, dtype=np.float32)[self._t % 5], reward, False, self._t == 5, {}
 
 
 class Watched(DQN):
@@ -167,7 +147,7 @@ def test_metrics_are_averaged_over_the_updates_of_a_batch_and_documented(make_tr
     assert [row["env_steps"] for row in values] == [50.0 * k for k in range(1, 7)]
     assert {"loss/policy", "loss/value", "policy/alpha", "optim/grad_norm", "replay/beta"} <= values[-1].keys()
     assert values[-1]["replay/transitions"] == 300 and values[-1]["replay/beta"] == pytest.approx(1.0)
-    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    documented = (ROOT / "docs" / "metrics.md").read_text()
     for name in values[-1]:
         assert f"`{name}`" in documented, f"docs/metrics.md does not define {name}"
 
@@ -275,12 +255,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     resumed, resumed_trainer, _, second = fit(str(path))
     assert first + second == whole
     assert resumed.updates_done == unbroken.updates_done == 90
-    for name, value in unbroken.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    a, b = (t.optimizers[0].state_dict()["state"] for t in (whole_trainer, resumed_trainer))
-    for key in a:
-        for name in a[key]:
-            assert torch.equal(a[key][name], b[key][name])
+    assert_same(resumed.state_dict(), unbroken.state_dict())
+    assert_same(*(trainer.optimizers[0].state_dict()["state"] for trainer in (resumed_trainer, whole_trainer)))
 
 
 def save(make_trainer: Any, **options: Any) -> tuple[L.Trainer, ReplayDataModule]:
@@ -528,13 +504,13 @@ def test_several_runners_fill_one_buffer(prefetch: int, network: Any, make_train
 def test_a_checkpoint_saved_after_training_leaves_no_other_folder_behind(make_trainer, tmp_path: Path) -> None:
     code = """
 import lightning as L
-from test_replay_data import SMALL, CycleEnv
+from envs import CycleEnv
+from test_replay_data import SMALL
 from lit_rl import DQN, ReplayDataModule
 data = ReplayDataModule(CycleEnv, max_env_steps=60, eval_episodes=1, **SMALL)
 trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
 trainer.fit(DQN(), data)
 trainer.save_checkpoint("after.ckpt")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-c", code, cwd=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {"checkpoints"} == {"after.ckpt", "after.ckpt.d"}

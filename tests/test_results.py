@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 RESULTS = sorted(path for path in (ROOT / "docs" / "results").glob("*.json") if path.stem in RECIPES)
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 from envs import CounterEnv, MaskedEnv, RepeatPreviousEnv
 from gymnasium import spaces
+from helpers import assert_same, make_runner
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_rl import DQN, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
-from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner
 
 ON_POLICY = {"num_envs_per_env_runner": 3, "rollout_length": 16, "rollouts_per_epoch": 2, "max_env_steps": 480}
 OFF_POLICY = {
@@ -100,28 +99,12 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_equals_an_unbroken_one(
         fit(f"first-{batch}", callbacks=[SaveAt(batch)])
         resumed, resumed_trainer = fit(f"second-{batch}", "broken.ckpt")
         assert resumed.updates_done == whole.updates_done > 0 and resumed.env_steps_done == whole.env_steps_done
-        for key, value in whole.state_dict().items():
-            assert torch.equal(value, resumed.state_dict()[key]), key
-        a, b = (trainer.optimizers[0].state_dict()["state"] for trainer in (whole_trainer, resumed_trainer))
-        assert a.keys() == b.keys()
-        for key in a:
-            for part in a[key]:
-                assert torch.equal(torch.as_tensor(a[key][part]), torch.as_tensor(b[key][part])), (key, part)
+        assert_same(resumed.state_dict(), whole.state_dict())
+        assert_same(*(trainer.optimizers[0].state_dict()["state"] for trainer in (resumed_trainer, whole_trainer)))
         unbroken, first, second = (series(tmp_path / f) for f in ("whole", f"first-{batch}", f"second-{batch}"))
         assert not first.keys() & second.keys() and (first | second).keys() == unbroken.keys()
         for key, row in (first | second).items():
             assert row == unbroken[key], key
-
-
-class Forgetful(CounterEnv):
-    """Its observations depend on what is not in `np_random`: how often it was reset."""
-
-
-def runner_for(env: EnvConfig, seed: int, **options: Any) -> EnvRunner:
-    torch.manual_seed(0)
-    policy = Policy(env.spec())
-    seeds = np.random.SeedSequence(seed)
-    return EnvRunner(env, policy, num_envs=3, rollout_length=5, seed=seeds, replayable=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +113,12 @@ def runner_for(env: EnvConfig, seed: int, **options: Any) -> EnvRunner:
         (EnvConfig("CartPole-v1"), 0),
         (EnvConfig("Acrobot-v1", wrappers=[{"gymnasium.wrappers:TimeLimit": {"max_episode_steps": 7}}]), 0),
         (EnvConfig(RepeatPreviousEnv), 0),
-        (EnvConfig(Forgetful), 3),
+        (EnvConfig(CounterEnv), 3),  # its observations tell how often it was reset, which is not in `np_random`
         (EnvConfig("CartPole-v1", vectorization="async"), 3),
     ],
 )
 def test_episodes_under_way_go_on_where_they_can_and_begin_afresh_where_not(env: EnvConfig, restarted: int) -> None:
-    one, other = runner_for(env, 0), runner_for(env, 1)
+    one, other = (make_runner(env, length=5, seed=seed, replayable=True) for seed in (0, 1))
     try:
         for _ in range(3):
             one.sample()
@@ -157,10 +140,8 @@ def test_episodes_under_way_go_on_where_they_can_and_begin_afresh_where_not(env:
 
 def test_another_number_of_environments_begins_episodes_afresh() -> None:
     env = EnvConfig("CartPole-v1")
-    state = runner_for(env, 0).get_state()
-    other = EnvRunner(
-        env, Policy(env.spec()), num_envs=2, rollout_length=5, seed=np.random.SeedSequence(1), replayable=True
-    )
+    state = make_runner(env, replayable=True).get_state()
+    other = make_runner(env, num_envs=2, seed=1, replayable=True)
     assert other.set_state(state) == 2
     other.sample()
 
@@ -168,7 +149,7 @@ def test_another_number_of_environments_begins_episodes_afresh() -> None:
 def test_very_long_episodes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_rl.runners.history.LONGEST", 12)
     env = EnvConfig("Pendulum-v1")
-    one, other = runner_for(env, 0), runner_for(env, 1)
+    one, other = (make_runner(env, length=5, seed=seed, replayable=True) for seed in (0, 1))
     for _ in range(3):
         one.sample()
     assert one.get_state()["actions"] == [None] * 3

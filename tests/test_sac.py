@@ -8,6 +8,7 @@ import pytest
 import torch
 from envs import ClockEnv, IdentityEnv, MaskedEnv, RepeatPreviousEnv, TargetEnv
 from gymnasium import spaces
+from helpers import check_padding, greedy_return
 from tensordict import TensorDict
 
 from lit_rl import MLP, SAC, TQC, GRUNetwork, LSTMNetwork, NatureCNN, ReplayDataModule, load_policy
@@ -268,35 +269,7 @@ def test_importance_weights_scale_the_critics_loss_alone() -> None:
 def test_padding_changes_nothing(kind: type[SAC], spec: dict) -> None:
     algorithm = kind(spec=spec, network=GRUNetwork, **SMALL)
     algorithm.configure_model()
-    g = torch.Generator().manual_seed(0)
-    action = torch.randint(3, (2, 4), generator=g) if spec is DISCRETE else torch.rand(2, 4, 2, generator=g)
-    batch = TensorDict(
-        {
-            "observation": torch.randn(2, 4, 3, generator=g), "last_observation": torch.randn(2, 3), "action": action,
-            "discount": torch.full((2, 4), 0.5), "bootstrap_row": torch.arange(4).expand(2, 4),
-            "is_init": torch.zeros(2, 4, dtype=torch.bool),
-            "mask": torch.tensor([[True, True, False, False], [True, True, True, True]]),
-            "state": {k: torch.from_numpy(x) for k, x in algorithm.policy.initial_state(2).items()},
-            "next": {"reward": torch.randn(2, 4), "terminated": torch.zeros(2, 4, dtype=torch.bool)},
-            "weight": torch.ones(2),
-        },
-        [2],
-    )  # fmt: skip
-    other = batch.clone()
-    other["next", "reward"][0, 2:] = 1e6
-    other["observation"][0, 3] = 50.0
-    losses: list[torch.Tensor] = []
-    algorithm.optimize = losses.append
-    metrics = []
-    before = {name: tensor.clone() for name, tensor in algorithm.state_dict().items()}
-    for one in (batch, other):
-        algorithm.load_state_dict(before)
-        algorithm.generator.manual_seed(0)
-        metrics.append(algorithm.update(one))
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(batch["priority"], other["priority"])
-    for name in metrics[0]:
-        torch.testing.assert_close(metrics[0][name], metrics[1][name])
+    check_padding(algorithm, torch.randint(3, (2, 4)) if spec is DISCRETE else torch.rand(2, 4, 2))
 
 
 # --- encoders -------------------------------------------------------------------------------------------------------
@@ -380,38 +353,34 @@ def test_other_action_spaces_are_refused_with_the_way_out() -> None:
 
 # --- learning -------------------------------------------------------------------------------------------------------
 
-QUICK: dict[str, Any] = {"learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400}
-
-
-def greedy_return(algorithm: SAC, data: ReplayDataModule, make_trainer: Any) -> float:
-    make_trainer(limit_val_batches=0).fit(algorithm, data)
-    data.eval_episodes = 40
-    return make_trainer().validate(algorithm, data, verbose=False)[0]["eval/return_mean"]
+QUICK: dict[str, Any] = {
+    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "eval_episodes": 40,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [SAC, pytest.param(TQC, marks=pytest.mark.slow)])
-def test_learns_to_hit_the_target(kind: type[SAC], make_trainer) -> None:
+def test_learns_to_hit_the_target(kind: type[SAC]) -> None:
     data = ReplayDataModule(TargetEnv, max_env_steps=2000, update_to_data=0.25, seed=1, **QUICK)
     algorithm = kind(lr=5e-3, network=small_network, tau=0.05, **SMALL)
-    assert greedy_return(algorithm, data, make_trainer) > -0.02  # a random policy's is -2/3
+    assert greedy_return(algorithm, data) > -0.02  # a random policy's is -2/3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [SAC, TQC])
-def test_learns_discrete_actions(kind: type[SAC], make_trainer) -> None:
+def test_learns_discrete_actions(kind: type[SAC]) -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2000, update_to_data=0.25, seed=1, **QUICK)
     algorithm = kind(lr=5e-3, network=small_network, target_entropy=0.1, tau=0.05, **SMALL)
-    assert greedy_return(algorithm, data, make_trainer) == 1.0
+    assert greedy_return(algorithm, data) == 1.0
 
 
 @pytest.mark.slow
-def test_learns_with_action_masks(make_trainer) -> None:
+def test_learns_with_action_masks() -> None:
     data = ReplayDataModule(
         MaskedEnv, env_kwargs={"action_space": spaces.Discrete(4)}, max_env_steps=3000, update_to_data=0.25, seed=1,
         **QUICK,
     )  # fmt: skip
     algorithm = SAC(lr=3e-3, gamma=0.5, network=small_network, target_entropy=0.1, tau=0.05, **SMALL)
-    assert greedy_return(algorithm, data, make_trainer) > 5.5
+    assert greedy_return(algorithm, data) > 5.5
 
 
 @pytest.mark.slow
@@ -423,15 +392,15 @@ def test_the_true_value_of_a_reward_for_ever(make_trainer) -> None:
 
 
 @pytest.mark.slow
-def test_memory_solves_what_needs_memory(make_trainer) -> None:
+def test_memory_solves_what_needs_memory() -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000,
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, eval_episodes=40,
     )  # fmt: skip
     algorithm = SAC(
         lr=5e-3, gamma=0.5, network=LSTMNetwork, tau=0.05, sequence_length=5, burn_in=2, target_entropy=0.1, **SMALL
     )
-    assert greedy_return(algorithm, data, make_trainer) > 7.5  # 8 is the best, 4 a guess
+    assert greedy_return(algorithm, data) > 7.5  # 8 is the best, 4 a guess
 
 
 @pytest.mark.parametrize("kind", [SAC, TQC])

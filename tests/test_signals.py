@@ -14,7 +14,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_replay_data import CycleEnv
+from envs import CycleEnv
+from helpers import assert_same, quiet_trainer
 
 from lit_rl import PPO, RolloutDataModule, cli
 from lit_rl.learner.signals import SIGNALS
@@ -47,25 +48,11 @@ def fit(make_trainer: Any, *callbacks: L.Callback, path: Any = None, **options: 
     return algorithm, trainer
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(scope="module")
 def unbroken() -> tuple[Any, Any, int, int]:
     """Weights, optimizer, gradient steps and epochs of a run that nothing interrupts."""
     torch.set_num_threads(1)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    algorithm, trainer = fit(
-        L.Trainer, accelerator="cpu", devices=1, max_epochs=-1, enable_model_summary=False, num_sanity_val_steps=0,
-        **quiet,
-    )  # fmt: skip
+    algorithm, trainer = fit(quiet_trainer)
     return algorithm.state_dict(), trainer.optimizers[0].state_dict(), trainer.global_step, trainer.current_epoch
 
 
@@ -106,8 +93,8 @@ def test_a_run_that_is_interrupted_and_resumed_equals_an_unbroken_one(
     checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     assert int(checkpoint["state_dict"]["updates"]) == saved
     resumed, trainer = fit(make_trainer, path=tmp_path / "interrupted.ckpt")
-    assert same(weights, resumed.state_dict())
-    assert same(optimizer, trainer.optimizers[0].state_dict())
+    assert_same(resumed.state_dict(), weights)
+    assert_same(trainer.optimizers[0].state_dict(), optimizer)
     assert trainer.global_step == global_step
     if saved < 9:  # else there was nothing left to train
         assert trainer.current_epoch == current_epoch
@@ -236,8 +223,8 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
         resumed = torch.load(str(last).replace("version_0", "version_1"), weights_only=True)
         assert int(resumed["state_dict"]["env_steps"]) == 300
         if folder != with_ray:  # an actor's action noise begins anew
-            assert same(whole["state_dict"], resumed["state_dict"])
-            assert same(whole["optimizer_states"], resumed["optimizer_states"])
+            assert_same(resumed["state_dict"], whole["state_dict"])
+            assert_same(resumed["optimizer_states"], whole["optimizer_states"])
 
 
 @pytest.mark.slow

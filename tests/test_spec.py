@@ -8,8 +8,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from lit_rl.files.checkpoint import check_plain
 from lit_rl.errors import SpaceError
+from lit_rl.files.checkpoint import check_plain
 from lit_rl.spec import EnvSpec, space_from_dict, space_to_dict
 
 SPACES = [

@@ -1,8 +1,6 @@
 """The path env -> runner -> rollout -> LightningModule -> weights -> runner, under Trainer."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, FailingEnv, counter_vector
+from helpers import ROOT, run_python
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
@@ -81,7 +80,7 @@ trainer.validate(trainer.model, data)
 assert trainer.model.env_steps == 512
 assert not {"ray", "torchrl", "wandb"} & sys.modules.keys()
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    run_python("-c", code, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("budget", "spent"), [(128 * 5, 128 * 5), (128 * 5 + 127, 128 * 5)])
@@ -146,7 +145,7 @@ def test_everything_is_logged_against_env_steps(make_trainer, tmp_path: Path) ->
     assert [float(row["env_steps"]) for row in train] == [128, 256, 384, 512]
     evaluated = [row for row in rows if row["eval/return_mean"]]
     assert [int(row["step"]) for row in evaluated] == [256, 512]
-    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    documented = (ROOT / "docs" / "metrics.md").read_text()
     for name in set(rows[0]) - {"step"}:
         assert f"`{name}`" in documented, f"docs/metrics.md does not define {name}"
 

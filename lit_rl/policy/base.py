@@ -426,7 +426,7 @@ class Policy(nn.Module):
             )
 
     def see_weights(self) -> None:
-        """Notice parameters that were replaced. `act` does so, and an env runner once per fragment, not in each step."""
+        """Notice parameters that were replaced: `act` does so, and an env runner once per fragment."""
         twin = None if self._numpy is None else self._numpy[1]
         if twin is not None and not twin.is_current:
             self.weights_moved()

@@ -1,0 +1,115 @@
+"""What several tests do: runners, trainers, processes, comparisons."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import Policy
+from lit_rl.envs.make import EnvConfig
+from lit_rl.off_policy import OffPolicy
+from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.gathering import to_rollout
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+def make_runner(
+    env: EnvConfig, policy: Policy | None = None, num_envs: int = 3, length: int = 16, seed: int = 0, **options: Any
+) -> EnvRunner:
+    """An env runner; without a policy it gets a new one, always the same."""
+    if policy is None:
+        torch.manual_seed(0)
+        policy = Policy(env.spec())
+    seeds = np.random.SeedSequence(seed)
+    return EnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=seeds, **options)
+
+
+def next_rollout(runner: EnvRunner) -> TensorDict:
+    return to_rollout([runner.sample()], copy=False)
+
+
+def quiet_trainer(**options: Any) -> L.Trainer:
+    """A Trainer on the CPU that logs, saves and shows nothing unless asked."""
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**quiet | options)
+
+
+def greedy_return(algorithm: L.LightningModule, data: L.LightningDataModule, **options: Any) -> float:
+    """Train, then evaluate: the mean return."""
+    quiet_trainer(limit_val_batches=0, **options).fit(algorithm, data)
+    return quiet_trainer().validate(algorithm, data, verbose=False)[0]["eval/return_mean"]
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python` in a process of its own, which must succeed."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def assert_same(found: Any, expected: Any, at: str = "") -> None:
+    """Nested dicts and lists are equal, tensors bit for bit; else the place is named."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), at
+        for key in expected:
+            assert_same(found[key], expected[key], f"{at}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for i, parts in enumerate(zip(found, expected)):
+            assert_same(*parts, f"{at}/{i}")
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected, at
+
+
+def check_padding(algorithm: OffPolicy, action: Tensor) -> None:
+    """Rows that are masked may hold anything: loss, priorities and metrics of sequences are those of the real rows.
+
+    Args:
+        algorithm: built, with memory.
+        action: [2, 4, *action].
+    """
+    g, size = torch.Generator().manual_seed(0), algorithm.spec.observation_space.shape[0]
+    batch = TensorDict(
+        {
+            "observation": torch.randn(2, 4, size, generator=g), "last_observation": torch.randn(2, size, generator=g),
+            "action": action, "discount": torch.full((2, 4), 0.5), "bootstrap_row": torch.arange(4).expand(2, 4),
+            "is_init": torch.zeros(2, 4, dtype=torch.bool),
+            "mask": torch.tensor([[True, True, False, False], [True, True, True, True]]),
+            "state": {k: torch.from_numpy(x) for k, x in algorithm.policy.initial_state(2).items()},
+            "next": {"reward": torch.randn(2, 4, generator=g), "terminated": torch.zeros(2, 4, dtype=torch.bool)},
+            "weight": torch.ones(2),
+        },
+        [2],
+    )  # fmt: skip
+    other = batch.clone()
+    other["next", "reward"][0, 2:] = 1e6
+    other["observation"][0, 3] = 50.0  # row 2 is the observation that row 1 bootstraps from
+    other["action"][0, 2:] = (action[0, 2:] == 0).to(action.dtype)
+    losses: list[Tensor] = []
+    algorithm.optimize = losses.append
+    before, metrics = {name: tensor.clone() for name, tensor in algorithm.state_dict().items()}, []
+    for one in (batch, other):
+        algorithm.load_state_dict(before)
+        algorithm.generator.manual_seed(0)
+        metrics.append(algorithm.update(one))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(batch["priority"], other["priority"])
+    for name in metrics[0]:
+        torch.testing.assert_close(metrics[0][name], metrics[1][name])
