@@ -116,6 +116,15 @@ def test_parameters_that_are_replaced_after_acting_are_seen(layer: str, how: str
     assert_acts_as_torch(policy)
 
 
+@pytest.mark.parametrize("name", ["encoder", "head"])
+def test_layers_that_are_replaced_after_acting_are_seen(name: str) -> None:
+    policy = make_policy()
+    policy.act(np.zeros(5))
+    setattr(policy, name, getattr(make_policy(), name))
+    change(policy)
+    assert_acts_as_torch(policy)
+
+
 # --- policies that have no numpy form -------------------------------------------------------------------------------
 
 

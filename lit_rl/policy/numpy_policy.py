@@ -59,6 +59,7 @@ class NumpyPolicy:
         self._policy = policy
         flat, space = policy.encoder.input, policy.encoder.input.space
         linears = [*policy.encoder.layers[0::2], policy.head]
+        self._modules = policy.encoder, policy.head
         # Who holds which parameter, and where its numbers are.
         self._memory = [
             (linear._parameters, name, parameter, parameter.data_ptr())
@@ -87,8 +88,9 @@ class NumpyPolicy:
 
     @property
     def is_current(self) -> bool:
-        """Whether the layers still have the parameters, in the memory, from which the arrays were made."""
-        return all(
+        """Whether the policy still has the layers, and these the parameters in the memory, that the arrays are of."""
+        modules = self._policy._modules
+        return (modules["encoder"], modules["head"]) == self._modules and all(
             held.get(name) is parameter and parameter.data_ptr() == where
             for held, name, parameter, where in self._memory
         )
