@@ -134,6 +134,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
+        self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
 
     def keep_options(self, options: dict[str, Any], caller: FrameType) -> None:
         """Keep checked options as attributes, but for `env`, which becomes an `EnvConfig`."""
@@ -172,6 +173,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self._pool = None
         if self._evaluator is not None:
             self._evaluator.close()
+        self._restore_minimum()
 
     # --- what runners and evaluation need ------------------------------------------------------------------------
 
@@ -339,7 +341,36 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 f"Nothing to train: env_steps={done} of max_env_steps={self.max_env_steps} are done. Set a larger "
                 "max_env_steps to go on."
             )
-            self.attached_trainer.should_stop = True
+            self.stop_at_budget()
+
+    def stop_at_budget(self) -> None:
+        """The budget is spent: training ends after this batch, whatever minimum the Trainer has.
+
+        Called before the last batch ends: Lightning then still validates and saves after it.
+        """
+        trainer = self.attached_trainer
+        loop = trainer.fit_loop
+        if self._minimum is None:
+            self._minimum = loop.min_epochs, loop.min_steps
+            loop.min_epochs, loop.epoch_loop.min_steps = None, None  # Lightning would go on until they are reached
+        trainer.should_stop = True
+
+    def _restore_minimum(self) -> None:
+        """Give the Trainer its minimum back, and say so if the budget ended the run before it."""
+        if self._minimum is None:
+            return
+        trainer = self.attached_trainer
+        loop, (epochs, steps), self._minimum = trainer.fit_loop, self._minimum, None
+        loop.min_epochs, loop.epoch_loop.min_steps = epochs, steps
+        for name, minimum, done in (
+            ("min_epochs", epochs, trainer.current_epoch),
+            ("min_steps", steps, trainer.global_step),
+        ):
+            if done < (minimum or 0):
+                rank_zero_warn(
+                    f"Training ended at max_env_steps={self.max_env_steps}, after {done} of Trainer({name}={minimum}): "
+                    f"the budget is never exceeded. Raise max_env_steps, or lower {name}."
+                )
 
     @property
     def attached_trainer(self) -> L.Trainer:

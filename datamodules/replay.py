@@ -122,9 +122,8 @@ class ReplayDataModule(EnvDataModule):
                 if 0 <= trainer.max_steps <= trainer.global_step:
                     return
         self.sample_s = stream.waited_s
-        # Said before Lightning looks: it then still validates and saves after this batch.
         if self._budget_left(self._env_steps) < self._max_rows:
-            trainer.should_stop = True
+            self.stop_at_budget()
 
     def _collect(self) -> None:
         """Take env steps of the runners into the buffer."""

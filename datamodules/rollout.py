@@ -88,9 +88,8 @@ class RolloutLoader:
             self._in_flight = False
             data.sample_s = time.perf_counter() - started
             left = data.rollouts_left(algorithm.env_steps_done + rollout.env_steps)
-            # Set before the last batch is yielded: Lightning then still validates and saves after it.
             if not left:
-                trainer.should_stop = True
+                data.stop_at_budget()
             elif data.prefetch:
                 data.start_rollout()
                 self._in_flight = True
