@@ -26,6 +26,7 @@ from lit_rl.files import rescue
 from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.files.fits import check_fits, init_from
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
+from lit_rl.learner.averaging import keepers
 from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_memory, check_trainer
 from lit_rl.learner.reporting import Reporter
@@ -314,7 +315,7 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
         check_trainer(self.trainer, self)  # before Lightning's own check, whose message knows nothing of our options
-        return []
+        return keepers(self.trainer)
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy

@@ -2,9 +2,16 @@
 
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
+
 from lit_rl.errors import OptionError
 
 PRECISIONS = ("32-true", "bf16-mixed")
+# Callbacks that look at the networks in their `setup`, and what to do instead.
+TOO_EARLY: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "Use EMAWeightAveraging or WeightAveraging.",
+    ModelPruning: "Prune the policy after training, with torch.nn.utils.prune.",
+}
 
 
 def check_trainer(trainer: Any, algorithm: Any) -> None:
@@ -29,6 +36,13 @@ def check_trainer(trainer: Any, algorithm: Any) -> None:
         raise OptionError(f"Trainer(precision={trainer.precision!r}): expected '32-true' or 'bf16-mixed'.")
     if algorithm.hparams.get("compile") and trainer.precision != "32-true":
         raise OptionError(f"compile=True: expected Trainer(precision='32-true'), got {trainer.precision!r}.")
+    for callback in trainer.callbacks:
+        for kind, instead in TOO_EARLY.items():
+            if isinstance(callback, kind):
+                raise OptionError(
+                    f"Trainer(callbacks=[{type(callback).__name__}]): it copies the networks before training "
+                    f"is set up, and {name}'s networks are made later. {instead}"
+                )
 
 
 def check_memory(algorithm: Any) -> None:
