@@ -1,11 +1,14 @@
 """The contract of algorithms that learn from a replay buffer."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm
+from lit_rl.learner.refusals import check_streams
 from lit_rl.options import CountOrZero, TwoOrMore, UnitInterval
 
 
@@ -56,6 +59,10 @@ class OffPolicy(Algorithm):
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""
         return 0.0
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        check_streams(self.trainer, self)
+        return super().configure_callbacks()
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each minibatch of a stream; the means of what it returned where no step was skipped."""

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 
 from lit_rl.errors import OptionError
 
@@ -43,6 +50,41 @@ def check_trainer(trainer: Any, algorithm: Any) -> None:
                     f"Trainer(callbacks=[{type(callback).__name__}]): it copies the networks before training "
                     f"is set up, and {name}'s networks are made later. {instead}"
                 )
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise OptionError(
+                f"Trainer(callbacks=[{type(callback).__name__}]): it tries values out by training with Lightning's own "
+                f"optimisation, which {name} does not use. Set {name}'s options, or search with several runs."
+            )
+        if _saves_by("train_time_interval", callback):
+            raise OptionError(
+                f"ModelCheckpoint(train_time_interval=...): with {name}, which takes its gradient steps itself, "
+                "Lightning saves nothing by it. Use every_n_epochs."
+            )
+
+
+def check_streams(trainer: Any, algorithm: Any) -> None:
+    """Refuse options of the Trainer that do nothing if a Lightning batch has many gradient steps.
+
+    Raises:
+        OptionError: naming the option, and what to set instead.
+    """
+    for callback in trainer.callbacks:
+        if _saves_by("every_n_train_steps", callback):
+            raise OptionError(
+                f"ModelCheckpoint(every_n_train_steps={callback._every_n_train_steps}): expected every_n_epochs with "
+                f"{type(algorithm).__name__}. Lightning asks after a batch alone, which has many gradient steps. "
+                "ReplayDataModule(batches_per_epoch=..., env_steps_per_batch=...) say how long an epoch is."
+            )
+
+
+def _saves_by(option: str, callback: Callback) -> bool:
+    """Whether Lightning's own code is to save after batches by this option of `ModelCheckpoint`."""
+    own = ModelCheckpoint.on_train_batch_end
+    return (
+        isinstance(callback, ModelCheckpoint)
+        and type(callback).on_train_batch_end is own
+        and bool(getattr(callback, f"_{option}"))
+    )
 
 
 def check_memory(algorithm: Any) -> None:
