@@ -26,9 +26,9 @@ def check_env(env: gym.Env, env_id: str) -> None:
             raise EnvError(f"env={env_id}: {name}={getattr(env, name, None)!r}: expected a gymnasium.Space.")
     check_spaces(env_id, env.observation_space, env.action_space)
     result = _call(env_id, "reset", env.reset, seed=0)
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        raise EnvError(f"env={env_id}: reset returned {short(result)}: expected (observation, info).")
-    _check_obs(env, env_id, "reset", result[0])
+    problem = reset_complaint(env.observation_space, result)
+    if problem:
+        raise EnvError(f"env={env_id}: reset returned {problem}.")
     problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, _legal_action(env, result[0])))
     if problem:
         raise EnvError(f"env={env_id}: step returned {problem}.")
@@ -60,6 +60,14 @@ def _check_leaf(path: str, space: gym.Space) -> None:
         )
 
 
+def reset_complaint(observation_space: gym.Space, result: Any) -> str | None:
+    """What is wrong with what `reset` returned, as the end of a sentence; None if nothing is."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        return f"{short(result)}: expected (observation, info)"
+    problem = complaint(observation_space, result[0], "observation")
+    return f"what is not in its observation_space: {problem}" if problem else None
+
+
 def step_complaint(observation_space: gym.Space, result: Any) -> str | None:
     """What is wrong with what `step` returned, as the end of a sentence; None if nothing is."""
     if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
@@ -88,12 +96,6 @@ def _legal_action(env: gym.Env, obs: Any) -> Any:
     masks.apply_numpy(parameters, map_tree(lambda x: x[None], mask))
     action, _ = distribution.sample(parameters, np.random.default_rng(0))
     return distribution.to_env(map_tree(lambda x: x[0], action))
-
-
-def _check_obs(env: gym.Env, env_id: str, where: str, obs: Any) -> None:
-    problem = complaint(env.observation_space, obs, "observation")
-    if problem:
-        raise EnvError(f"env={env_id}: {where} returned what is not in its observation_space: {problem}.")
 
 
 def _call(env_id: str, where: str, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import gymnasium as gym
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 
+from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
@@ -91,7 +92,7 @@ class EnvConfig:
         makers = [self.make] * num_envs
         if self.vectorization == "sync":
             return SyncVectorEnv(makers, autoreset_mode=autoreset, env_id=self.env_id)
-        return AsyncVectorEnv(makers, autoreset_mode=autoreset)
+        return AsyncVectorEnv(makers, autoreset_mode=autoreset, env_id=self.env_id)
 
     def spec(self) -> EnvSpec:
         """The spaces, read from an environment that is made, tried out for one step and closed again.

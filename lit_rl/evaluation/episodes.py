@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
@@ -124,7 +125,7 @@ def play(
                     yield Episode(float(returns[b]), int(lengths[b]), {}, steps, seed_of[b], cut=True)
                 return
     finally:
-        envs.close()
+        close(envs)
 
 
 def _check_finite(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import Begin, SyncVectorEnv
 from lit_rl.errors import EnvError, EnvFailure, env_error, sentence
@@ -207,7 +208,7 @@ class EnvRunner:
         return fragment
 
     def close(self) -> None:
-        self._envs.close()
+        close(self._envs)
 
     def get_state(self) -> dict[str, Any]:
         """The action noise's generator and, if `replayable`, the episodes under way, as plain data and tensors."""
@@ -301,8 +302,9 @@ class EnvRunner:
             lost = self._watchdog.executed - self._accounted - self._discarded.total()
             if lost:
                 self._discarded["env_error"] += lost
+            self._watchdog.enter(Phase.INIT)  # closing may take for ever, too
             with contextlib.suppress(Exception):  # what failed may fail to close, or was never made
-                self._envs.close()
+                close(self._envs)
             try:
                 self._make_envs([_number(child.spawn(1)[0]) for child in self._seeds])
                 return
