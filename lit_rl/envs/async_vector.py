@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState
 
 from lit_rl.envs.check import reset_complaint, step_complaint
+from lit_rl.envs.info import GathersInfo, asked_for
 from lit_rl.errors import EnvError, EnvFailure, env_error
 
 CLOSE_S = 30.0  # how long environments may take to close
@@ -22,18 +23,24 @@ BROKEN_CLOSE_S = 2.0  # the same, after one of them failed
 ANSWER_S = 10.0  # how long the error of a process that reported one may take to arrive
 
 
-class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
+class AsyncVectorEnv(GathersInfo, gym.vector.AsyncVectorEnv):
     """gymnasium's AsyncVectorEnv that never waits for a process that has ended, and kills one that does not end.
 
     What an environment raises arrives as an `EnvFailure`, and a result that is not one as an `EnvError`. After either,
-    nothing is left to do but to close them all.
+    nothing is left to do but to close them all. Of `info` only `info_keys` leave the processes.
     """
 
     def __init__(
-        self, env_fns: Sequence[Callable[[], gym.Env]], *, autoreset_mode: AutoresetMode, env_id: str = "environment"
+        self,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        *,
+        autoreset_mode: AutoresetMode,
+        env_id: str = "environment",
+        info_keys: Sequence[str] = (),
     ):
         self.env_id = env_id
-        makers = [partial(_make, make, env_id, i, os.getpid()) for i, make in enumerate(env_fns)]
+        self.info_keys = tuple(info_keys)
+        makers = [partial(_make, make, env_id, i, self.info_keys, os.getpid()) for i, make in enumerate(env_fns)]
         try:
             super().__init__(makers, autoreset_mode=autoreset_mode)
         except (EOFError, ConnectionError) as error:
@@ -69,6 +76,11 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
                 return EnvFailure(f"env={self.env_id}: the process of environment {i} {how}.")
         return EnvFailure(f"env={self.env_id}: an environment's process was lost {when}: {type(error).__name__}.")
 
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        if "final_info" in env_info:  # an episode's end: gymnasium puts both beside the next one's info
+            self._add_final(vector_infos, env_info["final_obs"], env_info["final_info"], env_num)
+        return super()._add_info(vector_infos, env_info, env_num)
+
     def _raise_if_errors(self, successes: Sequence[bool]) -> None:
         if all(successes):
             return
@@ -83,19 +95,21 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
 class _Guard(gym.Wrapper):
     """Around an environment in its process: errors that can be sent, results that can be merged."""
 
-    def __init__(self, env: gym.Env, env_id: str, index: int):
+    def __init__(self, env: gym.Env, env_id: str, index: int, info_keys: Sequence[str]):
         super().__init__(env)
-        self._env_id, self._index = env_id, index
+        self._env_id, self._index, self._info_keys = env_id, index, info_keys
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         result = self._call("reset", seed=seed, options=options)
         self._check("reset", reset_complaint(self.env.observation_space, result))
-        return result
+        obs, info = result
+        return obs, asked_for(info, self._info_keys)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         result = self._call("step", action)
         self._check("step", step_complaint(self.env.observation_space, result))
-        return result
+        obs, reward, terminated, truncated, info = result
+        return obs, reward, terminated, truncated, asked_for(info, self._info_keys)
 
     def _call(self, what: str, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -120,11 +134,11 @@ def close(envs: gym.vector.VectorEnv) -> None:
         envs.close()
 
 
-def _make(make: Callable[[], gym.Env], env_id: str, index: int, parent: int) -> gym.Env:
+def _make(make: Callable[[], gym.Env], env_id: str, index: int, info_keys: Sequence[str], parent: int) -> gym.Env:
     if os.getpid() != parent:
         # A forked process inherits its parent's handler, and Lightning's only takes note of the signal.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return _Guard(make(), env_id, index)
+    return _Guard(make(), env_id, index, info_keys)
 
 
 def _is_broken(envs: gym.vector.AsyncVectorEnv) -> bool:

@@ -77,12 +77,15 @@ class EnvConfig:
             raise EnvError(f"env={self.env_id} made a {type(env).__name__}: expected a gymnasium.Env.")
         return env
 
-    def make_vector(self, num_envs: int, autoreset: AutoresetMode = AutoresetMode.SAME_STEP) -> VectorEnv:
+    def make_vector(
+        self, num_envs: int, autoreset: AutoresetMode = AutoresetMode.SAME_STEP, info_keys: Sequence[str] = ()
+    ) -> VectorEnv:
         """`num_envs` environments as one.
 
         Args:
             num_envs: how many.
             autoreset: the mode for "sync" and "async"; a native vector environment keeps its own.
+            info_keys: what "sync" and "async" give of `info`.
 
         Raises:
             EnvError: if they cannot be found or made.
@@ -90,9 +93,8 @@ class EnvConfig:
         if self.vectorization == "native":
             return self._make_native(num_envs)
         makers = [self.make] * num_envs
-        if self.vectorization == "sync":
-            return SyncVectorEnv(makers, autoreset_mode=autoreset, env_id=self.env_id)
-        return AsyncVectorEnv(makers, autoreset_mode=autoreset, env_id=self.env_id)
+        vector_class = SyncVectorEnv if self.vectorization == "sync" else AsyncVectorEnv
+        return vector_class(makers, autoreset_mode=autoreset, env_id=self.env_id, info_keys=info_keys)
 
     def spec(self) -> EnvSpec:
         """The spaces, read from an environment that is made, tried out for one step and closed again.

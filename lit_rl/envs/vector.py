@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
 from lit_rl.envs.check import step_complaint
+from lit_rl.envs.info import GathersInfo, asked_for
 from lit_rl.errors import EnvError
 
 NUMBERS = {float, int, np.float64, np.float32, np.int64}
@@ -31,12 +32,12 @@ class Begin(NamedTuple):
     rng: dict[str, Any] | None
 
 
-class SyncVectorEnv(gym.vector.SyncVectorEnv):
+class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
     """gymnasium's SyncVectorEnv whose environments fail, and can be begun again, one by one; for autoreset SAME_STEP.
 
-    Returns what gymnasium's returns, in fresh arrays. On eight CartPoles a step takes 130 us instead of 190:
-    observations are written once instead of three times, and discrete actions are Python ints, which environments
-    check faster.
+    Returns what gymnasium's returns, in fresh arrays, but of `info` only `info_keys`. On eight CartPoles a step takes
+    130 us instead of 190: observations are written once instead of three times, and discrete actions are Python ints,
+    which environments check faster.
 
     Attributes:
         recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
@@ -49,9 +50,15 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """
 
     def __init__(
-        self, env_fns: Sequence[Callable[[], gym.Env]], *, autoreset_mode: AutoresetMode, env_id: str = "environment"
+        self,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        *,
+        autoreset_mode: AutoresetMode,
+        env_id: str = "environment",
+        info_keys: Sequence[str] = (),
     ):
         super().__init__(env_fns, autoreset_mode=autoreset_mode)
+        self.info_keys = tuple(info_keys)
         self._makers = env_fns
         self.env_id = env_id
         self.recover: Callable[[int, str, Exception], int] | None = None
@@ -94,9 +101,9 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                     ):
                         self._check(i, result)
                     final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
-                    infos = self._add_info(infos, {"final_obs": final_obs, "final_info": info}, i)
+                    self._add_final(infos, final_obs, asked_for(info, self.info_keys), i)
                     env_obs, info = self._next_episode(i)
-            if info:
+            if self.info_keys:
                 infos = self._add_info(infos, info, i)
             observations.append(env_obs)
             rewards.append(reward)

@@ -54,7 +54,7 @@ def play(
     num_envs = min(num_envs, len(seeds))
     if not num_envs:
         return
-    envs = env.make_vector(num_envs, AutoresetMode.DISABLED)
+    envs = env.make_vector(num_envs, AutoresetMode.DISABLED, info_metrics)
     started = time.monotonic()
     try:
         check_spaces(envs, policy)

@@ -266,7 +266,7 @@ class EnvRunner:
         """Environments at their first observations."""
         num_envs, policy = self._num_envs, self.policy
         self._watchdog.enter(Phase.INIT)
-        self._envs = self._env.make_vector(num_envs)
+        self._envs = self._env.make_vector(num_envs, info_keys=self._info_metrics)
         self._mode = autoreset_mode(self._envs)
         check_spaces(self._envs, policy)
         if isinstance(self._envs, SyncVectorEnv):

@@ -1,5 +1,6 @@
 """What collecting and evaluating both do with a vector environment: reset it, check and read what it gives."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def check_obs(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndar
 
 
 def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, float]:
-    """The user's metrics of environment b, those that its `info` holds.
+    """The user's metrics of environment b, those that its `info` holds; one that is NaN counts as absent.
 
     Raises:
         EnvError: if one is not a number.
@@ -58,9 +59,11 @@ def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, fl
         if values is None or (present is not None and not present[b]):
             continue
         try:
-            found[key] = float(values[b])
-        except (TypeError, ValueError) as error:
+            value = float(values[b])
+        except (TypeError, ValueError, LookupError) as error:
             raise EnvError(f"info_metrics: info[{key!r}]={values[b]!r} is not a number.") from error
+        if not math.isnan(value):
+            found[key] = value
     return found
 
 
