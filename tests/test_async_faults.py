@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from envs import CounterEnv, FailingEnv
 from gymnasium.vector import AutoresetMode
 
@@ -19,7 +20,9 @@ from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, EnvFailure
 from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
+from lit_rl.rollout import next_observation
 from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.gathering import to_rollout
 
 ACTIONS = np.zeros(2, np.int64)
 
@@ -210,3 +213,52 @@ def test_evaluation_that_fails_comes_to_an_end() -> None:
     env = EnvConfig(FailingEnv, {"at": 2}, vectorization="async")
     with pytest.raises(EnvFailure, match="the simulator fell over"):
         list(play(env, Policy(env.spec()), [1, 2]))
+
+
+class Reuses(gym.ObservationWrapper):
+    """Writes every observation into the same arrays, and all that is in `info` into the same dict and array."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        number = env.observation_space
+        self.observation_space = gym.spaces.Dict(n=number, pair=gym.spaces.Tuple([number, number]))
+        array = np.zeros(1, np.float32)
+        self._obs, self._info = {"n": array, "pair": (array, array)}, {"t": np.zeros(())}
+
+    def reset(self, **options: Any) -> Any:
+        obs, _ = super().reset(**options)
+        return obs, self._info
+
+    def step(self, action: Any) -> Any:
+        *found, _ = super().step(action)
+        return *found, self._info
+
+    def observation(self, observation: np.ndarray) -> Any:
+        self._obs["n"][:] = observation
+        self._info["t"][()] = observation[0] % 100
+        return self._obs
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_final_observations_are_true_where_an_environment_reuses_its_arrays(vectorization: str) -> None:
+    env = EnvConfig(CounterEnv, wrappers=[Reuses], vectorization=vectorization)
+    runner = EnvRunner(
+        env, Policy(env.spec()), num_envs=2, rollout_length=9, seed=np.random.SeedSequence(0), info_metrics=["t"]
+    )
+    fragment = runner.sample()
+    runner.close()
+    rollout = to_rollout([fragment], copy=True)
+    for part in (next_observation(rollout)["n"], next_observation(rollout)["pair"]["1"]):
+        assert torch.equal(part, rollout["observation"]["n"] + 1)  # also at an episode's end
+    assert [episode.info["t"] for episode in fragment.episodes] == [e.length for e in fragment.episodes]
+
+
+def reusing_native(num_envs: int) -> gym.vector.VectorEnv:
+    makers = [CounterEnv] * num_envs
+    return gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def test_recorded_observations_are_true_where_a_native_environment_reuses_its_arrays() -> None:
+    env = EnvConfig(reusing_native, vectorization="native")
+    episodes = list(play(env, Policy(env.spec()), [1, 2, 3], num_envs=1, record=True))
+    assert [(e.steps["observation"][:, 0] % 100).tolist() for e in episodes] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]

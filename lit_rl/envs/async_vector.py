@@ -1,6 +1,7 @@
 """Environments in processes of their own: nothing that goes wrong in one makes this process wait for ever."""
 
 import contextlib
+import copy
 import multiprocessing.connection
 import os
 import queue
@@ -93,7 +94,7 @@ class AsyncVectorEnv(GathersInfo, gym.vector.AsyncVectorEnv):
 
 
 class _Guard(gym.Wrapper):
-    """Around an environment in its process: errors that can be sent, results that can be merged."""
+    """Around an environment in its process: errors that can be sent, results that can be merged and are not reused."""
 
     def __init__(self, env: gym.Env, env_id: str, index: int, info_keys: Sequence[str]):
         super().__init__(env)
@@ -109,6 +110,8 @@ class _Guard(gym.Wrapper):
         result = self._call("step", action)
         self._check("step", step_complaint(self.env.observation_space, result))
         obs, reward, terminated, truncated, info = result
+        if terminated or truncated:
+            obs = copy.deepcopy(obs)  # the reset that follows may write into the same array
         return obs, reward, terminated, truncated, asked_for(info, self._info_keys)
 
     def _call(self, what: str, *args: Any, **kwargs: Any) -> Any:

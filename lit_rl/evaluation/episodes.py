@@ -14,7 +14,7 @@ from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
-from lit_rl.trees import from_env, iterate
+from lit_rl.trees import from_env, iterate, map_tree
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -75,6 +75,8 @@ def play(
             _check_finite(env.env_id, dict(iterate(obs, "observation")), playing & ~resetting, lengths, seed_of)
             recorded, log_prob, state = policy.step(obs, state, deterministic)
             action = policy.to_env(recorded)
+            if recorder is not None:  # a vector environment may write the next observations into the same arrays
+                obs = map_tree(np.copy, obs)
             try:
                 next_obs, reward, terminated, truncated, info = envs.step(action)
             except Exception as error:
@@ -150,7 +152,7 @@ class _Recorder:
 
     def add(self, real: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         for b in np.flatnonzero(real).tolist():
-            self._rows[b].append({name: column[b] for name, column in columns.items()})
+            self._rows[b].append({name: np.array(column[b]) for name, column in columns.items()})
 
     def take(self, b: int) -> dict[str, np.ndarray]:
         rows, self._rows[b] = self._rows[b], []
