@@ -227,11 +227,14 @@ class SquashedGaussian:
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         mean = parameters[..., : self.num_outputs]
         log_std = np.clip(parameters[..., self.num_outputs :], LOG_STD_MIN, LOG_STD_MAX)
-        noise = rng.standard_normal(mean.shape, dtype=np.float32)
-        unbounded = mean + np.exp(log_std) * noise
+        action = np.tanh(mean + np.exp(log_std) * rng.standard_normal(mean.shape, dtype=np.float32))
+        # The log-probability of what is recorded, as `evaluate` finds it again: tanh(u) says little of a large u.
+        inside = 1 - np.finfo(action.dtype).eps
+        unbounded = np.arctanh(action.clip(-inside, inside))
+        noise = (unbounded - mean) * np.exp(-log_std)
         log_slope = 2 * (LOG_2 - unbounded - np.logaddexp(0, -2 * unbounded))
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
-        return self._shaped(np.tanh(unbounded)), log_prob
+        return self._shaped(action), log_prob
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         """The tanh of the means: what evaluation of squashed Gaussians takes, though not quite their mode."""
