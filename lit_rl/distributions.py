@@ -222,6 +222,7 @@ class SquashedGaussian:
                 "(gymnasium.wrappers:RescaleAction after ClipAction), or use PPO without squash_actions."
             )
         self._shape, self._dtype = space.shape, space.dtype
+        self._low, self._high = space.low, space.high
         self._center, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +272,8 @@ class SquashedGaussian:
         return log_prob, -self.rsample(parameters, torch.randn_like(mean))[1]
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        return (self._center + self._half * action).astype(self._dtype, copy=False)
+        scaled = self._center + self._half * action  # which may round to a number outside
+        return np.clip(scaled, self._low, self._high).astype(self._dtype, copy=False)
 
     def _shaped(self, action: Any) -> Any:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
