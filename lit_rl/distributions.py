@@ -28,11 +28,13 @@ class ActionDistribution(Protocol):
     Attributes:
         num_outputs: parameters that depend on the observation.
         num_scales: log standard deviations, which follow them.
+        num_noise: standard normal numbers that `evaluate` estimates the entropy with; 0 where it has a closed form.
         choices: for each choice among a finite number of actions, the slice of its logits among the outputs.
     """
 
     num_outputs: int
     num_scales: int
+    num_noise: int
     choices: list[slice]
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[Tree, np.ndarray]:
@@ -47,8 +49,14 @@ class ActionDistribution(Protocol):
         Where an outcome is to be ruled out, its logit is very low.
         """
 
-    def evaluate(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
-        """Log-probability of `action` and the entropy, each [*B], differentiable in `parameters`."""
+    def evaluate(self, parameters: Tensor, action: Tree, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probability of `action` and the entropy, each [*B], differentiable in `parameters`.
+
+        Args:
+            parameters: [*B, num_outputs + num_scales].
+            action: [*B, *action_shape].
+            noise: [*B, num_noise]; None draws it, if there is any, from torch's global generator.
+        """
 
     def to_env(self, action: Tree) -> Tree:
         """The action as the environment takes it: inside the space's bounds, with tuples where it has them."""
@@ -57,7 +65,7 @@ class ActionDistribution(Protocol):
 class Categorical:
     """For Discrete spaces; the parameters are unnormalised log-probabilities ("logits") of the n actions."""
 
-    num_scales = 0
+    num_scales = num_noise = 0
 
     def __init__(self, n: int, start: int = 0):
         self.num_outputs = n
@@ -81,7 +89,7 @@ class Categorical:
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.sample(legal, rng)[0]
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_probs = torch.log_softmax(parameters, -1)
         log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -94,7 +102,7 @@ class Categorical:
 class MultiCategorical:
     """For MultiDiscrete spaces: independent categorical choices, their logits one after the other."""
 
-    num_scales = 0
+    num_scales = num_noise = 0
 
     def __init__(self, space: spaces.MultiDiscrete):
         self._parts = [Categorical(int(n)) for n in space.nvec.flat]
@@ -115,7 +123,7 @@ class MultiCategorical:
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.sample(legal, rng)[0]
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = action.reshape(*parameters.shape[:-1], len(self._parts)).unbind(-1)
         logits = parameters.split(self._sizes, -1)
         terms = [part.evaluate(x, column) for part, x, column in zip(self._parts, logits, columns)]
@@ -132,7 +140,7 @@ class MultiCategorical:
 class Bernoulli:
     """For MultiBinary spaces: independent coin flips; the parameters are the logits of their ones."""
 
-    num_scales = 0
+    num_scales = num_noise = 0
 
     def __init__(self, space: spaces.MultiBinary):
         self.num_outputs = int(np.prod(space.shape))
@@ -151,7 +159,7 @@ class Bernoulli:
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.sample(legal, rng)[0]
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ones = action.reshape(parameters.shape).to(parameters.dtype)
         log_prob = -torch.nn.functional.softplus(torch.where(ones > 0, -parameters, parameters)).sum(-1)
         entropy = torch.nn.functional.softplus(parameters) - parameters * torch.sigmoid(parameters)
@@ -170,6 +178,8 @@ class DiagonalGaussian:
     The distribution is unbounded: the recorded action is the sample, the environment is given it clipped to the
     space's bounds (as in Stable-Baselines3 and CleanRL).
     """
+
+    num_noise = 0
 
     def __init__(self, space: spaces.Box):
         self.num_outputs = self.num_scales = int(np.prod(space.shape))
@@ -191,7 +201,7 @@ class DiagonalGaussian:
         inside = rng.uniform(np.where(bounded, self._low, 0), np.where(bounded, self._high, 1), noise.shape)
         return np.where(bounded, inside, noise).astype(np.float32)
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters.split(self.num_outputs, -1)
         noise = (action.reshape(mean.shape) - mean) * torch.exp(-log_std)
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI).sum(-1)
@@ -214,7 +224,7 @@ class SquashedGaussian:
     """
 
     def __init__(self, space: spaces.Box):
-        self.num_outputs = self.num_scales = int(np.prod(space.shape))
+        self.num_outputs = self.num_scales = self.num_noise = int(np.prod(space.shape))
         self.choices: list[slice] = []
         if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
             raise SpaceError(
@@ -257,7 +267,7 @@ class SquashedGaussian:
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
         return self._shaped(torch.tanh(unbounded)), log_prob
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probability of `action`, and an estimate of the entropy: it has no closed form.
 
         An action of exactly +-1 counts as the nearest number inside.
@@ -266,10 +276,10 @@ class SquashedGaussian:
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         inside = 1 - torch.finfo(action.dtype).eps
         unbounded = torch.atanh(action.reshape(mean.shape).clamp(-inside, inside))
-        noise = (unbounded - mean) * torch.exp(-log_std)
+        inverse = (unbounded - mean) * torch.exp(-log_std)
         log_slope = 2 * (LOG_2 - unbounded - torch.nn.functional.softplus(-2 * unbounded))
-        log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
-        return log_prob, -self.rsample(parameters, torch.randn_like(mean))[1]
+        log_prob = -(0.5 * inverse * inverse + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
+        return log_prob, -self.rsample(parameters, torch.randn_like(mean) if noise is None else noise)[1]
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         scaled = self._center + self._half * action  # which may round to a number outside
@@ -293,6 +303,7 @@ class Joint:
         self._slices: dict[str, tuple[slice, slice]] = {}
         self.num_outputs = sum(part.num_outputs for part in parts.values())
         self.num_scales = sum(part.num_scales for part in parts.values())
+        self.num_noise = sum(part.num_noise for part in parts.values())
         at, scale_at = 0, self.num_outputs
         for key, part in parts.items():
             self._slices[key] = slice(at, at + part.num_outputs), slice(scale_at, scale_at + part.num_scales)
@@ -306,8 +317,13 @@ class Joint:
     def mode(self, parameters: np.ndarray) -> Tree:
         return {key: part.mode(self._of(parameters, key)) for key, part in self.parts.items()}
 
-    def evaluate(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
-        terms = [part.evaluate(self._of(parameters, key), action[key]) for key, part in self.parts.items()]
+    def evaluate(self, parameters: Tensor, action: Tree, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sizes = [part.num_noise for part in self.parts.values()]
+        pieces = [None] * len(sizes) if noise is None else noise.split(sizes, -1)
+        terms = [
+            part.evaluate(self._of(parameters, key), action[key], piece)
+            for (key, part), piece in zip(self.parts.items(), pieces)
+        ]
         log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
         return log_prob, entropy
 

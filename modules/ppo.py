@@ -241,9 +241,14 @@ class PPO(Algorithm):
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
         else:
             batch = rows(rollout, *keys)
+        num_noise, device = self.policy.distribution.num_noise, rollout.device or "cpu"
         for _ in range(hp.num_epochs):
-            order = torch.randperm(len(batch), generator=self.generator).to(rollout.device or "cpu")
-            yield from batch[order].split(size)
+            order = torch.randperm(len(batch), generator=self.generator).to(device)
+            for minibatch in batch[order].split(size):
+                if num_noise:
+                    shape = (*minibatch["advantage"].shape, num_noise)
+                    minibatch["entropy_noise"] = torch.randn(shape, generator=self.generator).to(device)
+                yield minibatch
 
     def attach(self, host: Host) -> None:
         super().attach(host)

@@ -302,11 +302,16 @@ class Policy(nn.Module):
         """Log-probability of `batch["action"]` given `batch["observation"]`, and the entropy; each [*B].
 
         Args:
-            batch: see `features`.
+            batch: see `features`; with `entropy_noise` [*B, distribution.num_noise], an entropy without closed form is
+                estimated with it, unless a subclass has its own `evaluate_actions`.
             features: of the batch, if the caller has them already.
         """
         features = self.features(batch) if features is None else features
-        log_prob, entropy = self.evaluate_actions(features, batch["observation"], batch["action"])
+        obs, action, noise = batch["observation"], batch["action"], batch.get("entropy_noise", None)
+        if noise is None or type(self).evaluate_actions is not Policy.evaluate_actions:
+            log_prob, entropy = self.evaluate_actions(features, obs, action)
+        else:
+            log_prob, entropy = self.distribution.evaluate(self.action_parameters(features, obs), action, noise)
         shape = features.shape[:-1]
         if log_prob.shape != shape or entropy.shape != shape:
             raise OptionError(
@@ -370,7 +375,8 @@ class Policy(nn.Module):
                 f"The policy was trained with policy_class={name}, not {class_name(cls)}: pass that class."
             )
         spec = EnvSpec.from_dict(description["spec"])
-        return cls(spec, network=network or description["network"], **description["arguments"])
+        with torch.random.fork_rng(devices=[]):  # its first weights are thrown away: they cost no random numbers
+            return cls(spec, network=network or description["network"], **description["arguments"])
 
     def maker(self) -> "Callable[[], Policy]":
         """What makes policies of this structure, with weights of their own, also in another process."""

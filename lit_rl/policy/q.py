@@ -28,7 +28,7 @@ class Greedy(Categorical):
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return super().sample(legal, rng)[0]
 
-    def evaluate(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("A greedy policy has no log-probabilities.")
 
 
