@@ -59,7 +59,8 @@ class Algorithm(TakesOptions, L.LightningModule):
             the absolute "value" of each number.
         network: callable `(observation_space) -> nn.Module` with an `output_size`; None for the default of the space
             (two hidden layers of 64 tanh units for a vector).
-        policy_class: a subclass of the algorithm's policy that chooses actions in its own way; None for that itself.
+        policy_class: a subclass of the algorithm's policy (`QPolicy` for DQN, else `Policy`) that chooses actions in
+            its own way; None for that itself.
         spec: the environment's spaces, an `EnvSpec` in plain data; None takes the datamodule's.
 
     Attributes:
@@ -353,6 +354,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             if state:
                 set_rng_state(state["rng"])
             self.load_resume_state(state, skipped)
+        self.follow_schedules()
         self._interruption = Interruption(self.trainer)
         if self.trainer.enable_validation:
             self.source.begin_evaluation()
@@ -377,7 +379,6 @@ class Algorithm(TakesOptions, L.LightningModule):
         started, env_steps, steps = time.perf_counter(), self.env_steps_done, self.host.steps
         skipped = steps.skipped
         steps.norms.clear()
-        self.follow_schedules()
         metrics = self.learn_from(batch)
         if steps.norms:
             metrics["optim/grad_norm"] = torch.stack(steps.norms).mean()
@@ -388,6 +389,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["optim/skipped_updates"] = steps.skipped
         metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]
+        self.follow_schedules()
         self.reporter.update(
             metrics | self.source.metrics(),
             started=started,
