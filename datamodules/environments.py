@@ -4,11 +4,10 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import gymnasium as gym
 import lightning as L
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
-from lit_rl.envs.make import EnvConfig, Vectorization, Wrapper
+from lit_rl.envs.make import Env, EnvConfig, Vectorization, Wrapper
 from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
@@ -45,7 +44,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     """Env runners, evaluation, seeds and budget. A subclass gives `train_dataloader` and what it makes of fragments.
 
     Args:
-        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment.
+        env: the environment to learn in.
         env_kwargs: passed on to the environment.
         wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
         vectorization: "sync" (one after the other), "async" (a process for each), or "native" (the environment's own).
@@ -57,9 +56,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             behind (needs num_env_runners >= 1).
         reward_scale: rewards are multiplied by it before the learner sees them. Returns that are logged stay the
             environment's own.
-        reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; None leaves
-            them.
-        evaluation: how `validate` plays episodes, see `Evaluation`.
+        reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; 1.0 is usual
+            for Atari. None leaves them.
+        evaluation: how episodes are played for evaluation, see `Evaluation`.
         return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
         info_metrics: keys of the environment's `info` to log, read at each episode's last step.
         seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
@@ -93,7 +92,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def __init__(
         self,
-        env: str | Callable[..., gym.Env],
+        env: Env,
         *,
         env_kwargs: dict[str, Any] | None = None,
         wrappers: Sequence[Wrapper] = (),
@@ -123,7 +122,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
             )
         self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
-        self.eval_env = evaluation.environment(self.env)
         self._seed_given = seed is not None
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
@@ -176,6 +174,11 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._restore_minimum()
 
     # --- what runners and evaluation need ------------------------------------------------------------------------
+
+    @property
+    def eval_env(self) -> EnvConfig:
+        """How to make the environment that evaluation plays."""
+        return self.evaluation.environment(self.env)
 
     def eval_seed(self, episode: int) -> int:
         """With which evaluation resets the environment for its `episode`-th episode."""
@@ -444,9 +447,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     def _check_eval_env(self, spec: EnvSpec) -> None:
         found = self._try_out(self.eval_env)
         if (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
+            name = "env_kwargs" if self.evaluation.env is None else "env"
             raise OptionError(
-                f"evaluation: with env_kwargs {self.eval_env.env_kwargs} the environment {found.env_id} has "
-                f"observation {found.observation_space}, action {found.action_space}: expected those of training, "
+                f"evaluation.{name}={getattr(self.evaluation, name)!r}: the environment {found.env_id} has observation "
+                f"{found.observation_space}, action {found.action_space}: expected those of training, "
                 f"{spec.observation_space} and {spec.action_space}."
             )
 

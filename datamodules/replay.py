@@ -2,16 +2,16 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
 from lit_rl.files.checkpoint import files_beside
 from lit_rl.off_policy import OffPolicy
@@ -43,7 +43,7 @@ class ReplayDataModule(EnvDataModule):
     @with_fields_of(Replay)
     def __init__(
         self,
-        env: str | Callable[..., gym.Env],
+        env: Env,
         *,
         num_envs_per_env_runner: Count = 1,
         rollout_length: Count = 1,

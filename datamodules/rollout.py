@@ -1,13 +1,12 @@
 """On-policy rollouts."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-import gymnasium as gym
 
 from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count
@@ -24,7 +23,7 @@ class RolloutDataModule(EnvDataModule):
 
     rollouts_per_epoch: int
 
-    def __init__(self, env: str | Callable[..., gym.Env], *, rollouts_per_epoch: Count = 10, **options: Any):
+    def __init__(self, env: Env, *, rollouts_per_epoch: Count = 10, **options: Any):
         super().__init__(env, **options)
         self.take_options()
 

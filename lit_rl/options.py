@@ -1,13 +1,13 @@
-"""Options: the annotation of an argument says what it may be, and everything else follows from that.
+"""Options of classes: the annotation of an argument is its only check.
 
     class Heater(TakesOptions):
         def __init__(self, *, power: Positive = 2.0, num_fans: Count = 1, target: UnitInterval | None = None):
             super().__init__()
             self.take_options()
 
-`Heater(power=-1)` and the same on the command line are refused by one sentence, `--help` shows the ranges, and the
-tables of the documentation are made from them. A class that is another with a few options more takes `**options` and
-hands them to its parent, which then checks its own.
+`Heater(power=-1)` raises one sentence, in Python and on the command line. `--help` and the tables in the documentation
+show the same limits. A subclass takes its own options and `**options`, which it hands to its parent: the parent checks
+and keeps those.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,16 +27,17 @@ Made = TypeVar("Made")
 
 
 class Limit:
-    """What values an option may have. Its `repr` says so in words, and is what `--help` shows.
+    """What values an option may have.
 
-    A subclass gives `accepts` and a `repr`; it is hashable.
+    Its `repr` says so in words: error messages, `--help` and the documentation show it. A subclass defines `accepts`
+    and `__repr__`, and is hashable.
     """
 
     def __call__(self, name: str, value: Any) -> Any:
-        """Return `value` as it is kept.
+        """Return `value` in the form in which it is kept.
 
         Raises:
-            OptionError: naming the option, its value and what was expected.
+            OptionError: if it is not accepted. The message names the option, its value and what was expected.
         """
         if not self.accepts(value):
             raise OptionError(f"{name}={value!r}: expected {self!r}.")
@@ -46,13 +47,13 @@ class Limit:
         raise NotImplementedError(f"{type(self).__name__} must define accepts(value).")
 
     def kept(self, value: Any) -> Any:
-        """An accepted value in the form in which it is kept: plain data."""
+        """The form in which an accepted value is kept: plain data."""
         return value
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Within(Limit):
-    """Finite numbers in [low, high], or in (low, high] with `open_low`; `whole` ones alone."""
+    """Finite numbers in [low, high], or in (low, high] with `open_low`; with `whole` only whole numbers."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -69,15 +70,16 @@ class Within(Limit):
         return int(value) if self.whole else float(value)
 
     def __repr__(self) -> str:
-        if self.whole:
-            return f"a whole number of at least {self.low}" if math.isfinite(self.low) else "a whole number"
         low = f"{'above' if self.open_low else 'at least'} {self.low:g}" if math.isfinite(self.low) else ""
         high = f"at most {self.high:g}" if math.isfinite(self.high) else ""
-        return f"a number, {' and '.join(part for part in (low, high) if part) or 'finite'}"
+        bounds = " and ".join(bound for bound in (low, high) if bound)
+        if self.whole:
+            return f"a whole number of {bounds}" if bounds else "a whole number"
+        return f"a number, {bounds or 'finite'}"
 
 
 class OneOf(Limit):
-    """One of a few words; `None` may be among them."""
+    """One of a few words. None may be one of the choices."""
 
     def __init__(self, *choices: str | None):
         self.choices = choices
@@ -91,13 +93,16 @@ class OneOf(Limit):
 
 
 class NumberOr(Limit):
-    """A finite number, or a word in place of one."""
+    """A finite number, or one word."""
 
     def __init__(self, word: str):
         self.word = word
 
-    def __call__(self, name: str, value: Any) -> Any:
-        return value if value == self.word else check(name, value, float)
+    def accepts(self, value: Any) -> bool:
+        return value == self.word or PLAIN[float].accepts(value)
+
+    def kept(self, value: Any) -> float | str:
+        return value if value == self.word else float(value)
 
     def __repr__(self) -> str:
         return f"{PLAIN[float]!r}, or {self.word!r}"
@@ -105,7 +110,7 @@ class NumberOr(Limit):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class InstanceOf(Limit):
-    """What is an instance of one of a few types, which `words` name."""
+    """Instances of one of `types`, which `words` name in messages."""
 
     types: tuple[type, ...]
     words: str
@@ -118,7 +123,7 @@ class InstanceOf(Limit):
 
 
 class ListOfCounts(Limit):
-    """A list of whole numbers of at least 1, or an empty one."""
+    """A list of whole numbers of at least 1; it may be empty."""
 
     def __call__(self, name: str, value: Any) -> list[int]:
         return [check(name, number, Count) for number in super().__call__(name, value)]
@@ -131,10 +136,11 @@ class ListOfCounts(Limit):
 
 
 class ListOfNames(Limit):
-    """Texts, which a single text is not."""
+    """Several texts. A single text is refused: its letters would be taken for them."""
 
     def accepts(self, value: Any) -> bool:
-        return not isinstance(value, str)
+        is_collection = isinstance(value, Collection) and not isinstance(value, str)
+        return is_collection and all(isinstance(name, str) for name in value)
 
     def kept(self, value: Any) -> tuple[str, ...]:
         return tuple(value)
@@ -155,7 +161,7 @@ Names = Annotated[Sequence[str], ListOfNames()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
-# Types that need no more than their name.
+# The limits of types that are written without one.
 PLAIN: dict[Any, Limit] = {
     bool: InstanceOf((bool,), "True or False"),
     int: Within(whole=True),
@@ -164,13 +170,13 @@ PLAIN: dict[Any, Limit] = {
 
 
 def check(name: str, value: Any, annotation: Any) -> Any:
-    """Return `value` as it is kept, if it is what `annotation` says: `check("lr", 3e-4, Positive)`.
+    """Return `value` in the form in which it is kept, if its annotation allows it: `check("lr", 3e-4, Positive)`.
 
-    A bool, int or float needs no limit to be checked. Of a union with None the other part counts, if it is one. What
-    else an annotation says is not looked at.
+    The annotation is a type with a `Limit`, bool, int, float or a dataclass, or one of these and None. A value of any
+    other type is returned as it is.
 
     Raises:
-        OptionError: naming the option, its value and what was expected.
+        OptionError: if it is not allowed. The message names the option, its value and what was expected.
     """
     limit, is_optional = _limit_of(annotation)
     return value if limit is None or (value is None and is_optional) else limit(name, value)
@@ -178,7 +184,7 @@ def check(name: str, value: Any, annotation: Any) -> Any:
 
 @functools.cache
 def _limit_of(annotation: Any) -> tuple[Limit | None, bool]:
-    """The limit in an annotation, and whether it allows None besides."""
+    """The limit in an annotation, and whether the annotation allows None too."""
     if get_origin(annotation) is Annotated:
         return next((extra for extra in annotation.__metadata__ if isinstance(extra, Limit)), None), False
     if get_origin(annotation) in (Union, types.UnionType):
@@ -206,10 +212,10 @@ def check_ending(name: str, path: str | Path, endings: Sequence[str]) -> str:
 
 
 class TakesOptions:
-    """Mixin of classes whose `__init__` has options. An option that does not exist is refused with the like of it.
+    """Mixin for classes whose `__init__` has options. An unknown option is refused, with a hint.
 
     Attributes:
-        RENAMED: what options of earlier versions are called now.
+        RENAMED: options of earlier versions, and how each is written now.
     """
 
     RENAMED: Mapping[str, str] = {}
@@ -222,27 +228,44 @@ class TakesOptions:
         return super().__new__(cls)
 
     def take_options(self) -> None:
-        """Check the arguments of the `__init__` that calls this by their annotations, and keep them.
+        """Check the arguments of the `__init__` that calls this against their annotations, and keep them.
+
+        Call it after `super().__init__(...)`. The arguments in `**options` are left to the parent's own call.
 
         Raises:
-            OptionError: naming the first that is not what its annotation says.
+            OptionError: for the first argument that its annotation does not allow.
         """
         caller = inspect.currentframe().f_back  # type: ignore[union-attr]
         assert caller is not None and "__class__" in caller.f_locals, "to be called by an __init__ with a super()"
-        init = caller.f_locals["__class__"].__init__
-        hints = get_type_hints(init, include_extras=True)
-        code = caller.f_code
-        named = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]  # **options are the parents'
-        self.keep_options({name: check(name, caller.f_locals[name], hints.get(name)) for name in named}, caller)
+        init, code = caller.f_locals["__class__"].__init__, caller.f_code
+        annotations = get_type_hints(init, include_extras=True)
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        kept = {}
+        for name in names:
+            value = caller.f_locals[name]
+            try:
+                kept[name] = check(name, value, annotations.get(name))
+            except OptionError as error:
+                points = hint_on_points(type(self), name) if isinstance(value, list | tuple) else ""
+                raise OptionError(f"{error}{points}") from None
+        self.keep_options(kept, caller)
 
     def keep_options(self, options: dict[str, Any], caller: types.FrameType) -> None:
-        """Keep checked options: as attributes of their names."""
+        """Keep checked options, here as attributes.
+
+        Args:
+            options: by name, in the form in which they are kept.
+            caller: the frame of the `__init__`.
+        """
         for name, value in options.items():
             setattr(self, name, value)
 
 
 def options_of(cls: type) -> dict[str, inspect.Parameter] | None:
-    """The arguments of a class by name, with those that `**options` hand on to its parents; None if it takes any."""
+    """The options of a class by name, its own before those of its parents; None if it takes any.
+
+    A parent's count as far as `**options` reach it.
+    """
     found: dict[str, inspect.Parameter] = {}
     for owner in cls.__mro__:
         if "__init__" not in vars(owner) or owner is object:
@@ -257,54 +280,70 @@ def options_of(cls: type) -> dict[str, inspect.Parameter] | None:
 
 
 def hint(cls: type, name: str) -> str:
-    """What to say of an option that a class does not have: its name now, or one like it; "" if there is none."""
-    renamed = getattr(cls, "RENAMED", {}).get(name)
+    """What an option that a class does not have may stand for: one sentence after a space, or "".
+
+    Args:
+        cls: the class.
+        name: of the option; with dots as on the command line for a part of it, "evaluation.episods".
+    """
+    options = options_of(cls) or {}
+    whole, _, part = name.partition(".")
+    if whole in options and dataclasses.is_dataclass(options[whole].annotation):
+        return hint(options[whole].annotation, part)
+    renamed = getattr(cls, "RENAMED", {}).get(whole)
     if renamed is not None:
         return f" It is called {renamed} now."
-    close = difflib.get_close_matches(name, [option for option in options_of(cls) or () if option != name], n=1)
+    close = difflib.get_close_matches(part or whole, [option for option in options if option != name], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def hint_on_points(cls: type, name: str) -> str:
+    """What to say if a list is given for a number that has a schedule: one sentence after a space, or ""."""
+    has_schedule = f"{name}_schedule" in (options_of(cls) or {})
+    return f" Points [[env_step, value], ...] go to {name}_schedule." if has_schedule else ""
 
 
 # --- options that are a dataclass -----------------------------------------------------------------------------------
 
 
 def check_fields(options: Any, prefix: str = "") -> None:
-    """Check each field of a dataclass by its annotation, from its `__post_init__`; the messages name it with `prefix`.
+    """Check the fields of a dataclass against their annotations. Call it in `__post_init__`.
+
+    Args:
+        options: the dataclass. Its values are replaced by the forms in which they are kept.
+        prefix: of the names in messages, such as "evaluation.".
 
     Raises:
-        OptionError: naming the first that is not what its annotation says.
+        OptionError: for the first field that its annotation does not allow.
     """
-    for name, value, annotation in _fields(options):
-        object.__setattr__(options, name, check(f"{prefix}{name}", value, annotation))  # it may be frozen
-
-
-def _fields(options: Any) -> Iterator[tuple[str, Any, Any]]:
-    hints = get_type_hints(type(options), include_extras=True)
+    annotations = get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
-        yield field.name, getattr(options, field.name), hints[field.name]
+        value = check(f"{prefix}{field.name}", getattr(options, field.name), annotations[field.name])
+        object.__setattr__(options, field.name, value)  # the dataclass may be frozen
 
 
 def with_fields_of(options: type) -> Callable[[Made], Made]:
-    """Decorator of an `__init__` with `**options`: it takes the fields of a dataclass too, which `taken` then takes.
+    """Decorator of an `__init__(self, ..., **options)` that also takes the fields of a dataclass, by `taken`.
 
-    The signature says so, for `--help`, configs and the documentation.
+    Its signature and docstring then have them, for `--help`, configs and the documentation.
     """
 
     def decorate(init: Any) -> Any:
         *own, rest = inspect.signature(init).parameters.values()
-        hints = get_type_hints(options, include_extras=True)
+        annotations = get_type_hints(options, include_extras=True)
         fields = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=annotations[f.name])
             for f in dataclasses.fields(options)
         ]
         init.__signature__ = inspect.Signature([*own, *fields, rest])
         init.__annotations__ = init.__annotations__ | {p.name: p.annotation for p in fields}
+        init.__doc__ = options.__doc__
         return init
 
     return decorate
 
 
 def taken(cls: type[Made], options: dict[str, Any]) -> Made:
-    """A dataclass made of those of `options` that are its fields, which are taken out of them."""
+    """A dataclass of those `options` that are its fields. They are removed from `options`."""
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return cls(**{name: options.pop(name) for name in list(options) if name in names})

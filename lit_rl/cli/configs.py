@@ -1,15 +1,17 @@
 """Config files before they are parsed, and what may have been meant by an option that does not exist."""
 
+import dataclasses
 import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
 
 from lit_rl.errors import OptionError
-from lit_rl.options import hint
+from lit_rl.options import hint, hint_on_points, options_of
 
 PLAIN = "tag:yaml.org,2002:"  # what YAML's own tags begin with
 
@@ -47,19 +49,48 @@ def check_config(path: str) -> None:
 
 
 def suggestion(message: str) -> str:
-    """ " Did you mean ...?" for jsonargparse's message on an option that does not exist; "" if nothing is like it."""
-    found = re.search(r"(?i:option) '([\w.]+)'|--([\w.]+)", message)
-    if found is None:
-        return ""
-    name = found[1] or found[2]
-    owner: type | None = L.Trainer if name.startswith("trainer.") else None
+    """What to add to jsonargparse's message on an option that does not exist, or on points in place of a number.
+
+    " Did you mean ...?" and its like; "" if there is nothing to add.
+    """
+    owner: type | None = None
     for class_path in re.findall(r"class_path '([\w.]+)'", message)[-1:]:
-        module, _, attribute = class_path.rpartition(".")
-        owner = getattr(importlib.import_module(module), attribute, None)
-    if owner is None:
-        return ""
-    said = hint(owner, name.rpartition(".")[2])
-    return f".{said}" if said else ""
+        owner = _class(class_path)
+    found = re.search(r"(?:Group '([\w.]+)' does not accept )?(?i:option) '([\w.]+)'|--([\w.]+)", message)
+    if found is None:
+        key, _, rest = message.rpartition('key "')[2].partition('"')
+        return hint_on_points(owner, key) if owner is not None and "value: [[" in rest else ""
+    name = ".".join(filter(None, found.groups()))
+    if name.startswith("trainer."):
+        owner, name = L.Trainer, name.removeprefix("trainer.")
+    said = "" if owner is None else hint(owner, name)
+    # Where Python has evaluation=Evaluation(episodes=3), the command line and YAML have evaluation.episodes.
+    return re.sub(r"(\w+)=\w+\((\w+)=\.\.\.\)", r"\1.\2", f".{said}") if said else ""
+
+
+def check_groups(name: str, config: Any) -> None:
+    """Refuse None or a number in place of the options of a dataclass, as in `evaluation: 3`.
+
+    Args:
+        name: "data", for messages.
+        config: a parsed class with its arguments.
+
+    Raises:
+        OptionError: naming the option and its value.
+    """
+    cls = _class(config.class_path)
+    options = (options_of(cls) if cls is not None else None) or {}
+    for option, value in config.get("init_args", {}).items():
+        kind = options[option].annotation if option in options else None
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not hasattr(value, "items"):
+            fields = ", ".join(field.name for field in dataclasses.fields(kind))
+            raise OptionError(f"{name}.{option}={value!r}: expected a dict of {fields}. Leave it out for the defaults.")
+
+
+def _class(class_path: str) -> type | None:
+    module, _, attribute = class_path.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None)
+    return found if isinstance(found, type) else None  # it may be a function that returns an object
 
 
 def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -26,7 +26,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.commands import COMMANDS
-from lit_rl.cli.configs import check_config, suggestion
+from lit_rl.cli.configs import check_config, check_groups, suggestion
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.files.loading import read_first, whole_checkpoint
@@ -87,6 +87,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_groups("data", config.data)
         for option in ("ckpt_path", "init_from"):  # a missing or damaged file is refused before anything starts
             path = config.get(option)
             if (option, path) == ("ckpt_path", "last"):
@@ -258,8 +259,9 @@ def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
     key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]
     complaint = re.sub(r"[Pp]arser key [\"'][\w.]+[\"']:?\s*", "", lines[-1] if lines else text).strip()
-    given = (re.findall(r"(?:Given|Got) value: (\S.*)", text) or [""])[-1]
-    nested = re.fullmatch(r"NestedArg\(key='([\w.]+)', val=(.*)\)", given)
+    after_key = text.rpartition("arser key ")[2]  # the first value there is that of the key, the last the whole class's
+    given = (re.findall(r"(?:Given|Got) value: (\S.*)", after_key) or [""])[0]
+    nested = re.search(r"Given value: NestedArg\(key='([\w.]+)', val=(.*)\)$", text)
     if nested:  # `--model.lr x` on the command line
         key = key if key.endswith(nested[1]) else f"{key or 'option'}.{nested[1]}"
         given = ast.literal_eval(nested[2]) if nested[2][:1] in "'\"" else nested[2]

@@ -13,10 +13,21 @@ from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
-from lit_rl.options import Arguments, OneOf, check_fields
+from lit_rl.options import Arguments, Limit, OneOf, check_fields
 from lit_rl.spec import EnvSpec
 
-Env = str | Callable[..., Any]
+
+class _Maker(Limit):
+    """What makes an environment."""
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) or callable(value)
+
+    def __repr__(self) -> str:
+        return "a gymnasium id such as 'CartPole-v1', 'package.module:Class', or a callable that returns an environment"
+
+
+Env = Annotated[str | Callable[..., gym.Env], _Maker()]
 Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
 Vectorization = Annotated[str, OneOf("sync", "async", "native")]
 
@@ -43,11 +54,6 @@ class EnvConfig:
         check_fields(self)
         if isinstance(self.wrappers, str):
             raise OptionError(f"wrappers={self.wrappers!r}: expected a list.")
-        if not (isinstance(self.env, str) or callable(self.env)):
-            raise OptionError(
-                f"env={self.env!r}: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', "
-                "or a callable that returns an environment."
-            )
 
     @property
     def env_id(self) -> str:

@@ -1,12 +1,9 @@
 """The options of an evaluation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium as gym
-
-from lit_rl.envs.make import EnvConfig
+from lit_rl.envs.make import Env, EnvConfig
 from lit_rl.errors import OptionError
 from lit_rl.options import Arguments, Count, CountOrZero, Positive, check_fields
 
@@ -16,20 +13,20 @@ class Evaluation:
     """How `Trainer.validate`, and each evaluation during `fit`, plays episodes.
 
     Attributes:
-        episodes: whole episodes, each with the same seed every time.
-        deterministic: whether the most probable action is taken.
+        episodes: whole episodes of all learner processes together, each with the same seed every time.
+        deterministic: take the most probable action, instead of drawing one.
         timeout_s: seconds after which an evaluation ends with the episodes it has.
-        env: played instead of training's environment, with its wrappers but not with its `env_kwargs`; None plays that.
-        env_kwargs: passed to the environment, in place of training's `env_kwargs` of that name.
+        env: the environment to play, with training's wrappers and the same spaces; None plays training's.
+        env_kwargs: passed to `env`; without an `env` of its own they are laid over training's `env_kwargs`.
         num_env_runners: Ray actors that play the episodes, per learner process; 0 plays them in the learner process.
-        parallel: go on training while they play. Each evaluation is then logged when the next one is due, and the last
-            one at the end (needs num_env_runners >= 1).
+        parallel: go on training while they play (needs num_env_runners >= 1). Each evaluation is then logged when the
+            next one is due, and the last one at the end.
     """
 
     episodes: Count = 10
     deterministic: bool = True
     timeout_s: Positive = 1800.0
-    env: str | Callable[..., gym.Env] | None = None
+    env: Env | None = None
     env_kwargs: Arguments | None = None
     num_env_runners: CountOrZero = 0
     parallel: bool = False
@@ -43,7 +40,11 @@ class Evaluation:
             )
 
     def environment(self, training: EnvConfig) -> EnvConfig:
-        """How to make the environment that is played, where training makes its own in this way."""
+        """How to make the environment to play.
+
+        Args:
+            training: how training makes its own.
+        """
         own: dict[str, Any] = self.env_kwargs or {}
         if self.env is not None:
             return replace(training, env=self.env, env_kwargs=own)
