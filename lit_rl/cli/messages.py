@@ -1,0 +1,108 @@
+"""What the command line says when something is wrong: one sentence."""
+
+import ast
+import difflib
+import re
+from collections.abc import Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_rl.cli.configs import suggestion
+from lit_rl.errors import LitRLError
+from lit_rl.networks import NETWORKS
+
+# What to give where it is missing; a recipe otherwise.
+NEEDED = {
+    "checkpoint": "Give a checkpoint file: lit-rl play runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
+    "runs": "Give the folder of a run, or of several: lit-rl plot runs/ppo_cartpole",
+}
+TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "True or False",
+    "str": "a text",
+    "dict": "a dict, such as {a: 1}",
+    "list": "a list, such as [a, b]",
+    "tuple": "a list, such as [a, b]",
+    "collections.abc.Mapping": "a dict, such as {a: 1}",
+    "collections.abc.Sequence": "a list, such as [a, b]",
+}
+
+
+def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequence[str]) -> str:
+    """jsonargparse's nested, many-lined message as one line: the key, the innermost complaint, the value given.
+
+    Args:
+        error: what jsonargparse raised.
+        arguments: of the command.
+        subcommands: that there are.
+    """
+    text = str(error)
+    subcommand = re.search(r"invalid choice: '(.*)' \(choose from 'fit'", text)
+    if subcommand or 'expected "subcommand"' in text:
+        given = f"={subcommand[1]!r}" if subcommand else " is missing"
+        return f"subcommand{given}: expected one of {', '.join(subcommands)}."
+    noise = r"Subtypes:|Errors:|Given value|Expected (a )?<class 'NoneType'>|Problem with given class_path"
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
+    key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]
+    complaint = re.sub(r"[Pp]arser key [\"'][\w.]+[\"']:?\s*", "", lines[-1] if lines else text).strip()
+    after_key = text.rpartition("arser key ")[2]  # the first value there is that of the key, the last the whole class's
+    given = (re.findall(r"(?:Given|Got) value: (\S.*)", after_key) or [""])[0]
+    nested = re.search(r"Given value: NestedArg\(key='([\w.]+)', val=(.*)\)$", text)
+    if nested:  # `--model.lr x` on the command line
+        key = key if key.endswith(nested[1]) else f"{key or 'option'}.{nested[1]}"
+        given = ast.literal_eval(nested[2]) if nested[2][:1] in "'\"" else nested[2]
+    named = re.findall(r"Expected a dot import path string: (\S+)", text)[-1:]
+    not_found = re.findall(r"expects a function or a callable class: (.*\S)", text)[-1:]
+    if named:  # jsonargparse says no more, also where the class is there and its init_args are wrong
+        complaint = _no_class(key, named[0])
+    elif not_found:
+        complaint = f"there is no class {given}: {not_found[0]}."
+    elif complaint.startswith("Expected a <class"):
+        complaint = _expected(lines)
+    needed = re.search(r"arguments are required: (\w+)", complaint)
+    if needed:
+        complaint += f". {NEEDED.get(needed[1], 'Give a recipe: --config ppo_cartpole')}"
+    complaint += _too_early(key, arguments) or suggestion(text)
+    value = f"={given}" if given and len(given) < 80 else ""
+    return f"{key}{value}: {complaint}" if key else complaint
+
+
+def _expected(lines: Sequence[str]) -> str:
+    """The alternatives that the last lines of jsonargparse's message name, in words."""
+    words: list[str] = []
+    for line in reversed(lines):
+        found = re.match(r"Expected a <class '([\w.]+)'>", line)
+        if found is None:
+            break
+        words.insert(0, TYPES.get(found[1], f"a {found[1].rpartition('.')[2]}"))
+    return f"expected {' or '.join(dict.fromkeys(words))}."
+
+
+def _no_class(key: str, name: str) -> str:
+    if name.rpartition(".")[2] in NETWORKS:
+        return f"{name}: a class or option inside its init_args is misspelt"
+    if not key.endswith(("network", "encoder")):
+        return f"there is no class {name}"
+    close = difflib.get_close_matches(name, NETWORKS, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(sorted(NETWORKS))}."
+    return f"there is no class {name}. {hint} One of your own is named package.module.Class."
+
+
+def _too_early(key: str, arguments: Sequence[str]) -> str:
+    """What to do where an option stands before the class it belongs to; "" where it does not."""
+    group, _, option = key.partition(".")
+    names = [argument.partition("=")[0] for argument in arguments]
+    classes = [i for i, name in enumerate(names) if name == f"--{group}"]
+    first = next((i for i, name in enumerate(names) if name.startswith(f"--{group}.{option}")), None)
+    if not option or not classes or first is None or first > classes[-1]:
+        return ""
+    given = " ".join(arguments[classes[-1] :][: 1 if "=" in arguments[classes[-1]] else 2])
+    return f". Put {given} before it"
+
+
+def own_error(error: BaseException | None) -> LitRLError | MisconfigurationException | None:
+    """Ours among the errors that led to this one: jsonargparse wraps what a class's `__init__` raises."""
+    while error is not None and not isinstance(error, LitRLError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
