@@ -46,7 +46,8 @@ def play(
         record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
             0 where there was no choice.
         num_envs: the most environments at a time.
-        timeout_s: seconds after which the episodes under way are yielded as they are (`cut`), and no more begun.
+        timeout_s: seconds after which the episodes under way are yielded as they are (`cut`), and no more begun. Those
+            without a step were not begun.
 
     Raises:
         EnvError: if the environment raises.
@@ -122,8 +123,8 @@ def play(
                     next_obs = policy.as_rows(reset(envs, env, next_seeds, done)[0])
             obs = next_obs
             if timeout_s is not None and left and time.monotonic() - started > timeout_s:
-                for b in np.flatnonzero(playing).tolist():
-                    steps = recorder.take(b) if recorder is not None and lengths[b] else None
+                for b in np.flatnonzero(playing & (lengths > 0)).tolist():
+                    steps = recorder.take(b) if recorder is not None else None
                     yield Episode(float(returns[b]), int(lengths[b]), {}, steps, seed_of[b], cut=True)
                 return
     finally:

@@ -99,6 +99,9 @@ class Evaluator:
                 log.warning("%s The evaluation episodes that had not ended are played again.", error)
                 time.sleep(wait)
             else:
+                if left and not is_cut:  # time was over just when all episodes under way had ended
+                    self._say_cut(len(played), len(seeds))
+                    self._results[-1] = EvaluationResult(played, len(left), at)
                 break
 
     def begin(self, policy: Policy, seeds: Sequence[int], at: int, *, record: bool = False) -> None:
