@@ -294,7 +294,15 @@ class PPO(Algorithm):
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one that says a constant; NaN-free."""
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one that says a constant; NaN-free.
+
+    0 also where the targets are one number, to rounding, or none: there is nothing to explain.
+    """
     if mask is not None:
         value, target = value[mask], target[mask]
-    return 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
+    if not target.numel():
+        return target.sum()
+    variance = target.var(correction=0)
+    rounding = (4 * torch.finfo(target.dtype).eps) ** 2 * target.square().mean()
+    explained = 1 - (target - value).var(correction=0) / variance
+    return torch.where(variance > rounding, explained, 0.0)
