@@ -176,7 +176,8 @@ class PPO(Algorithm):
             metrics["optim/gradient_steps"] = float(len(terms))
         if self.kl_coef is not None and terms:
             metrics["policy/kl_coef"] = float(self.kl_coef)
-            steps_per_pass = -(-reward.numel() // hp.minibatch_size)
+            length = hp.sequence_length if self.policy.has_memory else 1  # a minibatch holds whole sequences
+            steps_per_pass = -(-reward.numel() // (hp.minibatch_size // length * length))
             self.adapt_kl_coef(self.kl_coef, terms[-steps_per_pass:])
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
