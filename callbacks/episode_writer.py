@@ -10,6 +10,8 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_rl.files import rescue
+
 
 class EpisodeWriter(BasePredictionWriter):
     """Writes each rank's episodes to `episodes-rank<r>.parquet`, one row per env step.
@@ -37,7 +39,7 @@ class EpisodeWriter(BasePredictionWriter):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = Path(self._folder or trainer.log_dir or trainer.default_root_dir)
+        folder = Path(self._folder or rescue.log_folder(trainer))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"episodes-rank{trainer.global_rank}.parquet"
         played = [episode for episode in predictions if episode and episode["steps"]]

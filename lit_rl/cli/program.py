@@ -27,6 +27,7 @@ from lit_rl.cli.configs import check_config, check_groups
 from lit_rl.cli.messages import own_error, sentence
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
 
 DEFAULTS = {
@@ -146,10 +147,14 @@ class SaveConfig(SaveConfigCallback):
     """Saves the run's config beside its log, and in W&B's; a run that logs nothing leaves no file."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.loggers:
+        if trainer.loggers and not self.already_saved:
+            self._folder = rescue.log_folder(trainer)  # every rank asks
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = str(self._folder / self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams({"config": yaml.safe_load(self.parser.dump(self.config, skip_none=False))})
@@ -255,7 +260,7 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults=DEFAULTS,
         seed_everything_default=True,
         auto_configure_optimizers=False,

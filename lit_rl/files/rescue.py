@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensordict import TensorDict
 
 MAX_BATCH_BYTES = 50 * 2**20
@@ -29,5 +30,11 @@ def save_batch(batch: TensorDict, path: Path) -> str:
 
 
 def log_folder(trainer: L.Trainer) -> Path:
-    """Where the run's files are; every rank calls it."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where the run's files are, and no other run's; every rank calls it."""
+    logger = next(iter(trainer.loggers), None)
+    if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    # Of other loggers `trainer.log_dir` is what all their runs share: this is where ModelCheckpoint's folder is.
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return trainer.strategy.broadcast(folder)  # only the first rank's logger knows the run
