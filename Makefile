@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test chaos lint types check results clean
+.PHONY: help venv train test chaos lint types check docs results clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ types: venv  ## check types
 	$(BIN)/mypy
 
 check: lint types test  ## all that must pass before a change is proposed
+
+docs: venv  ## write the tables of options in docs anew, from signatures and docstrings
+	$(BIN)/python docs/make_tables.py
 
 results: venv  ## train and judge recipes over seeds: docs/results (RECIPE=ppo_cartpole SEEDS="1 2 3 4 5"; without RECIPE all)
 	for recipe in $(RECIPE); do $(BIN)/python benchmarks/results.py $$recipe --seeds $(SEEDS) || exit 1; done

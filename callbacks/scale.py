@@ -20,7 +20,8 @@ class ScaleEnvRunners(TakesOptions, L.Callback):
     rollouts grow and shrink with the number of runners, and so do the minibatches per update.
 
     Args:
-        min_env_runners, max_env_runners: bounds, per learner process.
+        min_env_runners: the fewest per learner process.
+        max_env_runners: the most per learner process.
         every_n_batches: Lightning batches between two looks.
         add_above: waiting share above which a runner is added.
         remove_below: waiting share below which one is taken away.

@@ -60,10 +60,10 @@ class DQN(OffPolicy):
         distributional: "categorical" learns the distribution of returns over fixed atoms (C51: Bellemare et al. 2017,
             arXiv:1707.06887), "quantile" its quantiles (QR-DQN: Dabney et al. 2018, arXiv:1710.10044).
         num_atoms: atoms or quantiles.
-        v_min: the lowest atom: a bound of the discounted return.
-        v_max: the greatest atom, likewise.
+        v_min: the lowest of the "categorical" atoms: a lower bound of the discounted return.
+        v_max: the greatest of them: an upper bound.
         noisy: explore by noise on the head's weights: Fortunato et al. 2018, arXiv:1706.10295.
-        sigma0: of that noise, when training begins.
+        sigma0: of that noise, when training begins: the sigmas are sigma0 / sqrt(inputs).
         head_hidden_sizes: layers (with ReLU) of the head, or of each of its streams, after the network.
         max_grad_norm: bound of the gradient; None leaves it as it is.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
@@ -205,9 +205,9 @@ class Rainbow(DQN):
     Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
 
     Args:
-        dueling: as in `DQN`, but on.
-        distributional: as in `DQN`, but "categorical".
-        noisy: as in `DQN`, but on.
+        dueling: as in `DQN`.
+        distributional: as in `DQN`.
+        noisy: as in `DQN`.
     """
 
     NUM_STEPS, PRIORITIZED = 3, True

@@ -56,9 +56,9 @@ class SAC(OffPolicy):
         initial_alpha: the temperature, the weight of the entropy, when training begins.
         learn_alpha: whether the temperature is learned; else it stays.
         target_entropy: what the policy's entropy (nats) is held at by it. "auto" is minus the number of action
-            dimensions; for n (legal) discrete actions 0.98 log n.
-        num_critics: critics, whose minimum counts.
-        critic_hidden_sizes: layers of each critic, after the observation's features.
+            dimensions; for discrete actions 0.98 log n, where n counts the legal ones.
+        num_critics: critics (K), whose minimum counts.
+        critic_hidden_sizes: layers (with ReLU) of each critic, after the observation's features.
         critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critics' own encoder of
             observations; None takes vectors as they are, and the default network for images.
         network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
@@ -285,7 +285,7 @@ class TQC(SAC):
     against overestimation. The policy climbs the mean of all.
 
     Args:
-        num_quantiles: of each critic.
+        num_quantiles: quantiles (Z) of each critic.
         num_dropped: greatest quantiles left out per critic.
     """
 

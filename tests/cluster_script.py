@@ -26,14 +26,14 @@ from lit_rl.runners import ray_session
 
 TINY = [
     "fit", "--config", "ppo_cartpole", "--data.max_env_steps", "1024", "--data.rollout_length", "16",
-    "--data.num_envs_per_env_runner", "4", "--data.rollouts_per_epoch", "2", "--data.eval_episodes", "2",
+    "--data.num_envs_per_env_runner", "4", "--data.rollouts_per_epoch", "2", "--data.evaluation.episodes", "2",
     "--model.minibatch_size", "32", "--model.num_epochs", "1", "--trainer.enable_progress_bar", "false",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.callbacks+", "cluster_script.Watch",
 ]  # fmt: skip
 # A batch is 128 env steps of two learners, an epoch 256.
 DQN = [
     "fit", "--config", "dqn_cartpole", "--data.max_env_steps", "1024", "--data.env_steps_per_batch", "64",
-    "--data.batches_per_epoch", "2", "--data.eval_episodes", "1", "--data.learning_starts", "256",
+    "--data.batches_per_epoch", "2", "--data.evaluation.episodes", "1", "--data.learning_starts", "256",
     "--trainer.callbacks+", "cluster_script.Watch",
 ]  # fmt: skip
 

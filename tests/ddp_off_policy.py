@@ -16,7 +16,7 @@ from gymnasium import spaces
 from helpers import quiet_trainer
 from tensordict import TensorDict
 
-from lit_rl import DQN, MLP, SAC, TQC, LSTMNetwork, Rainbow, ReplayDataModule
+from lit_rl import DQN, MLP, SAC, TQC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule
 from lit_rl.off_policy import OffPolicy
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import iterate, nest
@@ -83,7 +83,7 @@ def train(folder: Path, name: str) -> None:
     data = ReplayDataModule(
         "Pendulum-v1" if continuous else "CartPole-v1", num_envs_per_env_runner=2, max_env_steps=400, seed=0,
         learning_starts=100, batch_size=16, buffer_size=500, env_steps_per_batch=50, update_to_data=0.1,
-        eval_episodes=3,
+        evaluation=Evaluation(episodes=3),
     )  # fmt: skip
     kind = CASES[name][0]
     algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))

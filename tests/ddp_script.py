@@ -15,7 +15,7 @@ from envs import counter_vector
 from helpers import quiet_trainer
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, Algorithm, ReplayDataModule, RolloutDataModule, distributed, networks
+from lit_rl import DQN, PPO, Algorithm, Evaluation, ReplayDataModule, RolloutDataModule, distributed, networks
 from lit_rl.errors import DivergedError
 
 ENVS = 4  # over all ranks
@@ -67,8 +67,8 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
     """A short run on CartPole: what each rank ends with."""
     data = RolloutDataModule(
         "CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048, rollouts_per_epoch=4, seed=0,
-        eval_episodes=3, num_env_runners=num_env_runners, num_eval_env_runners=num_env_runners,
-        eval_parallel=bool(num_env_runners),
+        num_env_runners=num_env_runners,
+        evaluation=Evaluation(episodes=3, num_env_runners=num_env_runners, parallel=bool(num_env_runners)),
     )  # fmt: skip
     first, reduced, all_reduce = [], [], distributed.all_reduce
 
@@ -146,7 +146,10 @@ def signalled(out: Path) -> None:
 
 def small_run(name: str, max_env_steps: int) -> tuple[Algorithm, RolloutDataModule | ReplayDataModule]:
     """Two environments of a rank; what it has of its own is in use: normalisers, replay buffer. No seed is given."""
-    shared = {"env": "CartPole-v1", "num_envs_per_env_runner": 2, "max_env_steps": max_env_steps, "eval_episodes": 2}
+    shared = {
+        "env": "CartPole-v1", "num_envs_per_env_runner": 2, "max_env_steps": max_env_steps,
+        "evaluation": Evaluation(episodes=2),
+    }  # fmt: skip
     if name == "PPO":
         algorithm = PPO(minibatch_size=16, num_epochs=1, normalize_observations=True, normalize_returns=True)
         return algorithm, RolloutDataModule(rollout_length=16, rollouts_per_epoch=2, **shared)

@@ -20,7 +20,7 @@ from lit_rl import cli
 
 TINY = [
     "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
-    "--data.eval_episodes", "1", "--model.minibatch_size", "64", "--trainer.enable_progress_bar", "false",
+    "--data.evaluation.episodes", "1", "--model.minibatch_size", "64", "--trainer.enable_progress_bar", "false",
     "--trainer.logger", "false", "--trainer.callbacks", "null",
 ]  # fmt: skip
 HEAD = "model: {class_path: PPO}\ndata: {class_path: RolloutDataModule, init_args: {env: CartPole-v1}}\n"

@@ -147,7 +147,12 @@ def test_learning_survives_environments_that_raise(long: bool, make_trainer: Cal
 def config(folder: Path, often: bool = True, **data: Any) -> Path:
     """A small run of the command line with a checkpoint after each epoch and, if `often`, after each batch."""
     path = folder / "run.yaml"
-    options = {"num_envs_per_env_runner": 2, "rollout_length": 16, "rollouts_per_epoch": 4, "eval_episodes": 2}
+    options = {
+        "num_envs_per_env_runner": 2,
+        "rollout_length": 16,
+        "rollouts_per_epoch": 4,
+        "evaluation": {"episodes": 2},
+    }
     checkpoint = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
     every = {"filename": "often", "enable_version_counter": False, "every_n_train_steps": 4}
     text = {

@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 QUICK_RECIPES = {"ppo_cartpole", "ppo_stateless_cartpole_lstm", "rainbow_cartpole", "sac_pendulum"}
 TINY = [
     "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
-    "--data.rollouts_per_epoch", "2", "--data.eval_episodes", "1", "--model.minibatch_size", "64",
+    "--data.rollouts_per_epoch", "2", "--data.evaluation.episodes", "1", "--model.minibatch_size", "64",
     "--model.num_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "1",
 ]  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
         more += ["--model.compile", "false"]
     lit_rl(
         "fit", "--config", str(recipe), "--data.max_env_steps", str(steps), "--trainer.enable_progress_bar", "false",
-        "--data.eval_episodes", "1", *more,
+        "--data.evaluation.episodes", "1", *more,
     )  # fmt: skip
     (checkpoint,) = Path("runs").rglob("last.ckpt")
     weights = load_plainly(checkpoint)["state_dict"]
@@ -92,7 +92,7 @@ def test_fit_validate_test_and_predict(capsys: pytest.CaptureFixture) -> None:
     assert "eval/return_mean" in capsys.readouterr().out
     lit_rl("test", *TINY, "--ckpt_path", "last")
     assert "test/return_mean" in capsys.readouterr().out
-    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.eval_episodes", "3")
+    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3")
     check_episodes_file(next(Path("runs").rglob("episodes-rank0.parquet")))
 
 

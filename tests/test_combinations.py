@@ -22,6 +22,7 @@ from lit_rl import (
     TQC,
     EnvSpec,
     EpisodeWriter,
+    Evaluation,
     GRUNetwork,
     ImpalaResNet,
     LSTMNetwork,
@@ -111,7 +112,7 @@ def fit(trainer: L.Trainer, observation: str, network: Any, action: str, **optio
         num_envs_per_env_runner=2,
         rollout_length=16,
         max_env_steps=32,
-        eval_episodes=2,
+        evaluation=Evaluation(episodes=2),
         seed=0,
     )
     algorithm = Watched(network=network, minibatch_size=16, num_epochs=1, sequence_length=8, lr=1e-2, **options)
@@ -235,7 +236,7 @@ def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
         SampleEnv,
         env_kwargs={"observation_space": OBSERVATIONS["tuple"], "action_space": ACTIONS["tuple"]},
         max_env_steps=1024,
-        eval_episodes=3,
+        evaluation=Evaluation(episodes=3),
         seed=0,
     )
     algorithm, trainer = PPO(), make_trainer(callbacks=[EpisodeWriter("out")])
@@ -272,7 +273,7 @@ def test_every_observation_is_learned_from_by_replay(
         SampleEnv,
         env_kwargs={"observation_space": OBSERVATIONS[observation], "action_space": ACTIONS[action]},
         num_envs_per_env_runner=2, rollout_length=8, max_env_steps=48, learning_starts=32, batch_size=16,
-        buffer_size=100, update_to_data=1 / 16, eval_episodes=2, seed=0,
+        buffer_size=100, update_to_data=1 / 16, evaluation=Evaluation(episodes=2), seed=0,
     )  # fmt: skip
     algorithm, trainer = make(network=NETWORKS[network], burn_in=2 if network == "LSTM" else 0), make_trainer()
     optimize, gradients = algorithm.optimize, {}

@@ -13,12 +13,12 @@ from envs import CycleEnv
 from helpers import assert_same
 from tensordict import TensorDict
 
-from lit_rl import DQN, MLP, PPO, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import DQN, MLP, PPO, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
 from lit_rl.errors import DivergedError, OptionError
 
 PPO_OPTIONS: dict[str, Any] = {
     "lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 24, "num_epochs": 2, "entropy_coef": 0.01, "kl_coef": 0.2,
-    "clip_schedule": "linear", "entropy_schedule": "linear", "value_clip": 0.2,
+    "clip_schedule": "linear", "entropy_coef_schedule": "linear", "value_clip": 0.2,
     "network": partial(MLP, hidden_sizes=[8]),
 }  # fmt: skip
 CASES: dict[str, Any] = {
@@ -42,7 +42,12 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 def fit(make_trainer: Any, case: str, *, path: Any = None, steps: int = 320, **options: Any) -> tuple[Any, L.Trainer]:
     """`steps` / 64 updates of PPO, of two minibatches of 24 rows and one of 16; (`steps` - 80) / 4 of the others."""
     cls, own = CASES[case]
-    more: dict[str, Any] = {"max_env_steps": steps, "eval_episodes": 2, "num_envs_per_env_runner": 2, "seed": 0}
+    more: dict[str, Any] = {
+        "max_env_steps": steps,
+        "evaluation": Evaluation(episodes=2),
+        "num_envs_per_env_runner": 2,
+        "seed": 0,
+    }
     if cls is PPO:
         data: Any = RolloutDataModule(CycleEnv, rollout_length=32, **more)
     else:
@@ -89,7 +94,7 @@ def test_a_resumed_compiled_run_equals_an_unbroken_one(
 ) -> None:
     options = {"lr_schedule": "constant"}  # a run of half the budget follows another schedule
     if case == "PPO":
-        options |= {"clip_schedule": "constant", "entropy_schedule": "constant"}
+        options |= {"clip_schedule": "constant", "entropy_coef_schedule": "constant"}
     whole, trainer = fit(make_trainer, case, compile=True, **options)
     _, first = fit(make_trainer, case, compile=True, steps=192, **options)
     first.save_checkpoint(tmp_path / "half.ckpt")
@@ -140,7 +145,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, in_python: 
             assert equal == (self.losses == 2) and taken != equal
             return taken, terms
 
-    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, evaluation=Evaluation(episodes=2), seed=0)
     algorithm, trainer = Broken(minibatch_size=8, compile=True), make_trainer(limit_val_batches=0)
     trainer.fit(algorithm, data)
     assert trainer.callback_metrics["optim/skipped_updates"] == 1
@@ -154,7 +159,7 @@ def test_a_loss_that_is_never_finite_ends_the_run(make_trainer, in_python: None)
             loss, terms = super().loss(minibatch)
             return loss * float("nan"), terms
 
-    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, evaluation=Evaluation(episodes=2), seed=0)
     with pytest.raises(DivergedError, match="The loss is not finite"):
         make_trainer(limit_val_batches=0).fit(Broken(minibatch_size=8, compile=True), data)
 
@@ -165,7 +170,7 @@ def test_a_loss_that_is_infinite_with_a_finite_gradient_is_skipped_too(make_trai
             loss, terms = super().loss(minibatch)
             return loss + torch.inf, terms
 
-    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, evaluation=Evaluation(episodes=2), seed=0)
     with pytest.raises(DivergedError, match="The loss is not finite"):
         make_trainer(limit_val_batches=0).fit(Infinite(minibatch_size=8, compile=True), data)
 
@@ -191,7 +196,7 @@ class Uncompilable(PPO):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(make_trainer, algorithm: Any, trainer: dict, words: str) -> None:
-    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, eval_episodes=2, seed=0)
+    data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, evaluation=Evaluation(episodes=2), seed=0)
     with pytest.raises(OptionError, match=words):
         make_trainer(**trainer).fit(algorithm(minibatch_size=8, compile=True), data)
 

@@ -25,6 +25,10 @@ from helpers import ROOT, run_python
 
 import lit_rl
 
+sys.path.insert(0, str(ROOT / "docs"))
+
+from make_tables import TABLE, table, with_tables
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BUDGET = 2048  # env steps of each `fit` line; those after the first get more, so that resumed runs have something to do
 
@@ -168,6 +172,37 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_of_options_are_those_that_make_docs_writes(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("<!-- options of") == len(TABLE.findall(text)), "a table has no end"
+    assert with_tables(text) == text
+
+
+def test_there_is_a_table_for_every_class_whose_options_are_documented() -> None:
+    tables = [names for page in PAGES for _, names, chosen, _ in TABLE.findall(page.read_text()) if not chosen]
+    assert sorted(", ".join(tables).split(", ")) == [
+        "DQN", "Evaluation", "FaultTolerance", "PPO", "Placement", "Rainbow", "ReplayDataModule", "RolloutDataModule",
+        "SAC", "TQC", "cluster.Cluster",
+    ]  # fmt: skip
+
+
+def test_a_table_has_defaults_limits_and_what_docstrings_say_also_of_parents() -> None:
+    rows = table(["DQN", "Rainbow"]).splitlines()
+    assert rows[:2] == ["| name | default | values | meaning |", "|---|---|---|---|"]
+    assert "| `gamma` | `0.99` | a number, at least 0 and at most 1 | discount per env step; 0.9 to 0.999 |" in rows
+    (noisy,) = [row for row in rows if row.startswith("| `noisy`")]
+    assert noisy.startswith("| `noisy` | `False`; Rainbow: `True` | True or False | explore by noise on the head's")
+    (dropped,) = table(["SAC", "TQC"], ["num_dropped"]).splitlines()[2:]
+    assert dropped.startswith("| `num_dropped` | TQC: `2` | a whole number of at least 0 | greatest quantiles left out")
+    (budget, size) = table(["ReplayDataModule"], ["max_env_steps", "buffer_size"]).splitlines()[2:]
+    assert budget.startswith("| `max_env_steps` | `None` | a whole number of at least 1, or None | the budget, summed")
+    assert size.startswith("| `buffer_size` | `100_000` | a whole number of at least 1 | rows of the buffer")
+    assert with_tables("a\n<!-- options of PPO: lr -->\nold\n<!-- end -->\nb") == (
+        "a\n<!-- options of PPO: lr -->\n" + table(["PPO"], ["lr"]) + "<!-- end -->\nb"
+    )
 
 
 MODULES = [module.name for module in pkgutil.walk_packages(lit_rl.__path__, "lit_rl.") if "__main__" not in module.name]

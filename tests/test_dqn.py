@@ -16,7 +16,7 @@ from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)).to_dict()
 QUICK: dict[str, Any] = {
-    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "eval_episodes": 40,
+    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "evaluation": Evaluation(episodes=40),
 }  # fmt: skip
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {"double": False},
@@ -203,7 +203,8 @@ def test_padding_changes_nothing() -> None:
     ("options", "message"),
     [
         ({"epsilon": 1.5}, "epsilon=1.5: expected a number, at least 0 and at most 1"),
-        ({"epsilon": [[0, 2.0]]}, "epsilon=2.0"),
+        ({"epsilon": [[0, 1.0]]}, "epsilon=[[0, 1.0]]: expected a number, at least 0 and at most 1. Points"),
+        ({"epsilon_schedule": [[0, 2.0]]}, "epsilon_schedule=2.0: expected a number, at least 0 and at most 1"),
         ({"epsilon": "linear"}, "epsilon='linear': expected a number"),
         ({"loss": "l1"}, "loss='l1': expected one of"),
         ({"distributional": "c51"}, "distributional='c51': expected None, 'categorical' or 'quantile'"),
@@ -277,7 +278,7 @@ def test_learns_with_action_masks() -> None:
 def test_memory_solves_what_needs_memory(network: type, options: dict) -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, eval_episodes=40,
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, evaluation=Evaluation(episodes=40),
         **options,
     )  # fmt: skip
     algorithm = DQN(

@@ -16,7 +16,7 @@ from helpers import make_runner
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_rl import DQN, PPO, FaultTolerance, ReplayDataModule, RolloutDataModule
+from lit_rl import DQN, PPO, Evaluation, FaultTolerance, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
 from lit_rl.evaluation.episodes import play
@@ -27,6 +27,7 @@ from lit_rl.runners.fragment import Episode
 from lit_rl.runners.placement import Placement
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "rollouts_per_epoch": 1, "seed": 0}
+PARALLEL = Evaluation(episodes=5, num_env_runners=1, parallel=True)
 
 
 def episodes_of(returns: list[float], cut: int = 0) -> list[dict[str, Any]]:
@@ -68,20 +69,78 @@ def test_without_an_episode_there_is_no_return_and_no_nan() -> None:
 
 def test_evaluation_has_environment_arguments_of_its_own(make_trainer: Callable) -> None:
     data = RolloutDataModule(
-        CounterEnv, env_kwargs={"offset": 0}, eval_env_kwargs={"offset": 1}, eval_episodes=1, max_env_steps=128, **SMALL
+        CounterEnv,
+        env_kwargs={"offset": 0},
+        max_env_steps=128,
+        evaluation=Evaluation(episodes=1, env_kwargs={"offset": 1}),
+        **SMALL,
     )
     trainer = make_trainer(max_epochs=1)
     trainer.fit(PPO(minibatch_size=64), data)
     assert trainer.callback_metrics["eval/length_mean"] == 3  # the first episode with offset 0 has 2 steps
     assert data._episodes[0].length == 2
-    merged = RolloutDataModule(FailingEnv, env_kwargs={"how": "raise", "at": 3}, eval_env_kwargs={"at": 99})
+    merged = RolloutDataModule(
+        FailingEnv, env_kwargs={"how": "raise", "at": 3}, evaluation=Evaluation(env_kwargs={"at": 99})
+    )
     assert merged.eval_env.env_kwargs == {"how": "raise", "at": 99} and merged.env.env_kwargs["at"] == 3
 
 
 def test_an_evaluation_environment_with_other_spaces_is_refused_before_training(make_trainer: Callable) -> None:
-    data = RolloutDataModule(IdentityEnv, eval_env_kwargs={"n": 5}, max_env_steps=128, **SMALL)
-    with pytest.raises(OptionError, match=r"eval_env_kwargs: with \{'n': 5\} .* Discrete\(5\).*Discrete\(4\)"):
+    data = RolloutDataModule(IdentityEnv, evaluation=Evaluation(env_kwargs={"n": 5}), max_env_steps=128, **SMALL)
+    with pytest.raises(OptionError) as error:
         make_trainer().fit(PPO(minibatch_size=64), data)
+    assert str(error.value) == (
+        "evaluation.env_kwargs={'n': 5}: the environment IdentityEnv has observation Discrete(5), action Discrete(5): "
+        "expected those of training, Discrete(4) and Discrete(4)."
+    )
+    data = RolloutDataModule(CounterEnv, evaluation=Evaluation(env="CartPole-v1"), max_env_steps=128, **SMALL)
+    with pytest.raises(OptionError, match=r"evaluation.env='CartPole-v1': the environment CartPole-v1 has observation"):
+        make_trainer().fit(PPO(minibatch_size=64), data)
+
+
+class Paid(CounterEnv):
+    """A CounterEnv whose rewards are 100."""
+
+    def __init__(self, steps: int = 1, offset: int = 0):
+        super().__init__(offset)
+        self._steps = steps
+
+    def step(self, action: Any) -> Any:
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, 100.0, terminated or self._t == self._steps, truncated, info
+
+
+@pytest.mark.parametrize("where", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
+def test_evaluation_can_play_another_environment_with_the_wrappers_of_training(
+    where: int, make_trainer: Callable
+) -> None:
+    data = RolloutDataModule(
+        CounterEnv,
+        env_kwargs={"offset": 1},
+        wrappers=[{"gymnasium.wrappers:TransformReward": {"func": halve}}],
+        evaluation=Evaluation(episodes=2, env="test_evaluation:Paid", num_env_runners=where),
+        max_env_steps=128,
+        **SMALL,
+    )
+    trainer = make_trainer()
+    trainer.fit(PPO(minibatch_size=64), data)
+    # Paid was not given training's offset, which it has too: it ends after one step of 100, halved by the wrapper.
+    assert trainer.callback_metrics["eval/return_mean"] == 50.0
+    assert trainer.callback_metrics["eval/length_mean"] == 1.0
+    assert data._episodes[0].length == 3 and data._episodes[0].return_ == 0.5 * (1 + 2 + 3)
+    own = Evaluation(env=Paid, env_kwargs={"steps": 2}).environment(data.env)
+    assert (own.env, own.env_kwargs, own.wrappers) == (Paid, {"steps": 2}, data.env.wrappers)
+
+
+def halve(reward: float) -> float:
+    return 0.5 * reward
+
+
+def test_the_evaluation_of_a_datamodule_can_be_replaced() -> None:
+    data = RolloutDataModule(CounterEnv)
+    assert data.eval_env == data.env
+    data.evaluation = Evaluation(env_kwargs={"offset": 2})
+    assert data.eval_env.env_kwargs == {"offset": 2} and data.env.env_kwargs == {}
 
 
 @pytest.mark.parametrize(("how", "step"), [("nan reward", 0), ("nan observation", 1)])
@@ -114,7 +173,13 @@ def test_reward_options_reach_the_runners_of_both_datamodules(kind: type, make_t
             rewards.append(rollout["next", "reward"].max().item())
             return super().update(rollout)
 
-    options = {"max_env_steps": 128, "reward_scale": 0.25, "reward_clip": 0.6, "eval_episodes": 3, "seed": 0}
+    options = {
+        "max_env_steps": 128,
+        "reward_scale": 0.25,
+        "reward_clip": 0.6,
+        "evaluation": Evaluation(episodes=3),
+        "seed": 0,
+    }
     if kind is RolloutDataModule:
         algorithm: Any = Watch(minibatch_size=64)
         data: Any = RolloutDataModule(CounterEnv, **SMALL | options)
@@ -139,7 +204,9 @@ def evaluations(folder: Path) -> dict[int, float]:
 def fit(
     make_trainer: Callable, name: str, *callbacks: Any, ckpt_path: str | None = None, **options: Any
 ) -> tuple[Any, PPO]:
-    data = RolloutDataModule("CartPole-v1", **SMALL | {"max_env_steps": 512, "eval_episodes": 5} | options)
+    data = RolloutDataModule(
+        "CartPole-v1", **SMALL | {"max_env_steps": 512, "evaluation": Evaluation(episodes=5)} | options
+    )
     trainer = make_trainer(
         logger=CSVLogger(".", name=name), callbacks=list(callbacks), enable_checkpointing=bool(callbacks)
     )
@@ -173,7 +240,9 @@ class TestWithRay:
                 seen.append(trainer.callback_metrics["eval/return_mean"].item())
 
         best = Best(monitor="eval/return_mean", mode="max", dirpath="best", save_on_train_epoch_end=False)
-        beside, _ = fit(make_trainer, "beside", best, num_eval_env_runners=2, eval_parallel=True)
+        beside, _ = fit(
+            make_trainer, "beside", best, evaluation=Evaluation(episodes=5, num_env_runners=2, parallel=True)
+        )
         expected, found = evaluations(Path("waits")), evaluations(Path("beside"))
         assert list(expected) == [128, 256, 384, 512] and list(found) == [0, 128, 256, 384, 512]
         assert {k: v for k, v in found.items() if k} == pytest.approx(expected)
@@ -185,15 +254,15 @@ class TestWithRay:
 
     def test_a_resumed_run_evaluates_what_it_begins_with(self, make_trainer: Callable) -> None:
         fit(make_trainer, "waits")
-        trainer, _ = fit(make_trainer, "begun", max_env_steps=256, num_eval_env_runners=1, eval_parallel=True)
+        trainer, _ = fit(make_trainer, "begun", max_env_steps=256, evaluation=PARALLEL)
         trainer.save_checkpoint("begun.ckpt")
-        fit(make_trainer, "resumed", ckpt_path="begun.ckpt", num_eval_env_runners=1, eval_parallel=True)
+        fit(make_trainer, "resumed", ckpt_path="begun.ckpt", evaluation=PARALLEL)
         expected, found = evaluations(Path("waits")), evaluations(Path("resumed"))
         assert found == pytest.approx({steps: expected[steps] for steps in (256, 384, 512)})
 
     def test_the_last_evaluation_is_logged_whatever_ends_the_run(self, make_trainer: Callable) -> None:
         stop = EarlyStopping(monitor="eval/return_mean", mode="max", stopping_threshold=1.0)
-        trainer, algorithm = fit(make_trainer, "stopped", stop, num_eval_env_runners=1, eval_parallel=True)
+        trainer, algorithm = fit(make_trainer, "stopped", stop, evaluation=PARALLEL)
         assert algorithm.env_steps_done == 128
         found = evaluations(Path("stopped"))
         assert list(found) == [0, 128]
@@ -203,7 +272,7 @@ class TestWithRay:
         algorithm = PPO(spec=EnvConfig("CartPole-v1").spec().to_dict())
         results = []
         for runners in (0, 3):
-            data = RolloutDataModule("CartPole-v1", eval_episodes=7, num_eval_env_runners=runners, seed=3)
+            data = RolloutDataModule("CartPole-v1", evaluation=Evaluation(episodes=7, num_env_runners=runners), seed=3)
             results += make_trainer().validate(algorithm, data, verbose=False)
             episodes = make_trainer().predict(algorithm, data)
             assert sorted(len(e["steps"]["reward"]) for e in episodes) == sorted(e["length"] for e in episodes)
@@ -224,8 +293,9 @@ class TestWithRay:
 
     def test_what_cannot_be_played_is_missing_and_flagged(self, make_trainer: Callable, caplog: Any) -> None:
         data = RolloutDataModule(
-            "test_evaluation:SlowElsewhere", env_kwargs={"home": os.getpid(), "step_s": 60.0}, eval_episodes=2, seed=0,
-            eval_timeout_s=5.0, num_eval_env_runners=1, fault_tolerance=FaultTolerance(step_timeout_s=1.0),
+            "test_evaluation:SlowElsewhere", env_kwargs={"home": os.getpid(), "step_s": 60.0}, seed=0,
+            evaluation=Evaluation(episodes=2, timeout_s=5.0, num_env_runners=1),
+            fault_tolerance=FaultTolerance(step_timeout_s=1.0),
         )  # fmt: skip
         algorithm = PPO(spec=EnvConfig(CounterEnv).spec().to_dict())
         with caplog.at_level(logging.WARNING):

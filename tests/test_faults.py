@@ -12,7 +12,7 @@ from envs import CounterEnv, OurFault, SampleEnv
 from gymnasium import spaces
 from helpers import make_runner, next_rollout
 
-from lit_rl import DQN, PPO, FaultTolerance, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl import DQN, PPO, Evaluation, FaultTolerance, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, EnvFailure, OptionError, RunnerError
 from lit_rl.policy import Policy
@@ -289,8 +289,8 @@ def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
     whole: int, episodes: int, ended: int, make_trainer: Callable, caplog: Any
 ) -> None:
     data = RolloutDataModule(
-        EndlessAfter, env_kwargs={"whole": whole}, eval_episodes=episodes, eval_timeout_s=0.5, seed=0, max_env_steps=64,
-        num_envs_per_env_runner=2, rollout_length=16, rollouts_per_epoch=1,
+        EndlessAfter, env_kwargs={"whole": whole}, evaluation=Evaluation(episodes=episodes, timeout_s=0.5), seed=0,
+        max_env_steps=64, num_envs_per_env_runner=2, rollout_length=16, rollouts_per_epoch=1,
     )  # fmt: skip
     trainer, module = make_trainer(), PPO(minibatch_size=16)
     with caplog.at_level(logging.WARNING):
@@ -300,7 +300,7 @@ def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
     assert metrics["eval/cut_episodes"] == episodes - ended  # 16 are played at a time
     assert metrics["eval/partial"] == (ended < episodes)
     assert metrics["eval/episodes"] == episodes and torch.isfinite(metrics["eval/return_mean"])
-    said = f"Evaluation took longer than eval_timeout_s=0.5: only {ended} of {episodes} episodes have ended."
+    said = f"Evaluation took longer than evaluation.timeout_s=0.5: only {ended} of {episodes} episodes have ended."
     assert (said in caplog.text) == (ended < episodes)
 
 
@@ -312,7 +312,7 @@ def test_evaluation_plays_again_what_an_environment_broke_and_in_the_end_does_wi
     results = []
     for step in (0.01, 1.0):
         options = {"step": step, "reset": 0.0}
-        data = RolloutDataModule("test_faults:Sometimes", env_kwargs=options, eval_episodes=8, seed=0)
+        data = RolloutDataModule("test_faults:Sometimes", env_kwargs=options, evaluation=Evaluation(episodes=8), seed=0)
         data.spec = SPEC
         data.fault_tolerance = MANY if step < 1 else FaultTolerance(max_restarts=2)
         with caplog.at_level(logging.WARNING):

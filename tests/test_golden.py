@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import TESTS
 
-from lit_rl import load_policy
+from lit_rl import DQN, PPO, load_policy
 from lit_rl.files.loading import FORMAT
 
 GOLDEN = TESTS / "golden"
@@ -18,6 +18,7 @@ sys.path.insert(0, str(GOLDEN))
 
 from make import OBS, digest, runs  # noqa: E402
 
+OLD_PPO = {"minibatch_size": 32, "num_epochs": 1, "normalize_observations": True, "normalize_returns": True}
 FILES = sorted(GOLDEN.glob("format_*/*.ckpt"))
 
 
@@ -25,6 +26,23 @@ def test_there_are_files_of_the_present_format() -> None:
     """Else make them: golden/make.py says how."""
     kept = {torch.load(path, weights_only=True)["lit_rl"]["format"] for path in FILES}
     assert FORMAT in kept and {int(path.parent.name.removeprefix("format_")) for path in FILES} == kept
+
+
+def test_options_of_format_2_are_read_under_their_names_of_today(tmp_path: Path) -> None:
+    def load(name: str, cls: Any, **options: Any) -> Any:
+        checkpoint = torch.load(GOLDEN / "format_2" / f"{name}.ckpt", weights_only=True)
+        checkpoint["hyper_parameters"] |= options
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        return cls.load_from_checkpoint(tmp_path / "old.ckpt")
+
+    points = [[0.0, 0.5], [100.0, 0.1]]
+    ppo = load("ppo", PPO, entropy_schedule=points, lr_schedule="linear")
+    assert ppo.hparams == PPO(**OLD_PPO, entropy_coef_schedule=points, lr_schedule="linear").hparams
+    assert ppo.entropy_coef.at(50, None) == pytest.approx(0.3)
+    dqn = load("dqn", DQN, epsilon=points)
+    assert dqn.hparams == DQN(epsilon_schedule=points).hparams and dqn.epsilon_at(50) == pytest.approx(0.3)
+    assert load("dqn", DQN, epsilon=0.2).hparams == DQN(epsilon=0.2).hparams
+    assert load("dqn", DQN).hparams == DQN().hparams
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -10,7 +10,7 @@ from envs import PictureEnv
 from gymnasium import spaces
 from helpers import greedy_return, make_runner, next_rollout
 
-from lit_rl import PPO, ImpalaResNet, Policy, RolloutDataModule
+from lit_rl import PPO, Evaluation, ImpalaResNet, Policy, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 from lit_rl.evaluation.episodes import play
 from lit_rl.rollout import next_observation
@@ -100,7 +100,7 @@ def test_ppo_learns_to_tell_pictures_apart(channels_first: bool) -> None:
         env_kwargs={"channels_first": channels_first},
         rollout_length=32,
         max_env_steps=2_560,
-        eval_episodes=40,
+        evaluation=Evaluation(episodes=40),
         seed=0,
     )
     assert greedy_return(PPO(lr=1e-3, network=small_resnet, minibatch_size=64), data) > 0.95

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_rl import (
     MLP,
     PPO,
+    Evaluation,
     GRUNetwork,
     ImpalaResNet,
     LSTMNetwork,
@@ -296,7 +297,7 @@ def test_memory_solves_repeating_the_previous_observation(
     )
     trainer = make_trainer(callbacks=[enough])
     trainer.fit(algorithm, data)
-    data.eval_episodes = 50
+    data.evaluation = Evaluation(episodes=50)
     assert trainer.validate(algorithm, data, verbose=False)[0]["eval/return_mean"] > 7.5
     trainer.save_checkpoint("memory.ckpt")
     policy = load_policy("memory.ckpt", network=factory)
@@ -312,7 +313,9 @@ def test_memory_solves_repeating_the_previous_observation(
 
 @pytest.mark.slow
 def test_without_memory_the_previous_observation_cannot_be_repeated() -> None:
-    data = RolloutDataModule(RepeatPreviousEnv, rollout_length=64, max_env_steps=12_000, eval_episodes=50, seed=1)
+    data = RolloutDataModule(
+        RepeatPreviousEnv, rollout_length=64, max_env_steps=12_000, evaluation=Evaluation(episodes=50), seed=1
+    )
     assert greedy_return(PPO(lr=5e-3, num_epochs=8, gamma=0.5), data) < 5.5
 
 

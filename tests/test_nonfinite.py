@@ -181,7 +181,7 @@ def test_a_row_whose_error_is_not_finite_is_hardly_drawn_again(make_trainer) -> 
     make_trainer(limit_val_batches=0).fit(DQN(), data)
     index = data.buffer.sample(3)["index"]
     data.buffer.update_priorities(index, torch.tensor([torch.nan, torch.inf, -torch.inf]))
-    smallest = SMALLEST_PRIORITY**data.priority_alpha
+    smallest = SMALLEST_PRIORITY**data.replay.priority_alpha
     np.testing.assert_allclose(data.buffer._tree.leaves[index.numpy()], smallest)
     assert data.buffer._max_priority < np.inf
 

@@ -87,7 +87,7 @@ def test_wheel_runs_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -
     where = "import lit_rl, lit_rl.modules.ppo as ppo; print(lit_rl.__file__, ppo.__file__)"
     assert all(Path(file).is_relative_to(unpacked) for file in run("-c", where).split())
     arguments = (
-        "--config ppo_cartpole --data.max_env_steps 1024 --data.eval_episodes 1 --trainer.logger false "
+        "--config ppo_cartpole --data.max_env_steps 1024 --data.evaluation.episodes 1 --trainer.logger false "
         "--trainer.callbacks null --trainer.enable_progress_bar false"
     )
     run("-m", "lit_rl", "fit", *arguments.split())

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 
 import lit_rl.viewing.video
-from lit_rl import PPO, RolloutDataModule, Video, cli, load_policy
+from lit_rl import PPO, Evaluation, RolloutDataModule, Video, cli, load_policy
 from lit_rl.errors import OptionError
 from lit_rl.viewing.playing import environment_of, episode_seeds, play_episodes
 from lit_rl.viewing.video import check_renders
@@ -236,8 +236,8 @@ def test_with_a_display_the_environment_is_made_to_show_itself(make_trainer, cap
 
 def fit(make_trainer: Any, env: Any, *callbacks: Any, **options: Any) -> Any:
     data = RolloutDataModule(
-        env, num_envs_per_env_runner=2, rollout_length=16, rollouts_per_epoch=1, max_env_steps=160, eval_episodes=1,
-        seed=0, **options,
+        env, num_envs_per_env_runner=2, rollout_length=16, rollouts_per_epoch=1, max_env_steps=160, seed=0,
+        **{"evaluation": Evaluation(episodes=1)} | options,
     )  # fmt: skip
     algorithm = PPO(minibatch_size=32, num_epochs=1)
     torch.manual_seed(0)
@@ -275,10 +275,11 @@ def test_a_picture_that_fails_costs_the_video_and_not_the_run(make_trainer, tmp_
 
 
 def test_the_environment_is_the_evaluations(make_trainer, tmp_path) -> None:
-    fit(make_trainer, Painter, Video(every_n_evaluations=9, format="gif"), eval_env_kwargs={"length": 6})
+    longer = Evaluation(episodes=1, env_kwargs={"length": 6})
+    fit(make_trainer, Painter, Video(every_n_evaluations=9, format="gif"), evaluation=longer)
     assert len(frames_of(tmp_path / "videos" / "000000032.gif")) == 7
     with pytest.raises(OptionError, match="out of paint"):
-        fit(make_trainer, Painter, Video(), eval_env_kwargs={"fail_at": 0})
+        fit(make_trainer, Painter, Video(), evaluation=Evaluation(episodes=1, env_kwargs={"fail_at": 0}))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -301,7 +302,12 @@ def test_wandb_is_handed_the_file(make_trainer, tmp_path, monkeypatch) -> None:
     logged: list[dict] = []
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(metrics))
     data = RolloutDataModule(
-        Painter, num_envs_per_env_runner=1, rollout_length=16, max_env_steps=16, eval_episodes=1, seed=0
+        Painter,
+        num_envs_per_env_runner=1,
+        rollout_length=16,
+        max_env_steps=16,
+        evaluation=Evaluation(episodes=1),
+        seed=0,
     )
     make_trainer(logger=logger, callbacks=[Video()]).fit(PPO(minibatch_size=16, num_epochs=1), data)
     (entry,) = [metrics for metrics in logged if "eval/video" in metrics]

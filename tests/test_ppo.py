@@ -9,14 +9,14 @@ from envs import ClockEnv, CounterEnv, IdentityEnv, TargetEnv, counter_vector
 from helpers import greedy_return
 from tensordict import TensorDict
 
-from lit_rl import MLP, PPO, RolloutDataModule
+from lit_rl import MLP, PPO, Evaluation, RolloutDataModule
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
 from lit_rl.modules.ppo import explained_variance
 
 
 def train(env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, RolloutDataModule, float]:
     """Train, then play: the algorithm, its datamodule, and the mean greedy return."""
-    module = RolloutDataModule(env, max_env_steps=steps, **{"seed": 0, "eval_episodes": 20} | data)
+    module = RolloutDataModule(env, max_env_steps=steps, **{"seed": 0, "evaluation": Evaluation(episodes=20)} | data)
     algorithm = PPO(**model)
     return algorithm, module, greedy_return(algorithm, module, **trainer)
 
@@ -163,7 +163,7 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
         ("grad_clip_by", "value"),
         ("grad_clip_by", "norm"),
         ("clip_schedule", [[0, 0.01]]),
-        ("entropy_schedule", [[0, 0.5]]),
+        ("entropy_coef_schedule", [[0, 0.5]]),
         ("value_clip", 0.01),
         ("kl_coef", 10.0),
         ("target_kl", 1e-6),
@@ -193,15 +193,21 @@ def test_every_option_changes_what_is_learned(make_trainer, option: str, value: 
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"normalize_advantage": "no"}, "normalize_advantage='no': expected True or False"),
         ({"grad_clip_by": "norms"}, "grad_clip_by='norms': expected one of 'global_norm', 'norm', 'value'"),
-        ({"clip_schedule": "cosine"}, "clip_schedule='cosine': expected 'constant', 'linear'"),
-        ({"entropy_schedule": [[5, -1.0]]}, "entropy_schedule=-1.0: expected a number, at least 0"),
+        (
+            {"clip_schedule": "sine"},
+            "clip_schedule='sine': expected 'constant', 'linear', 'cosine' or [[env_step, value], ...].",
+        ),
+        ({"entropy_coef_schedule": [[5, -1.0]]}, "entropy_coef_schedule=-1.0: expected a number, at least 0"),
         ({"value_clip": 0}, "value_clip=0: expected a number, above 0"),
         ({"kl_coef": -1}, "kl_coef=-1: expected a number, at least 0"),
         ({"kl_target": 0}, "kl_target=0: expected a number, above 0"),
         ({"target_kl": 0}, "target_kl=0: expected a number, above 0"),
         ({"squash_actions": "yes"}, "squash_actions='yes': expected True or False"),
         ({"compile": 1}, "compile=1: expected True or False"),
-        ({"lr_schedule": "cosine"}, "lr_schedule='cosine': expected 'constant', 'linear'"),
+        (
+            {"lr_schedule": "sine"},
+            "lr_schedule='sine': expected 'constant', 'linear', 'cosine' or [[env_step, value], ...].",
+        ),
         ({"lr_schedule": [[0, 1.0], [0, 0.5]]}, "rising order"),
     ],
 )
@@ -270,14 +276,14 @@ class Watched(PPO):
 
     def loss(self, minibatch: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         self.seen = getattr(self, "seen", [])
-        self.seen.append((self.env_steps_done, float(self.clip), float(self.entropy_coef)))
+        self.seen.append((self.env_steps_done, float(self.clip.value), float(self.entropy_coef.value)))
         return super().loss(minibatch)
 
 
 def test_clip_and_entropy_follow_their_schedules(make_trainer) -> None:
     model = {
         "minibatch_size": 64, "num_epochs": 1, "clip": 0.4, "clip_schedule": "linear", "entropy_coef": 0.9,
-        "entropy_schedule": [[0, 0.1], [256, 0.3]],
+        "entropy_coef_schedule": [[0, 0.1], [256, 0.3]],
     }  # fmt: skip
     data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL)
     algorithm = Watched(**model)
@@ -288,7 +294,7 @@ def test_clip_and_entropy_follow_their_schedules(make_trainer) -> None:
     assert entropies == pytest.approx((0.1, 0.2, 0.3, 0.3))
 
 
-@pytest.mark.parametrize("name", ["clip_schedule", "entropy_schedule"])
+@pytest.mark.parametrize("name", ["clip_schedule", "entropy_coef_schedule"])
 def test_a_linear_schedule_without_a_budget_is_refused(make_trainer, name: str) -> None:
     data = RolloutDataModule("CartPole-v1", rollouts_per_epoch=1, seed=0, **SMALL)
     with pytest.raises(OptionError, match=f"{name}='linear': expected a budget to end at"):

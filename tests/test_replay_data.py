@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, SAC, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
+from lit_rl import DQN, PPO, SAC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
 from lit_rl.errors import CheckpointError, EnvError, OptionError, ReplayError
 
 pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac have quick ones over the same path
@@ -105,7 +105,7 @@ def test_actions_are_random_until_learning_starts_and_follow_epsilon_then(make_t
     for warm_up in (True, False):
         epsilons.clear()
         data = Spy(CycleEnv, max_env_steps=100, random_warmup=warm_up, **SMALL)
-        make_trainer(limit_val_batches=0).fit(DQN(epsilon=[[40, 0.5], [90, 0.0]]), data)
+        make_trainer(limit_val_batches=0).fit(DQN(epsilon_schedule=[[40, 0.5], [90, 0.0]]), data)
         found = dict(epsilons)
         assert all(found[step] == (1.0 if warm_up else 0.5) for step in range(40))
         assert [found[step] for step in (40, 65, 90, 99)] == pytest.approx([0.5, 0.25, 0.0, 0.0])
@@ -126,7 +126,9 @@ def test_env_steps_are_taken_with_the_newest_weights(make_trainer) -> None:
 
 def test_training_ends_with_an_evaluation_and_a_checkpoint(make_trainer, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "saved", filename="last", save_on_train_epoch_end=True)
-    data = ReplayDataModule(CycleEnv, max_env_steps=175, batches_per_epoch=2, eval_episodes=2, **SMALL)
+    data = ReplayDataModule(
+        CycleEnv, max_env_steps=175, batches_per_epoch=2, evaluation=Evaluation(episodes=2), **SMALL
+    )
     trainer = make_trainer(callbacks=[saver], enable_checkpointing=True)
     trainer.fit(DQN(), data)
     assert trainer.callback_metrics["eval/return_mean"] >= 0
@@ -506,8 +508,8 @@ def test_a_checkpoint_saved_after_training_leaves_no_other_folder_behind(make_tr
 import lightning as L
 from envs import CycleEnv
 from test_replay_data import SMALL
-from lit_rl import DQN, ReplayDataModule
-data = ReplayDataModule(CycleEnv, max_env_steps=60, eval_episodes=1, **SMALL)
+from lit_rl import DQN, Evaluation, ReplayDataModule
+data = ReplayDataModule(CycleEnv, max_env_steps=60, evaluation=Evaluation(episodes=1), **SMALL)
 trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
 trainer.fit(DQN(), data)
 trainer.save_checkpoint("after.ckpt")

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from helpers import check_padding, greedy_return
 from tensordict import TensorDict
 
-from lit_rl import MLP, SAC, TQC, GRUNetwork, LSTMNetwork, NatureCNN, ReplayDataModule, load_policy
+from lit_rl import MLP, SAC, TQC, Evaluation, GRUNetwork, LSTMNetwork, NatureCNN, ReplayDataModule, load_policy
 from lit_rl.distributions import LOG_STD_MAX, SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.networks.ensemble import Ensemble
@@ -354,7 +354,8 @@ def test_other_action_spaces_are_refused_with_the_way_out() -> None:
 # --- learning -------------------------------------------------------------------------------------------------------
 
 QUICK: dict[str, Any] = {
-    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "eval_episodes": 40,
+    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400,
+    "evaluation": Evaluation(episodes=40),
 }  # fmt: skip
 
 
@@ -395,7 +396,7 @@ def test_the_true_value_of_a_reward_for_ever(make_trainer) -> None:
 def test_memory_solves_what_needs_memory() -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, eval_episodes=40,
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, evaluation=Evaluation(episodes=40),
     )  # fmt: skip
     algorithm = SAC(
         lr=5e-3, gamma=0.5, network=LSTMNetwork, tau=0.05, sequence_length=5, burn_in=2, target_entropy=0.1, **SMALL

@@ -17,13 +17,13 @@ import torch
 from envs import CycleEnv
 from helpers import assert_same, quiet_trainer
 
-from lit_rl import PPO, RolloutDataModule, cli
+from lit_rl import PPO, Evaluation, RolloutDataModule, cli
 from lit_rl.learner.signals import SIGNALS
 
 RUN = [
     "fit", "--config", "ppo_cartpole", "--data.env", "test_signals:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",
     "--data.rollout_length", "5", "--data.rollouts_per_epoch", "4", "--data.max_env_steps", "300",
-    "--data.eval_episodes", "2", "--model.minibatch_size", "5", "--model.num_epochs", "2",
+    "--data.evaluation.episodes", "2", "--model.minibatch_size", "5", "--model.num_epochs", "2",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 SEED = random.randrange(10_000)
@@ -40,7 +40,8 @@ class SlowCycleEnv(CycleEnv):
 def fit(make_trainer: Any, *callbacks: L.Callback, path: Any = None, **options: Any) -> tuple[PPO, L.Trainer]:
     """Rollouts end where episodes do: a resumed run has the same ones."""
     data = RolloutDataModule(
-        CycleEnv, num_envs_per_env_runner=2, rollout_length=5, rollouts_per_epoch=3, max_env_steps=90, eval_episodes=2,
+        CycleEnv, num_envs_per_env_runner=2, rollout_length=5, rollouts_per_epoch=3, max_env_steps=90,
+        evaluation=Evaluation(episodes=2),
         seed=0,
     )  # fmt: skip
     algorithm, trainer = PPO(minibatch_size=5, num_epochs=2), make_trainer(callbacks=list(callbacks), **options)

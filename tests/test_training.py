@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
 
-from lit_rl import PPO, EnvStepsProgressBar, FaultTolerance, RolloutDataModule, load_policy
+from lit_rl import PPO, EnvStepsProgressBar, Evaluation, FaultTolerance, RolloutDataModule, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
 from lit_rl.evaluation.episodes import play
@@ -72,8 +72,8 @@ def test_prefetch_collects_one_version_behind_and_says_so(make_trainer, prefetch
 def test_in_process_training_imports_no_ray(tmp_path: Path) -> None:
     code = """
 import sys, lightning as L
-from lit_rl import PPO, RolloutDataModule
-data = RolloutDataModule("CartPole-v1", max_env_steps=512, rollout_length=16, seed=0, eval_episodes=2)
+from lit_rl import PPO, Evaluation, RolloutDataModule
+data = RolloutDataModule("CartPole-v1", max_env_steps=512, rollout_length=16, seed=0, evaluation=Evaluation(episodes=2))
 trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
 trainer.fit(PPO(minibatch_size=64), data)
 trainer.validate(trainer.model, data)
@@ -85,7 +85,9 @@ assert not {"ray", "torchrl", "wandb"} & sys.modules.keys()
 
 @pytest.mark.parametrize(("budget", "spent"), [(128 * 5, 128 * 5), (128 * 5 + 127, 128 * 5)])
 def test_the_budget_is_never_exceeded_and_the_last_epoch_is_validated(make_trainer, budget: int, spent: int) -> None:
-    data = RolloutDataModule("CartPole-v1", max_env_steps=budget, rollouts_per_epoch=2, eval_episodes=1, **SMALL)
+    data = RolloutDataModule(
+        "CartPole-v1", max_env_steps=budget, rollouts_per_epoch=2, evaluation=Evaluation(episodes=1), **SMALL
+    )
     algorithm, trainer = PPO(**QUICK), make_trainer()
     validations = []
     algorithm.on_validation_end = lambda: validations.append(algorithm.env_steps_done)
@@ -127,7 +129,9 @@ def test_the_training_return_is_absent_until_an_episode_ends_then_a_rolling_mean
 
 
 def test_named_info_metrics_are_logged(make_trainer) -> None:
-    data = RolloutDataModule(CounterEnv, max_env_steps=256, info_metrics=["score"], eval_episodes=3, **SMALL)
+    data = RolloutDataModule(
+        CounterEnv, max_env_steps=256, info_metrics=["score"], evaluation=Evaluation(episodes=3), **SMALL
+    )
     trainer = make_trainer()
     trainer.fit(PPO(**QUICK), data)
     assert trainer.callback_metrics["rollout/info/score_mean"] > 0
@@ -135,7 +139,9 @@ def test_named_info_metrics_are_logged(make_trainer) -> None:
 
 
 def test_everything_is_logged_against_env_steps(make_trainer, tmp_path: Path) -> None:
-    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 4, rollouts_per_epoch=2, eval_episodes=1, **SMALL)
+    data = RolloutDataModule(
+        "CartPole-v1", max_env_steps=128 * 4, rollouts_per_epoch=2, evaluation=Evaluation(episodes=1), **SMALL
+    )
     logger = CSVLogger(tmp_path, name="log")
     make_trainer(logger=logger, log_every_n_steps=1).fit(PPO(**QUICK), data)
     logger.save()
@@ -151,7 +157,9 @@ def test_everything_is_logged_against_env_steps(make_trainer, tmp_path: Path) ->
 
 
 def test_lightnings_callbacks_mean_what_they_mean_elsewhere(make_trainer, tmp_path: Path) -> None:
-    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 20, rollouts_per_epoch=2, eval_episodes=2, **SMALL)
+    data = RolloutDataModule(
+        "CartPole-v1", max_env_steps=128 * 20, rollouts_per_epoch=2, evaluation=Evaluation(episodes=2), **SMALL
+    )
     best = ModelCheckpoint(tmp_path / "best", monitor="eval/return_mean", mode="max", filename="{eval/return_mean:.0f}")
     stop = EarlyStopping("eval/return_mean", mode="max", stopping_threshold=1.0)  # reached at once
     monitor = LearningRateMonitor()
@@ -179,7 +187,9 @@ def test_the_learning_rate_follows_env_steps(make_trainer) -> None:
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_loaded_policy_plays_exactly_as_evaluation_did(make_trainer, env: str, deterministic: bool, tmp_path) -> None:
-    data = RolloutDataModule(env, max_env_steps=1024, eval_episodes=5, eval_deterministic=deterministic, **SMALL)
+    data = RolloutDataModule(
+        env, max_env_steps=1024, evaluation=Evaluation(episodes=5, deterministic=deterministic), **SMALL
+    )
     algorithm, trainer = PPO(normalize_observations=True, **QUICK), make_trainer(limit_val_batches=0)
     trainer.fit(algorithm, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -240,12 +250,8 @@ def test_seed_everything_seeds_the_datamodule(make_trainer) -> None:
         ({"info_metrics": "score"}, "info_metrics='score': expected a list"),
         ({"wrappers": "a:B"}, "wrappers='a:B': expected a list"),
         ({"env_kwargs": [1]}, "env_kwargs=[1]: expected a dict"),
-        ({"eval_parallel": True}, "eval_parallel=True: evaluating while training goes on needs num_eval_env_runners"),
-        ({"eval_env_kwargs": [1]}, "eval_env_kwargs=[1]: expected a dict"),
-        ({"num_eval_env_runners": -1}, "num_eval_env_runners=-1"),
         ({"reward_scale": 0}, "reward_scale=0: expected a number, above 0"),
         ({"reward_clip": float("nan")}, "reward_clip=nan: expected a number, above 0"),
-        ({"eval_deterministic": "no"}, "eval_deterministic='no': expected True or False"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None:
@@ -272,7 +278,9 @@ def test_an_algorithm_without_a_datamodule_says_what_it_needs(make_trainer) -> N
 
 
 def test_the_progress_bar_counts_env_steps(make_trainer, capsys) -> None:
-    data = RolloutDataModule(CounterEnv, max_env_steps=512, eval_episodes=1, rollouts_per_epoch=2, **SMALL)
+    data = RolloutDataModule(
+        CounterEnv, max_env_steps=512, evaluation=Evaluation(episodes=1), rollouts_per_epoch=2, **SMALL
+    )
     bar = EnvStepsProgressBar()
     make_trainer(enable_progress_bar=True, callbacks=[bar]).fit(PPO(**QUICK), data)
     assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (512, 512)
@@ -281,7 +289,7 @@ def test_the_progress_bar_counts_env_steps(make_trainer, capsys) -> None:
 
 
 def test_every_logged_row_is_on_disk_at_once(make_trainer, tmp_path: Path) -> None:
-    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 3, eval_episodes=1, **SMALL)
+    data = RolloutDataModule("CartPole-v1", max_env_steps=128 * 3, evaluation=Evaluation(episodes=1), **SMALL)
     logger, on_disk = CSVLogger(tmp_path, name="log"), []
 
     class Look(L.Callback):

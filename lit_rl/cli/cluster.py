@@ -20,7 +20,7 @@ class Cluster:
 
     Attributes:
         num_learners: processes that learn, on any nodes of the Ray cluster; None: this process learns, without Ray.
-        gpus_per_learner: whole GPUs; 0 learns on the CPU.
+        gpus_per_learner: whole GPUs; 0 learns on the CPU, whatever `trainer.accelerator` says.
         cpus_per_learner: what Ray reserves for a learner. Env runners reserve what `data.placement` says beside that.
         max_failures: times that all learners begin again from the last reported checkpoint after one was lost or
             raised; -1 for ever. A node that its cloud takes back with notice is not counted.

@@ -61,7 +61,7 @@ def suggestion(message: str) -> str:
         key, _, rest = message.rpartition('key "')[2].partition('"')
         return hint_on_points(owner, key) if owner is not None and "value: [[" in rest else ""
     name = ".".join(filter(None, found.groups()))
-    if name.startswith("trainer."):
+    if owner is None and name.startswith("trainer."):
         owner, name = L.Trainer, name.removeprefix("trainer.")
     said = "" if owner is None else hint(owner, name)
     # Where Python has evaluation=Evaluation(episodes=3), the command line and YAML have evaluation.episodes.

@@ -35,7 +35,7 @@ Steps = Annotated[int | Sequence[int], _Steps()]
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay buffer holds, when learning from it begins, how often, and by what is drawn.
+    """How large a replay buffer is, what is drawn from it, and how often an algorithm learns from it.
 
     Attributes:
         buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
@@ -50,8 +50,8 @@ class Replay:
         prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
             algorithm's paper does: False, or True for Rainbow.
         priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
-        priority_beta: how far importance weights make up for it when training begins; they do so in full (1) at
-            `max_env_steps`, linearly in between. Without `max_env_steps` it stays.
+        priority_beta: exponent of the importance weights when training begins. It grows linearly to 1, which makes up
+            for the priorities in full, at `max_env_steps`; without `max_env_steps` it stays.
         storage_dir: folder for memory-mapped files of observations and actions; None keeps them in memory. They are
             removed with the datamodule, at the latest when the program ends.
         checkpoint_buffer: whether checkpoints hold the buffer, in a folder `<checkpoint>.d` beside the file, and

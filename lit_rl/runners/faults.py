@@ -23,14 +23,14 @@ class FaultTolerance:
     """How env runners' failures are survived: dead and stalled processes, environments that raise.
 
     Attributes:
-        max_restarts: of one runner (or of environments in it) within `restart_window_s`; 0 ends training at the first
-            failure. A runner that fails more often is given up.
-        restart_window_s: seconds.
+        max_restarts: failures of one runner, its environments included, within `restart_window_s`; 0 ends training at
+            the first. A runner that fails more often is given up.
+        restart_window_s: seconds over which failures are counted.
         min_healthy: training goes on while so many runners of a learner process are not given up.
-        init_timeout_s: for making a runner's environments.
-        reset_timeout_s: for one reset.
-        step_timeout_s: for one step of all environments of a runner.
-        sample_timeout_s: for one fragment, whatever takes the time.
+        init_timeout_s: seconds for making a runner's environments.
+        reset_timeout_s: seconds for one reset.
+        step_timeout_s: seconds for one step of all environments of a runner.
+        sample_timeout_s: seconds for one fragment, whatever takes the time.
 
     The four limits hold for runners in processes of their own (`num_env_runners` of at least 1): a process that takes
     longer is killed, even in compiled code, and replaced. What stalls the learner's own process cannot be survived.

@@ -12,7 +12,7 @@ class Placement:
     """What Ray reserves for a runner, and where it puts it.
 
     Attributes:
-        num_cpus: of the node it runs on.
+        num_cpus: CPUs of the node it runs on.
         resources: Ray's custom resources, such as {"simulator": 1}.
         strategy: "SPREAD" over the cluster's nodes, or Ray's "DEFAULT".
     """
