@@ -10,13 +10,14 @@ from gymnasium import spaces
 from helpers import check_padding, greedy_return
 from tensordict import TensorDict
 
-from lit_rl import DQN, GRUNetwork, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import DQN, Evaluation, GRUNetwork, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
 from lit_rl.errors import OptionError
 from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)).to_dict()
 QUICK: dict[str, Any] = {
-    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400, "evaluation": Evaluation(episodes=40),
+    "learning_starts": 64, "batch_size": 64, "rollout_length": 4, "env_steps_per_batch": 400,
+    "evaluation": Evaluation(episodes=40),
 }  # fmt: skip
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {"double": False},
@@ -278,7 +279,8 @@ def test_learns_with_action_masks() -> None:
 def test_memory_solves_what_needs_memory(network: type, options: dict) -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, evaluation=Evaluation(episodes=40),
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000,
+        evaluation=Evaluation(episodes=40),
         **options,
     )  # fmt: skip
     algorithm = DQN(

@@ -396,7 +396,8 @@ def test_the_true_value_of_a_reward_for_ever(make_trainer) -> None:
 def test_memory_solves_what_needs_memory() -> None:
     data = ReplayDataModule(
         RepeatPreviousEnv, num_envs_per_env_runner=8, rollout_length=8, max_env_steps=16_000, batch_size=160,
-        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000, evaluation=Evaluation(episodes=40),
+        learning_starts=640, update_to_data=1 / 16, seed=1, env_steps_per_batch=2000,
+        evaluation=Evaluation(episodes=40),
     )  # fmt: skip
     algorithm = SAC(
         lr=5e-3, gamma=0.5, network=LSTMNetwork, tau=0.05, sequence_length=5, burn_in=2, target_entropy=0.1, **SMALL
