@@ -96,6 +96,40 @@ def _leaf_complaint(space: gym.Space, value: Any, name: str, shapes: bool) -> st
     return None
 
 
+def stacked(space: gym.Space, observations: list[Any], *, convert: bool = False) -> Any:
+    """Observations of several environments as one batch, in the space's structure and data types.
+
+    Args:
+        space: that they are in.
+        observations: one of each environment.
+        convert: also those in which there is no `complaint`, but which are not of the usual types.
+
+    Raises:
+        ValueError, TypeError, LookupError: if one has another shape or structure, or would be cut to the data type.
+    """
+    if isinstance(space, spaces.Dict):
+        items = space.spaces.items()
+        return {key: stacked(part, [obs[key] for obs in observations], convert=convert) for key, part in items}
+    if isinstance(space, spaces.Tuple):
+        if {len(obs) for obs in observations} != {len(space.spaces)}:
+            raise ValueError("a tuple of another length")
+        parts = enumerate(space.spaces)
+        return tuple(stacked(part, [obs[i] for obs in observations], convert=convert) for i, part in parts)
+    batch = np.array(observations)
+    if batch.shape[1:] != space.shape:
+        raise ValueError("another shape")
+    if batch.dtype == space.dtype:
+        return batch
+    given, wanted = batch.dtype.kind, np.dtype(space.dtype).kind
+    converted = batch.astype(space.dtype)
+    if convert or (wanted == "f" and given in "biuf"):
+        return converted
+    # Floats for whole numbers are looked at closely: for bytes they may be pictures scaled to 0..1.
+    if given not in "biu" or not (converted == batch).all():
+        raise ValueError("another data type")
+    return converted
+
+
 def out_of_range(space: gym.Space, array: np.ndarray) -> np.ndarray:
     """Where an array [*B, *shape] holds classes that its Discrete or MultiDiscrete space does not have."""
     if not class_counts(space):

@@ -161,7 +161,7 @@ def test_results_that_cannot_be_merged_are_named() -> None:
     envs.close()
     envs = AsyncVectorEnv([BadReset] * 2, autoreset_mode=AutoresetMode.SAME_STEP, env_id="Bad")
     envs.reset(seed=0)
-    with pytest.raises(EnvError, match=r"env=Bad: reset of environment 0 returned .*expected .observation, info"):
+    with pytest.raises(EnvError, match=r"env=Bad: reset of environment [01] returned .*expected .observation, info"):
         envs.reset(seed=0)
     envs.close()
     assert are_gone(envs)

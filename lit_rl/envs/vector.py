@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import iterate
 
-from lit_rl.envs.check import step_complaint
+from lit_rl.envs.check import FLAGS, NUMBERS, reset_complaint, step_complaint
 from lit_rl.envs.info import GathersInfo, asked_for
 from lit_rl.errors import EnvError
+from lit_rl.observations import stacked
 
-NUMBERS = {float, int, np.float64, np.float32, np.int64}
 INTEGERS = {int, np.int64}
-FLAGS = {bool, np.bool_}
 ARRAY = np.ndarray
 
 
@@ -33,7 +32,7 @@ class Begin(NamedTuple):
 
 
 class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
-    """gymnasium's SyncVectorEnv whose environments fail, and can be begun again, one by one; for autoreset SAME_STEP.
+    """gymnasium's SyncVectorEnv whose environments fail and can be begun again one by one; for SAME_STEP and DISABLED.
 
     Returns what gymnasium's returns, in fresh arrays, but of `info` only `info_keys`. On eight CartPoles a step takes
     130 us instead of 190: observations are written once instead of three times, and discrete actions are Python ints,
@@ -65,22 +64,31 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
         self.on_reset: Callable[[bool], None] = lambda resetting: None
         self.remembers = False
         self.failed: list[int] = []
+        self._began: list[int] = []  # environments whose last observation is of a reset
         self.begins = [Begin(None, None)] * self.num_envs
         self._batch: Any = self._observations if isinstance(self._observations, np.ndarray) else None  # None: nested
         self._usual_types = INTEGERS if isinstance(self.single_observation_space, gym.spaces.Discrete) else {ARRAY}
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
-        found: Any = super().reset(seed=seed, options=options)
-        if seed is not None and not isinstance(seed, int):
-            self.begins = [Begin(number, None) for number in seed]
-        return found
+        if seed is None or isinstance(seed, int):
+            seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+            self.begins = [Begin(number, None) for number in seeds]
+        mask = None if options is None else options.pop("reset_mask", None)
+        self._began = np.flatnonzero(np.ones(self.num_envs, np.bool_) if mask is None else mask).tolist()
+        infos: dict[str, Any] = {}
+        for i in self._began:
+            found = self.envs[i].reset(seed=seeds[i], options=options)
+            self._env_obs[i], info = self._as_reset(i, found)
+            infos = self._add_info(infos, info, i)
+        return self._stack(self._env_obs, [0.0] * self.num_envs), infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
-            return super().step(actions)
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         observations, rewards, terminations, truncations = [], [], [], []
         infos: dict[str, Any] = {}
-        self.failed = []
+        self.failed, self._began = [], []
         for i, action in enumerate(self._each(actions)):
             try:
                 result = self.envs[i].step(action)
@@ -88,21 +96,21 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
                 env_obs, info = self._rebuild(i, "step", error)
                 result = env_obs, 0.0, False, False, info
                 self.failed.append(i)
+                self._began.append(i)
             if not (result.__class__ is tuple and len(result) == 5):
                 self._check(i, result)
             env_obs, reward, terminated, truncated, info = result
             if terminated is not False or truncated is not False or info.__class__ is not dict:
                 if not (terminated.__class__ in FLAGS and truncated.__class__ in FLAGS and info.__class__ is dict):
                     self._check(i, result)
-                if terminated or truncated:
+                if same_step and (terminated or truncated):
                     # Its observation is not among those that are stacked and looked at there.
-                    if self._batch is not None and not (
-                        env_obs.__class__ is ARRAY and env_obs.shape == self._batch.shape[1:]
-                    ):
+                    if not self._is_usual(env_obs):
                         self._check(i, result)
                     final_obs = env_obs.copy() if env_obs.__class__ is ARRAY else copy.deepcopy(env_obs)
                     self._add_final(infos, final_obs, asked_for(info, self.info_keys), i)
                     env_obs, info = self._next_episode(i)
+                    self._began.append(i)
             if self.info_keys:
                 infos = self._add_info(infos, info, i)
             observations.append(env_obs)
@@ -111,6 +119,7 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
             truncations.append(truncated)
         if not NUMBERS.issuperset(map(type, rewards)):
             self._check_all(observations, rewards)
+        self._env_obs = observations
         return (
             self._stack(observations, rewards),
             np.array(rewards, np.float64),
@@ -121,20 +130,26 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
 
     def _stack(self, observations: list[Any], rewards: list[Any]) -> Any:
         """One observation of each environment, in one batch."""
-        if self._batch is None:
-            space = self.single_observation_space
-            return concatenate(space, observations, create_empty_array(space, self.num_envs))
+        space, usual = self.single_observation_space, self._batch
         # Types and shapes are nearly always these; what is not is looked at closely.
-        if self._usual_types.issuperset(map(type, observations)):
-            with contextlib.suppress(TypeError, ValueError):
-                obs = np.array(observations, self._batch.dtype)
-                if obs.shape == self._batch.shape:
-                    return obs
+        if usual is None or self._usual_types.issuperset(map(type, observations)):
+            with contextlib.suppress(TypeError, ValueError, LookupError):
+                if usual is not None:
+                    obs = np.array(observations)
+                    if obs.dtype == usual.dtype and obs.shape == usual.shape:
+                        return obs
+                return stacked(space, observations)
         self._check_all(observations, rewards)
-        obs = np.empty_like(self._batch)
-        for i, env_obs in enumerate(observations):
-            obs[i] = env_obs
-        return obs
+        return stacked(space, observations, convert=True)
+
+    def _is_usual(self, env_obs: Any) -> bool:
+        """Whether an observation needs no closer look."""
+        if self._batch is not None and env_obs.__class__ is ARRAY and env_obs.dtype == self._batch.dtype:
+            return env_obs.shape == self._batch.shape[1:]
+        with contextlib.suppress(TypeError, ValueError, LookupError):
+            stacked(self.single_observation_space, [env_obs])
+            return True
+        return False
 
     def begin_again(self, i: int, begin: Begin, actions: Any) -> Any:
         """Bring environment i to where an episode was after some actions [n, ...]; returns the observation there.
@@ -173,7 +188,7 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
         except Exception as error:
             found = self._rebuild(i, "reset", error)
         self.on_reset(False)
-        return found
+        return self._as_reset(i, found)
 
     def _check(self, i: int, result: Any) -> None:
         problem = step_complaint(self.single_observation_space, result)
@@ -182,7 +197,20 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
 
     def _check_all(self, observations: list[Any], rewards: list[Any]) -> None:
         for i, (env_obs, reward) in enumerate(zip(observations, rewards)):
+            if i in self._began:
+                self._check_reset(i, (env_obs, {}))
             self._check(i, (env_obs, reward, False, False, {}))
+
+    def _as_reset(self, i: int, found: Any) -> tuple[Any, dict[str, Any]]:
+        """What reset returned, if it is an observation and a dict; the observation is looked at where it is stacked."""
+        if not (found.__class__ is tuple and len(found) == 2 and found[1].__class__ is dict):
+            self._check_reset(i, found)
+        return found
+
+    def _check_reset(self, i: int, found: Any) -> None:
+        problem = reset_complaint(self.single_observation_space, found)
+        if problem:
+            raise EnvError(f"env={self.env_id}: reset of environment {i} returned {problem}. Mend the environment.")
 
     def _rebuild(self, i: int, what: str, error: Exception) -> tuple[Any, dict[str, Any]]:
         """A new environment in the place of one that raised: its first observation and info."""
@@ -201,4 +229,4 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
             else:
                 self.on_reset(False)
                 self.begins[i] = Begin(seed, None)
-                return found
+                return self._as_reset(i, found)
