@@ -18,6 +18,7 @@ from lit_rl.errors import SpaceError
 from lit_rl.trees import Tree, children
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+HUGE = 1e37  # float32 ends at 3.4e38: between such bounds there is infinity
 LOG_2 = math.log(2)
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
@@ -196,7 +197,7 @@ class DiagonalGaussian:
         return self._shaped(parameters[..., : self.num_outputs])
 
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        bounded = np.isfinite(self._low) & np.isfinite(self._high)
+        bounded = _are_bounds(self._low) & _are_bounds(self._high)
         noise = rng.standard_normal((len(legal), *self._shape))
         inside = rng.uniform(np.where(bounded, self._low, 0), np.where(bounded, self._high, 1), noise.shape)
         return np.where(bounded, inside, noise).astype(np.float32)
@@ -226,14 +227,15 @@ class SquashedGaussian:
     def __init__(self, space: spaces.Box):
         self.num_outputs = self.num_scales = self.num_noise = int(np.prod(space.shape))
         self.choices: list[slice] = []
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        if not (_are_bounds(space.low).all() and _are_bounds(space.high).all()):
             raise SpaceError(
                 f"Action space {space} has no bounds, between which actions could be squashed. Wrap the environment "
                 "(gymnasium.wrappers:RescaleAction after ClipAction), or use PPO without squash_actions."
             )
         self._shape, self._dtype = space.shape, space.dtype
         self._low, self._high = space.low, space.high
-        self._center, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
+        low, high = (bound.astype(np.promote_types(space.low.dtype, np.float32)) for bound in (space.low, space.high))
+        self._center, self._half = (high + low) / 2, (high - low) / 2
 
     def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         mean = parameters[..., : self.num_outputs]
@@ -287,6 +289,11 @@ class SquashedGaussian:
 
     def _shaped(self, action: Any) -> Any:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
+
+
+def _are_bounds(bounds: np.ndarray) -> np.ndarray:
+    """Which numbers bound anything; the largest of a data type, and infinity, are ways to say that nothing does."""
+    return np.abs(bounds.astype(np.float64)) < HUGE
 
 
 class Joint:
