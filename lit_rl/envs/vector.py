@@ -12,7 +12,7 @@ from gymnasium.vector.utils import iterate
 
 from lit_rl.envs.check import FLAGS, NUMBERS, reset_complaint, step_complaint
 from lit_rl.envs.info import GathersInfo, asked_for
-from lit_rl.errors import EnvError
+from lit_rl.errors import EnvError, env_error
 from lit_rl.observations import stacked
 
 INTEGERS = {int, np.int64}
@@ -40,7 +40,7 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
 
     Attributes:
         recover: what is asked when environment i raises in "step" or "reset" (or when it is "made" anew): returns the
-            seed of the one that is made in its place, or raises. None lets errors out.
+            seed of the one that is made in its place, or raises. None: what it raised is an `EnvFailure`.
         on_reset: told before and after each reset within a step, by True and False; at first nobody is.
         failed: environments whose last step raised. Their observation is a new episode's first; reward, flags and info
             say nothing.
@@ -79,7 +79,10 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
         self._began = np.flatnonzero(np.ones(self.num_envs, np.bool_) if mask is None else mask).tolist()
         infos: dict[str, Any] = {}
         for i in self._began:
-            found = self.envs[i].reset(seed=seeds[i], options=options)
+            try:
+                found = self.envs[i].reset(seed=seeds[i], options=options)
+            except Exception as error:
+                raise env_error(self.env_id, "raised in reset", error) from error
             self._env_obs[i], info = self._as_reset(i, found)
             infos = self._add_info(infos, info, i)
         return self._stack(self._env_obs, [0.0] * self.num_envs), infos
@@ -154,22 +157,37 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
     def begin_again(self, i: int, begin: Begin, actions: Any) -> Any:
         """Bring environment i to where an episode was after some actions [n, ...]; returns the observation there.
 
-        That is the one it gave then if all that is random in it comes from its `np_random`.
+        That is the one it gave then if all that is random in it comes from its `np_random`. Without a step: None.
+
+        Raises:
+            EnvError: if the environment raises, or returns what it must not.
         """
-        env = self.envs[i]
-        obs, _ = env.reset(seed=begin.seed)
-        if begin.rng is not None:
-            env.unwrapped.np_random.bit_generator.state = begin.rng
-            obs, _ = env.reset()
-        for action in self._each(actions):
-            obs = env.step(action)[0]
+        env, given = self.envs[i], [] if actions is None else list(self._each(actions))
+        try:
+            found: Any = env.reset(seed=begin.seed)
+            if begin.rng is not None:
+                env.unwrapped.np_random.bit_generator.state = begin.rng
+                found = env.reset()
+            for action in given:
+                found = env.step(action)
+        except Exception as error:
+            raise env_error(self.env_id, "raised as an episode was begun again", error) from error
+        if given:
+            self._check(i, found)
+        else:
+            self._check_reset(i, found)
         self.begins[i] = begin
-        return obs
+        return found[0]
 
     def new_episode(self, i: int, seed: int) -> Any:
         """The first observation of an episode of environment i that is seeded anew."""
         self.begins[i] = Begin(seed, None)
-        return self.envs[i].reset(seed=seed)[0]
+        try:
+            found = self.envs[i].reset(seed=seed)
+        except Exception as error:
+            raise env_error(self.env_id, "raised in reset", error) from error
+        self._check_reset(i, found)
+        return found[0]
 
     def _each(self, actions: Any) -> Iterable[Any]:
         """A batch's actions one by one, as an environment takes them."""
@@ -216,17 +234,22 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
         """A new environment in the place of one that raised: its first observation and info."""
         while True:
             if self.recover is None:
-                raise error
+                raise env_error(self.env_id, f"raised in {what}", error) from error
             seed = self.recover(i, what, error)
             with contextlib.suppress(Exception):  # what failed may fail to close
                 self.envs[i].close()
+            what = "reset"
             try:
                 self.envs[i] = self._makers[i]()
-                self.on_reset(True)
+            except Exception as again:
+                error = again
+                continue
+            self.on_reset(True)
+            try:
                 found = self.envs[i].reset(seed=seed)
             except Exception as again:
-                what, error = "reset", again
-            else:
-                self.on_reset(False)
-                self.begins[i] = Begin(seed, None)
-                return self._as_reset(i, found)
+                error = again
+                continue
+            self.on_reset(False)
+            self.begins[i] = Begin(seed, None)
+            return self._as_reset(i, found)

@@ -10,10 +10,10 @@ from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import EnvError, env_error
+from lit_rl.errors import EnvError
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset
+from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset, step
 from lit_rl.trees import from_env, iterate, map_tree
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,7 @@ def play(
             action = policy.to_env(recorded)
             if recorder is not None:  # a vector environment may write the next observations into the same arrays
                 obs = map_tree(np.copy, obs)
-            try:
-                next_obs, reward, terminated, truncated, info = envs.step(action)
-            except Exception as error:
-                raise env_error(env.env_id, "raised in step", error) from error
+            next_obs, reward, terminated, truncated, info = step(envs, env, action)
             next_obs = policy.as_rows(next_obs)
             real = ~resetting
             returns += np.where(real, reward, 0.0)

@@ -20,7 +20,7 @@ from lit_rl.runners.finite import check_finite
 from lit_rl.runners.fragment import Episode, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
-from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset
+from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, step
 from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
 
@@ -81,7 +81,7 @@ class EnvRunner:
         env_seed, action_seed = seed.spawn(2)
         self._seeds = env_seed.spawn(num_envs)
         policy.rng = np.random.default_rng(action_seed)
-        self._envs: Any
+        self._envs: Any = None
         self._obs: Tree
         self._state: Tree
         self._is_init: np.ndarray
@@ -161,10 +161,7 @@ class EnvRunner:
             log_prob_rows[:, t] = log_prob
             is_init_rows[:, t] = self._is_init
             watchdog.enter(Phase.STEP)
-            try:
-                next_obs, reward, terminated, truncated, info = envs.step(policy.to_env(action))
-            except Exception as error:
-                raise env_error(self._env.env_id, "raised in step", error) from error
+            next_obs, reward, terminated, truncated, info = step(envs, self._env, policy.to_env(action))
             next_obs = policy.as_rows(next_obs)
             reward_rows[:, t] = reward
             terminated_rows[:, t] = terminated
@@ -255,10 +252,11 @@ class EnvRunner:
     def _begin_again(self, b: int, begin: Begin, actions: dict[str, torch.Tensor], saved: Tree) -> bool:
         """Whether environment b is where an episode was after some actions."""
         policy = self.policy
+        taken = nest({path: tensor.numpy() for path, tensor in actions.items()})
+        given = policy.to_env(taken["action"]) if taken else None
         try:
-            taken = nest({path: tensor.numpy() for path, tensor in actions.items()})
-            obs = self._envs.begin_again(b, begin, policy.to_env(taken["action"]) if taken else [])
-        except Exception:  # whatever it raised: it does not go on from there
+            obs = self._envs.begin_again(b, begin, given)
+        except EnvError:  # whatever it raised: it does not go on from there
             return False
         return all(np.array_equal(x, y[b]) for x, y in zip(leaves(policy.as_rows(obs)), leaves(saved)))
 
@@ -303,8 +301,9 @@ class EnvRunner:
             if lost:
                 self._discarded["env_error"] += lost
             self._watchdog.enter(Phase.INIT)  # closing may take for ever, too
-            with contextlib.suppress(Exception):  # what failed may fail to close, or was never made
-                close(self._envs)
+            if self._envs is not None:
+                with contextlib.suppress(Exception):  # what failed may fail to close
+                    close(self._envs)
             try:
                 self._make_envs([_number(child.spawn(1)[0]) for child in self._seeds])
                 return

@@ -8,11 +8,18 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.make import EnvConfig
+from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.observations import out_of_range
 from lit_rl.policy import Policy
 from lit_rl.trees import Tree, find
+
+OWN = (
+    SyncVectorEnv,
+    AsyncVectorEnv,
+)  # they name an environment that raises; anything else they raise is a mistake here
 
 
 def one_of(space: gym.Space, batched: Any, b: int) -> Any:
@@ -75,10 +82,23 @@ def reset(envs: Any, env: EnvConfig, seeds: Sequence[int | None] | None, mask: n
     seed: Any = seeds
     if seeds is not None and env.vectorization == "native":
         seed = None if seeds[0] is None else seeds[0] % 2**30
+    options = None if mask is None else {"reset_mask": mask}
+    if isinstance(envs, OWN):
+        return envs.reset(seed=seed, options=options)
     try:
-        return envs.reset(seed=seed, options=None if mask is None else {"reset_mask": mask})
+        return envs.reset(seed=seed, options=options)
     except Exception as error:
         raise env_error(env.env_id, "raised in reset", error) from error
+
+
+def step(envs: Any, env: EnvConfig, actions: Any) -> Any:
+    """Step the environments; what they raise becomes an EnvError that names them."""
+    if isinstance(envs, OWN):
+        return envs.step(actions)
+    try:
+        return envs.step(actions)
+    except Exception as error:
+        raise env_error(env.env_id, "raised in step", error) from error
 
 
 def check_spaces(envs: Any, policy: Policy) -> None:
