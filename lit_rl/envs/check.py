@@ -17,6 +17,12 @@ from lit_rl.trees import map_tree, row_converter, space_leaves
 
 NUMBERS = {float, int, np.float64, np.float32, np.int64}
 FLAGS = {bool, np.bool_}
+STATISTICS: dict[type, str] = {
+    gym.wrappers.NormalizeObservation: "normalize_observations",
+    gym.wrappers.vector.NormalizeObservation: "normalize_observations",
+    gym.wrappers.NormalizeReward: "normalize_returns",
+    gym.wrappers.vector.NormalizeReward: "normalize_returns",
+}
 
 
 def check_env(env: gym.Env, env_id: str) -> None:
@@ -36,6 +42,23 @@ def check_env(env: gym.Env, env_id: str) -> None:
     problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, _legal_action(env, result[0])))
     if problem:
         raise EnvError(f"env={env_id}: step returned {problem}.")
+
+
+def hidden_statistics(env: Any) -> str | None:
+    """What to do about gymnasium's wrappers that keep running statistics, wherever they are; None without such."""
+    found: dict[str, str] = {}
+    while isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
+        for kind, option in STATISTICS.items():
+            if isinstance(env, kind):
+                found[type(env).__name__] = option
+        env = env.env
+    if not found:
+        return None
+    options = " and ".join(f"{option}=True" for option in dict.fromkeys(found.values()))
+    return (
+        f"{' and '.join(found)}: the running statistics of such a wrapper begin anew in each environment, in "
+        f"evaluation, in a resumed run and after load_policy. Leave it out, and set {options} of PPO, which keeps them."
+    )
 
 
 def check_spaces(env_id: str, observation_space: gym.Space, action_space: gym.Space) -> None:

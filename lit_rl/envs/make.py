@@ -1,5 +1,6 @@
 """From what a user calls an environment (id, entry point, callable) to something that makes one."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,9 +9,10 @@ from typing import Annotated, Any
 
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorEnv
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
-from lit_rl.envs.check import check_env, check_spaces
+from lit_rl.envs.check import check_env, check_spaces, hidden_statistics
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.options import Arguments, Limit, OneOf, check_fields
@@ -117,6 +119,9 @@ class EnvConfig:
             action_space = env.single_action_space if native else env.action_space
             if native:
                 check_spaces(self.env_id, observation_space, action_space)
+            advice = hidden_statistics(env)
+            if advice:
+                _warn_once(f"env={self.env_id}: {advice}")
             return EnvSpec(self.env_id, observation_space, action_space)
         finally:
             env.close()
@@ -192,6 +197,12 @@ def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
         f"The vector environment {type(envs).__name__} says metadata['autoreset_mode']={mode!r}: expected one of "
         "gymnasium.vector.AutoresetMode. Set it in the environment's metadata."
     )
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    """Warn, unless this process did so before: an environment is tried out more than once."""
+    rank_zero_warn(sentence)
 
 
 def _is_plain(value: Any) -> bool:
