@@ -36,6 +36,12 @@ DEFAULTS = {
     "num_sanity_val_steps": 0,
 }
 SUBCOMMANDS = ("fit", "validate", "test", "predict", *COMMANDS)
+HELP = {  # Lightning's own texts end at a line of a docstring, in the middle of a sentence
+    "fit": "Train, with evaluations and checkpoints on the way.",
+    "validate": "Play the evaluation's episodes with a checkpoint.",
+    "test": "The same, logged under test/ instead of eval/.",
+    "predict": "Play episodes with a checkpoint, and write each step to a file.",
+}
 
 
 class CLI(LightningCLI):
@@ -44,7 +50,9 @@ class CLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
         # Not before, else the subcommands' own usage would begin with it.
-        self.parser.usage = f"lit-rl [-c CONFIG] {{{','.join(SUBCOMMANDS)}}} ..."
+        self.parser.usage = f"lit-rl {{{','.join(SUBCOMMANDS)}}} [--config RECIPE] ..."
+        for action in self.parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+            action.help = HELP[action.dest]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -133,6 +141,7 @@ def _learn(config: dict[str, Any]) -> OptionError | None:
     folder = config.pop("folder")
     if os.path.isdir(folder):
         os.chdir(folder)  # relative paths are those of the command
+        _import_from_folder()
     with last_reported() as checkpoint:
         if checkpoint is not None:
             config["fit"] |= {"ckpt_path": str(checkpoint), "init_from": None}
@@ -195,7 +204,36 @@ def recipe_path(name: str) -> str:
     recipes = recipe_files()
     if name in recipes:
         return str(recipes[name])
-    raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.")
+    close = difflib.get_close_matches(name, recipes, n=1)
+    said = f" Did you mean {close[0]!r}?" if close else ""
+    raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.{said}")
+
+
+def _check_order(args: Sequence[str]) -> None:
+    """Refuse an option before the subcommand, but for a config that has the subcommands' own options.
+
+    Raises:
+        OptionError: with the order that is meant.
+    """
+    at = next((i for i, argument in enumerate(args) if argument in SUBCOMMANDS), 0)
+    early = [argument for argument in args[:at] if argument.startswith("-")]
+    if not early or early[0] in ("-h", "--help", "--version"):
+        return
+    option, _, value = early[0].partition("=")
+    if option in ("-c", "--config"):
+        path = Path(value or args[args.index(early[0]) + 1])
+        if path.is_file() and set(SUBCOMMANDS) & set(yaml.safe_load(path.read_bytes()) or ()):
+            return
+    raise OptionError(
+        f"{option} before {args[at]!r}: expected the subcommand first, as in lit-rl {args[at]} --config ppo_cartpole."
+    )
+
+
+def _import_from_folder() -> None:
+    """Find modules in the working folder, as `python -m lit_rl` does: environments and networks of one's own."""
+    folder = os.getcwd()
+    if not sys.flags.safe_path and not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)
 
 
 def _resolve_recipes(args: Sequence[str]) -> list[str]:
@@ -239,10 +277,12 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
     _quieten()
+    _import_from_folder()
     try:
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
+            _check_order(arguments)
             _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
         own = own_error(error)

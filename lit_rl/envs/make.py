@@ -238,12 +238,25 @@ def _with_tuples(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[s
     return {k: tuple(v) if k in declared and isinstance(v, list) else v for k, v in kwargs.items()}
 
 
+def _whose(env_id: str) -> str:
+    """Which package registers environments with this prefix, in a sentence; "" for one without."""
+    prefix, slash, _ = env_id.partition("/")
+    if not slash or ":" in env_id or any(known.startswith(f"{prefix}/") for known in gym.registry):
+        return ""
+    package = {"ALE": "ale_py"}.get(prefix)
+    if package is None:
+        return f" Write package:{env_id}, with the package that registers it."
+    return f" Write {package}:{env_id}."
+
+
 def _registered(env_id: str) -> Any:
     try:
         return gym.spec(env_id.rpartition(":")[2])  # "ale_py:ALE/Pong-v5": the module is imported by now
     except gym.error.Error as error:
         message = " ".join(str(error).split())
-        raise EnvError(f"env={env_id!r} is not a registered gymnasium environment: {message}") from error
+        raise EnvError(
+            f"env={env_id!r} is not a registered gymnasium environment: {message}{_whose(env_id)}"
+        ) from error
 
 
 def _call(env_id: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
