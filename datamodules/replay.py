@@ -110,7 +110,8 @@ class ReplayDataModule(EnvDataModule):
         end = begin + self.env_steps_per_batch * trainer.world_size
         while self._env_steps < end and self._budget_left(self._env_steps) >= self._max_rows:
             started = time.perf_counter()
-            self._collect()
+            with torch.autocast(algorithm.device.type, enabled=False):  # this is inside of the learner's training_step
+                self._collect()
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             while self._owed > 1 - ROUNDING:

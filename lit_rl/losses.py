@@ -121,7 +121,7 @@ def quantile_huber_loss(quantiles: Tensor, target: Tensor) -> Tensor:
     tensor([1.5000])
     """
     num = quantiles.shape[-1]
-    tau = (torch.arange(num, device=quantiles.device, dtype=quantiles.dtype) + 0.5) / num
+    tau = (torch.arange(num, device=quantiles.device, dtype=torch.float32) + 0.5) / num
     error = target.unsqueeze(-2) - quantiles.unsqueeze(-1)  # [*N, Z, J]
     size = error.detach().abs()
     weight = (tau.unsqueeze(-1) - (error.detach() < 0).to(tau.dtype)).abs()

@@ -78,4 +78,4 @@ class Critics(nn.Module):
         """Features [*B, F] and actions [*B, *action] to [K, *B, output_size]."""
         if action is not None:
             features = torch.cat([features, action.reshape(*features.shape[:-1], -1)], -1)
-        return self.heads(features, frozen)
+        return self.heads(features, frozen).float()

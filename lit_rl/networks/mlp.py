@@ -150,7 +150,7 @@ class ValueHead(nn.Module):
         self.linear = orthogonal(nn.Linear(input_size, 1), gain=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features).squeeze(-1)
+        return self.linear(features).float().squeeze(-1)
 
 
 class ValueNetwork(nn.Module):

@@ -96,15 +96,16 @@ class QHead(nn.Module):
 
     def distributions(self, features: Tensor) -> Tensor:
         """The outputs for each action, [*B, A, Z]: logits, quantiles or (Z = 1) values."""
-        out = self.advantage(features).unflatten(-1, self._shape)
+        out = self.advantage(features).float().unflatten(-1, self._shape)
         if self.value is None:
             return out
-        return self.value(features).unsqueeze(-2) + out - out.mean(-2, keepdim=True)
+        return self.value(features).float().unsqueeze(-2) + out - out.mean(-2, keepdim=True)
 
     def expectation(self, distributions: Tensor) -> Tensor:
         """The values [*B, A] of what `distributions` gave."""
         if self.support is not None:
-            return distributions.softmax(-1) @ self.support
+            with torch.autocast(distributions.device.type, enabled=False):
+                return distributions.softmax(-1) @ self.support
         return distributions.squeeze(-1) if self._shape[1] == 1 else distributions.mean(-1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -322,7 +322,7 @@ class Policy(nn.Module):
 
     def action_parameters(self, features: Tensor, obs: Tree) -> Tensor:
         """The action distribution's parameters, [*B, F] to [*B, P]: the head's, with illegal actions ruled out."""
-        out = self.head(features)
+        out = self.head(features).float()  # whatever the precision the network computes in
         if self.log_std is not None:
             out = torch.cat([out, self.log_std.expand(*out.shape[:-1], -1)], -1)
         return self.rule_out(out, obs)

@@ -105,7 +105,8 @@ class QPolicy(Policy):
 
     def distributions(self, features: Tensor) -> Tensor:
         """What the head says of each action, [*B, A, Z]; see `QHead.distributions`."""
-        return self.head.distributions(features) if isinstance(self.head, QHead) else self.head(features).unsqueeze(-1)
+        head = self.head
+        return head.distributions(features) if isinstance(head, QHead) else head(features).float().unsqueeze(-1)
 
     def expectation(self, distributions: Tensor) -> Tensor:
         """Values [*B, A]; those of illegal actions are as the network has them."""
