@@ -54,17 +54,22 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     return y
 
 
-def running_return(reward: Tensor, done: Tensor, *, gamma: float, initial: Tensor) -> tuple[Tensor, Tensor]:
+def running_return(
+    reward: Tensor, done: Tensor, *, gamma: float, initial: Tensor, is_init: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Discounted sum of the rewards *up to* each row, [B, T], and what to carry on to the next rollout, [B].
 
-    R_t = r_t + gamma (1 - done_{t-1}) R_{t-1}; `initial` [B] is what the previous call returned to carry on.
+    R_t = r_t + gamma (1 - done_{t-1}) (1 - is_init_t) R_{t-1}; `initial` [B] is what the previous call returned to
+    carry on. `is_init` [B, T] cuts the sum where an episode begins whose predecessor was not seen to end: an
+    environment failed, or its runner was replaced.
 
     >>> running_return(torch.ones(1, 3), torch.tensor([[False, True, False]]), gamma=0.5, initial=torch.zeros(1))
     (tensor([[1.0000, 1.5000, 1.0000]]), tensor([0.5000]))
     """
     carry, sums = initial, []
-    for reward_t, keep_t in zip(reward.unbind(1), (gamma * ~done).unbind(1)):
-        total = reward_t + carry
+    begins = torch.zeros_like(done) if is_init is None else is_init
+    for reward_t, keep_t, begins_t in zip(reward.unbind(1), (gamma * ~done).unbind(1), begins.unbind(1)):
+        total = reward_t + carry.masked_fill(begins_t, 0.0)
         sums.append(total)
         carry = keep_t * total
     return torch.stack(sums, 1), carry

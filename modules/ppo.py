@@ -155,7 +155,7 @@ class PPO(Algorithm):
             value, next_value, states = self.values(rollout)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
             if self.return_normalizer is not None:
-                reward = self.return_normalizer.scale(reward, done, mask)
+                reward = self.return_normalizer.scale(reward, done, mask, rollout["is_init"])
             advantage, value_target = returns.gae(
                 reward, terminated, done, value, next_value, gamma=hp.gamma, lambda_=hp.gae_lambda
             )
