@@ -62,8 +62,8 @@ class SAC(OffPolicy):
         critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critics' own encoder of
             observations; None takes vectors as they are, and the default network for images.
         network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
-        share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone (Yarats et
-            al. 2021, arXiv:1910.01741). None shares one with memory.
+        share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone, at
+            `critic_lr` (Yarats et al. 2021, arXiv:1910.01741). None shares one with memory.
     """
 
     critics: Critics
@@ -159,10 +159,13 @@ class SAC(OffPolicy):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         hp = self.hp
-        learned = [(hp.actor_lr, [*self.policy.parameters()]), (hp.critic_lr, [*self.critics.parameters()])]
+        shared = set() if self.critics.encoder is not None else {*self.policy.encoder.parameters()}
+        learned = [(hp.critic_lr if p in shared else hp.actor_lr, [p]) for p in self.policy.parameters()]
+        learned.append((hp.critic_lr, [*self.critics.parameters()]))
         if hp.learn_alpha:
             learned.append((hp.alpha_lr, [self.log_alpha]))
-        groups: dict[float, list[nn.Parameter]] = {}  # one for each learning rate: a step costs by the group
+        # One for each learning rate: a step costs by the group. The policy's is the first.
+        groups: dict[float, list[nn.Parameter]] = {hp.actor_lr or hp.lr: []}
         for lr, parameters in learned:
             groups.setdefault(lr or hp.lr, []).extend(parameters)
         scaled = [{"params": parameters, "lr_scale": lr / hp.lr} for lr, parameters in groups.items()]
