@@ -108,12 +108,14 @@ class ReplayDataModule(EnvDataModule):
         trainer, algorithm = self.attached_trainer, self._off_policy
         begin = self._env_steps = algorithm.env_steps_done
         end = begin + self.env_steps_per_batch * trainer.world_size
+        self.sample_s = 0.0
         while self._env_steps < end and self._budget_left(self._env_steps) >= self._max_rows:
             started = time.perf_counter()
             with torch.autocast(algorithm.device.type, enabled=False):  # this is inside of the learner's training_step
                 self._collect()
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
+            self.sample_s = stream.waited_s  # here, since whoever takes minibatches may stop at any
             while self._owed > 1 - ROUNDING:
                 self._owed -= 1
                 minibatch = self._draw()
@@ -122,7 +124,6 @@ class ReplayDataModule(EnvDataModule):
                     self._full_buffer.update_priorities(minibatch["index"], minibatch["priority"])
                 if 0 <= trainer.max_steps <= trainer.global_step:
                     return
-        self.sample_s = stream.waited_s
         if self._budget_left(self._env_steps) < self._max_rows:
             self.stop_at_budget()
 

@@ -1,5 +1,6 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
+import difflib
 import logging
 import os
 import sys
