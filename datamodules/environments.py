@@ -133,6 +133,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
         self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
+        self._saved_runners: list[dict[str, Any]] | None = None  # of a checkpoint, which the next pool goes on from
 
     def keep_options(self, options: dict[str, Any], caller: FrameType) -> None:
         """Keep checked options as attributes, but for `env`, which becomes an `EnvConfig`."""
@@ -265,6 +266,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def restart(self) -> None:
         self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
+        self._saved_runners = None
         self._episodes.clear()
 
     def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
@@ -300,7 +302,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self.seed = state["seed"]
         self._episodes.clear()
         self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
-        self._runner_states = state["runners"]
+        self._runner_states = self._saved_runners = state["runners"]
         self._resume = state
 
     def start_runners(self, epsilon: float = 0.0) -> None:
@@ -413,6 +415,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         algorithm = self.algorithm
         if self.num_env_runners:
             self._connect_ray()
+        saved, self._saved_runners = self._saved_runners, None
         return make_pool(
             self.env,
             algorithm.policy.maker(),
@@ -424,7 +427,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             ledger=self.ledger,
             faults=self.fault_tolerance,
             placement=self.placement,
-            saved=None if self._resume is None else self._resume["runners"],
+            saved=saved,
             info_metrics=self.info_metrics,
             keep_states=self.keep_states,
             reward_scale=self.reward_scale,
