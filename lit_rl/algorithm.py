@@ -281,7 +281,7 @@ class Algorithm(TakesOptions, L.LightningModule):
                 f"{type(self).__name__} was given a {type(batch).__name__} to learn from: expected a "
                 "lit_rl.rollout.Rollout that says how many env_steps it brings, as RolloutDataModule gives it."
             )
-        lag = self.updates_done - float(batch["policy_version"].double().mean())
+        lag = float(distributed.masked_mean(self.updates_done - batch["policy_version"].double(), mask_of(batch)))
         metrics = self.checked_update(batch)
         self.env_steps.add_(batch.env_steps)
         self.updates.add_(1)

@@ -101,13 +101,19 @@ def masked_mean(x: Tensor, mask: Tensor | None, count: Tensor | None = None) -> 
     if mask is None:
         return x.mean()
     count = mean_count(mask) if count is None else count
-    return (x * mask).sum() / count.clamp(min=1.0)
+    return (x * mask).sum() / count.clamp(min=1.0 / world_size())  # one real row of all ranks'
 
 
-def row_means(mask: Tensor | None, *values: Tensor) -> Tensor:
-    """The mean of each of several values [*N] over this rank's real rows, to be logged."""
+def row_means(mask: Tensor | None, *values: Tensor, count: Tensor | None = None) -> Tensor:
+    """The mean of each of several values [*N] over this rank's real rows, to be logged.
+
+    With `count`, `mean_count(mask)`, the ranks' average of it is the mean over all ranks' real rows: see `masked_mean`.
+    """
     table = torch.stack(values).flatten(1)
-    return table.mean(1) if mask is None else (table * mask.flatten()).sum(1) / mask.sum().clamp(min=1)
+    if mask is None:
+        return table.mean(1)
+    count = mask.sum().clamp(min=1) if count is None else count.clamp(min=1.0 / world_size())
+    return (table * mask.flatten()).sum(1) / count
 
 
 def rank_mean(x: Tensor) -> Tensor:

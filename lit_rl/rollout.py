@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.distributed import masked_mean
+from lit_rl.distributed import masked_mean, row_means
 from lit_rl.trees import Tree, leaves, map_tree
 
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
@@ -141,14 +141,24 @@ def mask_of(batch: TensorDict) -> Tensor | None:
 
 def mean_of_rows(x: Tensor, batch: TensorDict) -> Tensor:
     """The mean of `x` [*N] over the real rows of a batch, such that the ranks' average is that over all ranks' rows."""
-    count = batch.get("row_count", None)
-    return masked_mean(x, mask_of(batch), None if count is None else count.flatten()[0])
+    return masked_mean(x, mask_of(batch), _row_count(batch))
+
+
+def means_of_rows(batch: TensorDict, *values: Tensor) -> Tensor:
+    """The mean of each of several values [*N] over the real rows of a batch, to be logged; else as `mean_of_rows`."""
+    return row_means(mask_of(batch), *values, count=_row_count(batch))
 
 
 def count_rows(rollout: TensorDict) -> int:
     """Real transitions in this rank's rollout."""
     mask = mask_of(rollout)
     return rollout["action_log_prob"].numel() if mask is None else int(mask.sum())
+
+
+def _row_count(batch: TensorDict) -> Tensor | None:
+    """The ranks' mean number of real rows, if it was asked for: see `Algorithm.gradient_step`."""
+    count = batch.get("row_count", None)
+    return None if count is None else count.flatten()[0]
 
 
 def _select(rollout: TensorDict, keys: Sequence[str], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.distributed import row_means
 from lit_rl.errors import OptionError
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
@@ -19,7 +18,7 @@ from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, Counts, OneOf, Positive, PositiveFraction, TwoOrMore, UnitInterval
 from lit_rl.policy import Policy
 from lit_rl.policy.q import DISTRIBUTIONAL, QPolicy
-from lit_rl.rollout import mask_of
+from lit_rl.rollout import means_of_rows
 from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
 from lit_rl.spec import EnvSpec
 from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
@@ -162,7 +161,7 @@ class DQN(OffPolicy):
         assert loss.shape == td_error.shape == output.shape[:-1]
         with torch.no_grad():
             q = self.policy.expectation(output.unsqueeze(-2)).squeeze(-1)
-            terms = row_means(mask_of(batch), loss, td_error.abs(), q)
+            terms = means_of_rows(batch, loss, td_error.abs(), q)
         return weighted_mean(loss, batch), (td_error, terms)
 
     def next_outputs(self, batch: TensorDict, online: Tensor | None) -> Tensor:

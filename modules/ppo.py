@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
-from lit_rl.distributed import rank_mean, row_means, standardize
+from lit_rl.distributed import rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
-from lit_rl.rollout import mask_of, mean_of_rows, next_values, next_values_with_memory, rows, sequences
+from lit_rl.rollout import mask_of, mean_of_rows, means_of_rows, next_values, next_values_with_memory, rows, sequences
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
@@ -191,7 +191,7 @@ class PPO(Algorithm):
 
         The terms are those of `TERMS`.
         """
-        hp, mask, advantage = self.hp, mask_of(minibatch), minibatch["advantage"]
+        hp, advantage = self.hp, minibatch["advantage"]
         features = self.policy.features(minibatch)
         log_prob, entropy = self.policy.evaluate(minibatch, features)
         value = self.critic(features) if self.shares_encoder else self.value(minibatch["observation"])
@@ -207,7 +207,7 @@ class PPO(Algorithm):
             row_loss = row_loss + self.kl_coef * kl
         clipped = ((log_ratio.detach().exp() - 1).abs() > self.clip.value).float()
         with torch.no_grad():
-            terms = row_means(mask, policy_loss, critic_loss, entropy, kl, clipped)
+            terms = means_of_rows(minibatch, policy_loss, critic_loss, entropy, kl, clipped)
         return mean_of_rows(row_loss, minibatch), terms
 
     def adapt_kl_coef(self, kl_coef: Tensor, terms: list[Tensor]) -> None:

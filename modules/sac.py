@@ -13,7 +13,6 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.distributed import row_means
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.learner.targets import Follower, target_of
@@ -23,7 +22,7 @@ from lit_rl.networks.ensemble import Critics
 from lit_rl.networks.inputs import FlatInput
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
-from lit_rl.rollout import mask_of, mean_of_rows
+from lit_rl.rollout import mean_of_rows, means_of_rows
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec, has_images
 from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
@@ -201,7 +200,7 @@ class SAC(OffPolicy):
         with torch.no_grad():
             q_mean = q.mean((0, -1))
             td_error = (q_mean - target.mean(-1)).abs()
-            terms = row_means(mask_of(batch), critic_loss, actor_loss, -log_prob, q_mean, td_error)
+            terms = means_of_rows(batch, critic_loss, actor_loss, -log_prob, q_mean, td_error)
         return loss, (td_error, terms)
 
     def value_target(self, batch: TensorDict, next_feature: Tensor, alpha: Tensor) -> Tensor:
