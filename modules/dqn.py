@@ -47,6 +47,7 @@ class DQN(OffPolicy):
         lr: Adam's learning rate; usually 1e-4 to 1e-3.
         lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
             `[[env_step, lr], ...]`, which replace `lr`.
+        adam_eps: what Adam adds to the root of the squared gradient; Rainbow's paper has 1.5e-4.
         epsilon: probability of a random action while training. None: 0 with `noisy`, which explores by itself; else 1
             to 0.05 over 10,000 env steps, or from 1 as `epsilon_schedule` says.
         epsilon_schedule: of `epsilon`, as `lr_schedule` is of `lr`.
@@ -79,6 +80,7 @@ class DQN(OffPolicy):
         *,
         lr: Positive = 5e-4,
         lr_schedule: Schedule = "constant",
+        adam_eps: Positive = 1e-8,
         epsilon: UnitInterval | None = None,
         epsilon_schedule: UnitSchedule = "constant",
         target_update_interval: Count = 500,
@@ -126,7 +128,7 @@ class DQN(OffPolicy):
         self.check_memory()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.policy.parameters(), lr=self.hp.lr, fused=True)
+        return torch.optim.Adam(self.policy.parameters(), lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)
 
     def epsilon_at(self, env_steps: int) -> float:
         return self.epsilon.at(env_steps, self.budget)
@@ -199,7 +201,8 @@ class Rainbow(DQN):
     """DQN with all six parts on: Hessel et al. 2018, arXiv:1710.02298.
 
     The `ReplayDataModule` sums 3 rewards and draws by priority unless it is told otherwise. Deviations from the paper:
-    those of `DQN`, and smaller defaults than Atari's, where the paper has `lr=6.25e-5`, `head_hidden_sizes=[512]`.
+    those of `DQN`, and smaller defaults than Atari's, where the paper has `lr=6.25e-5`, `adam_eps=1.5e-4`,
+    `head_hidden_sizes=[512]`.
 
     Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
 

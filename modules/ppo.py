@@ -42,6 +42,7 @@ class PPO(Algorithm):
         lr: Adam's learning rate; usually 1e-4 to 1e-3.
         lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
             `[[env_step, lr], ...]`, which replace `lr`.
+        adam_eps: what Adam adds to the root of the squared gradient, 1e-8 to 1e-5.
         gamma: discount per env step; 0.9 to 0.999.
         gae_lambda: 0 (one-step, biased) to 1 (Monte-Carlo, noisy); usually 0.9 to 0.98.
         clip: how far the probability ratio may leave 1 before its gradient stops; 0.1 to 0.3.
@@ -87,6 +88,7 @@ class PPO(Algorithm):
         *,
         lr: Positive = 3e-4,
         lr_schedule: Schedule = "constant",
+        adam_eps: Positive = 1e-5,
         gamma: UnitInterval = 0.99,
         gae_lambda: UnitInterval = 0.95,
         clip: Positive = 0.2,
@@ -147,7 +149,7 @@ class PPO(Algorithm):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
-        return torch.optim.Adam(parameters, lr=self.hp.lr, eps=1e-5, fused=True)
+        return torch.optim.Adam(parameters, lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         hp, mask = self.hp, mask_of(rollout)

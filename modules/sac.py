@@ -48,6 +48,7 @@ class SAC(OffPolicy):
         lr: Adam's learning rate, of everything that has none of its own.
         lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
             `[[env_step, lr], ...]`, which replace `lr`. The other learning rates keep their ratio to it.
+        adam_eps: what Adam adds to the root of the squared gradient.
         actor_lr: the policy's; None takes `lr`.
         critic_lr: the critics'; None takes `lr`.
         alpha_lr: the temperature's; None takes `lr`.
@@ -73,6 +74,7 @@ class SAC(OffPolicy):
         *,
         lr: Positive = 3e-4,
         lr_schedule: Schedule = "constant",
+        adam_eps: Positive = 1e-8,
         actor_lr: Positive | None = None,
         critic_lr: Positive | None = None,
         alpha_lr: Positive | None = None,
@@ -168,7 +170,7 @@ class SAC(OffPolicy):
         for lr, parameters in learned:
             groups.setdefault(lr or hp.lr, []).extend(parameters)
         scaled = [{"params": parameters, "lr_scale": lr / hp.lr} for lr, parameters in groups.items()]
-        return torch.optim.Adam(scaled, lr=hp.lr, fused=True)
+        return torch.optim.Adam(scaled, lr=hp.lr, eps=hp.adam_eps, fused=True)
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         alpha = self.log_alpha.detach().exp()

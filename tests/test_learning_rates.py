@@ -1,10 +1,10 @@
-"""Which learning rate each of SAC's parameters has."""
+"""Which learning rate each of SAC's parameters has, and Adam's epsilon."""
 
 import functools
 
 import pytest
 
-from lit_rl import MLP, SAC, TQC, LSTMNetwork
+from lit_rl import DQN, MLP, PPO, SAC, TQC, LSTMNetwork, Rainbow
 from lit_rl.envs.make import EnvConfig
 
 SMALL = functools.partial(MLP, hidden_sizes=[8])
@@ -52,3 +52,12 @@ def test_one_learning_rate_is_one_group_in_the_order_of_the_parameters() -> None
     parts = {"policy": algorithm.policy, "critics": algorithm.critics}
     names = [f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()]
     assert found == [*names, "log_alpha"]
+
+
+@pytest.mark.parametrize(("make", "default"), [(PPO, 1e-5), (DQN, 1e-8), (Rainbow, 1e-8), (SAC, 1e-8), (TQC, 1e-8)])
+def test_adams_epsilon_is_an_option(make, default) -> None:
+    for options, expected in (({}, default), ({"adam_eps": 1.5e-4}, 1.5e-4)):
+        env = "CartPole-v1" if make in (DQN, Rainbow) else "Pendulum-v1"
+        algorithm = make(spec=EnvConfig(env).spec().to_dict(), **options)
+        algorithm.build(algorithm.spec)
+        assert {group["eps"] for group in algorithm.configure_optimizers().param_groups} == {expected}
