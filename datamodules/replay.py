@@ -31,7 +31,6 @@ class ReplayDataModule(EnvDataModule):
     The buffer's options are those of `Replay`.
 
     Args:
-        num_envs_per_env_runner: environments in each runner.
         rollout_length: T, env steps per environment between updates.
         env_steps_per_batch: env steps of each learner process per Lightning batch: how often metrics are logged.
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.

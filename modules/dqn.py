@@ -65,7 +65,6 @@ class DQN(OffPolicy):
         noisy: explore by noise on the head's weights: Fortunato et al. 2018, arXiv:1706.10295.
         sigma0: of that noise, when training begins: the sigmas are sigma0 / sqrt(inputs).
         head_hidden_sizes: layers (with ReLU) of the head, or of each of its streams, after the network.
-        max_grad_norm: bound of the gradient; None leaves it as it is.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
     """
@@ -205,11 +204,6 @@ class Rainbow(DQN):
     `head_hidden_sizes=[512]`.
 
     Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
-
-    Args:
-        dueling: as in `DQN`.
-        distributional: as in `DQN`.
-        noisy: as in `DQN`.
     """
 
     NUM_STEPS, PRIORITIZED = 3, True

@@ -60,7 +60,6 @@ class PPO(Algorithm):
             0.05; None: never.
         num_epochs: passes over each rollout; 3 to 20.
         minibatch_size: rows per gradient step and rank; at most the B T rows of a rollout.
-        max_grad_norm: bound of the gradient; None leaves it as it is.
         normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
         normalize_observations: shift and scale observations, but for images, by the mean and variance of all seen so
             far, and clip them to ±10.
