@@ -101,7 +101,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, count: Tensor | None = None) -> 
     if mask is None:
         return x.mean()
     count = mean_count(mask) if count is None else count
-    return (x * mask).sum() / count.clamp(min=1.0 / world_size())  # one real row of all ranks'
+    return torch.where(mask, x, 0.0).sum() / count.clamp(min=1.0 / world_size())  # one real row of all ranks'
 
 
 def row_means(mask: Tensor | None, *values: Tensor, count: Tensor | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def row_means(mask: Tensor | None, *values: Tensor, count: Tensor | None = None)
     if mask is None:
         return table.mean(1)
     count = mask.sum().clamp(min=1) if count is None else count.clamp(min=1.0 / world_size())
-    return (table * mask.flatten()).sum(1) / count
+    return torch.where(mask.flatten(), table, 0.0).sum(1) / count
 
 
 def rank_mean(x: Tensor) -> Tensor:
@@ -132,6 +132,8 @@ def gather(value: Result) -> list[Result]:
 
 def standardize(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """`x` shifted and scaled to mean 0 and standard deviation 1 over the real rows of all ranks."""
+    if mask is not None:
+        x = torch.where(mask, x, 0.0)
     ones = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     total, count = all_reduce_sum(torch.stack([(x * ones).sum(), ones.sum()]))
     centered = x - total / count.clamp(min=1.0)

@@ -113,13 +113,20 @@ class ReturnNormalizer(RunningMoments):
         self.gamma = gamma
         self.running_return: Tensor | None = None  # [B], this rank's own: saved with the rank, not with the weights
 
-    def scale(self, reward: Tensor, done: Tensor, mask: Tensor | None = None, is_init: Tensor | None = None) -> Tensor:
+    def scale(
+        self,
+        reward: Tensor,
+        done: Tensor,
+        mask: Tensor | None = None,
+        is_init: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Tensor:
         """Take in a rollout's rewards [B, T] and return them scaled and clipped to +-10; see `running_return`."""
         carry = self.running_return
         if carry is None or carry.shape != reward.shape[:1]:
             carry = reward.new_zeros(reward.shape[:1])
         discounted, self.running_return = returns.running_return(
-            reward, done, gamma=self.gamma, initial=carry, is_init=is_init
+            reward, done, gamma=self.gamma, initial=carry, is_init=is_init, length=length
         )
         self.running_return = self.running_return.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.update(discounted, mask)

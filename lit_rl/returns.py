@@ -18,6 +18,7 @@ def gae(
     *,
     gamma: float,
     lambda_: float,
+    length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and the value targets, each [B, T].
 
@@ -26,18 +27,21 @@ def gae(
 
     eq. 16 of Schulman et al. 2016, arXiv:1506.02438, with episode ends.
 
+    With `length` [B] row b's steps from `length[b]` on are padding: they may hold anything, and get 0.
+
     >>> one, false = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)
     >>> advantage, target = gae(one, false, false, 0 * one, 0 * one, gamma=0.5, lambda_=1.0)
     >>> advantage
     tensor([[1.5000, 1.0000]])
     """
     delta = reward + gamma * ~terminated * next_value - value
-    advantage = discounted_sum(delta, (gamma * lambda_) * ~done)
-    return advantage, advantage + value
+    advantage = discounted_sum(delta, (gamma * lambda_) * ~done, length)
+    target = advantage + value
+    return advantage, target if length is None else torch.where(real_steps(length, target.shape[1]), target, 0.0)
 
 
-def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
-    """The sums y_t = x_t + discount_t y_{t+1} [B, T], where y_T = 0.
+def discounted_sum(x: Tensor, discount: Tensor, length: Tensor | None = None) -> Tensor:
+    """The sums y_t = x_t + discount_t y_{t+1} [B, T], where y_T = 0; with `length` [B], y is 0 from there on.
 
     Not step by step, but by doubling: in each pass y_t, which holds `reach` terms, takes in the `reach` terms of
     y_{t + reach}. That are log2(T) operations on whole tensors instead of T on columns (Hillis and Steele 1986).
@@ -45,33 +49,54 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     >>> discounted_sum(torch.ones(1, 3), torch.tensor([[0.5, 0.0, 0.5]]))
     tensor([[1.5000, 1.0000, 1.0000]])
     """
-    length, reach, y = x.shape[1], 1, x
-    while reach < length:
-        added = torch.addcmul(y[:, :-reach], discount[:, : length - reach], y[:, reach:])
+    num_steps, reach = x.shape[1], 1
+    if length is not None:
+        x = torch.where(real_steps(length, num_steps), x, 0.0)
+    y = x
+    while reach < num_steps:
+        added = torch.addcmul(y[:, :-reach], discount[:, : num_steps - reach], y[:, reach:])
         y = torch.cat([added, y[:, -reach:]], 1)
         discount = discount[:, :-reach] * discount[:, reach:]  # of `reach` steps, then of twice as many
         reach *= 2
     return y
 
 
+def real_steps(length: Tensor, num_steps: int) -> Tensor:
+    """Which steps of time lines of some lengths [B] are no padding, [B, T].
+
+    >>> real_steps(torch.tensor([2, 0]), 3)
+    tensor([[ True,  True, False],
+            [False, False, False]])
+    """
+    return torch.arange(num_steps, device=length.device) < length.unsqueeze(1)
+
+
 def running_return(
-    reward: Tensor, done: Tensor, *, gamma: float, initial: Tensor, is_init: Tensor | None = None
+    reward: Tensor,
+    done: Tensor,
+    *,
+    gamma: float,
+    initial: Tensor,
+    is_init: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Discounted sum of the rewards *up to* each row, [B, T], and what to carry on to the next rollout, [B].
 
     R_t = r_t + gamma (1 - done_{t-1}) (1 - is_init_t) R_{t-1}; `initial` [B] is what the previous call returned to
     carry on. `is_init` [B, T] cuts the sum where an episode begins whose predecessor was not seen to end: an
-    environment failed, or its runner was replaced.
+    environment failed, or its runner was replaced. With `length` [B], what is carried on is from step `length - 1`; the
+    sums from `length` on mean nothing.
 
     >>> running_return(torch.ones(1, 3), torch.tensor([[False, True, False]]), gamma=0.5, initial=torch.zeros(1))
     (tensor([[1.0000, 1.5000, 1.0000]]), tensor([0.5000]))
     """
     carry, sums = initial, []
     begins = torch.zeros_like(done) if is_init is None else is_init
-    for reward_t, keep_t, begins_t in zip(reward.unbind(1), (gamma * ~done).unbind(1), begins.unbind(1)):
-        total = reward_t + carry.masked_fill(begins_t, 0.0)
+    real = None if length is None else real_steps(length, reward.shape[1])
+    for t, (reward_t, keep_t) in enumerate(zip(reward.unbind(1), (gamma * ~done).unbind(1))):
+        total = reward_t + carry.masked_fill(begins[:, t], 0.0)
         sums.append(total)
-        carry = keep_t * total
+        carry = keep_t * total if real is None else torch.where(real[:, t], keep_t * total, carry)
     return torch.stack(sums, 1), carry
 
 

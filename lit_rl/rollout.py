@@ -8,9 +8,13 @@ is True it is the initial one, whatever was before.
 Row t's next observation is row t+1's observation, except for the last row (`last_observation` [B, *obs]) and for rows
 that ended an episode: row `final_step[b, f]` of environment b has `final_observation[b, f]` ([B, F, *obs]; a
 `final_step` of -1 is padding). The TensorDict's batch size is therefore [B]: it can be cut into environments, not into
-times, without leaving a next observation behind. `rows` gives the [B * T] form, `sequences` pieces of L steps.
+times, without leaving a next observation behind. `rows` gives the real rows one by one, `sequences` pieces of L steps.
 
-Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of each, D features.
+Where time lines differ in length they are padded on the right and there is `length` [B]: row b's last step is
+`length[b] - 1`, whose next observation is `last_observation[b]`; one of length 0 has nothing. `mask` is False in
+padding, which may hold anything else. It never goes through a network.
+
+Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of each, N rows, D features.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +25,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.distributed import masked_mean, row_means
+from lit_rl.returns import real_steps
 from lit_rl.trees import Tree, leaves, map_tree
 
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
@@ -42,21 +47,28 @@ class Rollout(TensorDict):
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
-    """The critic's values of every row's observation and of its true next observation, each [B, T].
+    """The critic's values of every row's observation and of its true next observation, each [B, T]; 0 in padding.
 
     One pass over the stored observations: those of the rows, the B last ones and the final ones.
     """
 
-    def values(obs: Tree, num_dims: int) -> Tensor:
-        shape = leaves(obs)[0].shape[:num_dims]
-        rows = map_tree(lambda x: x.flatten(0, num_dims - 1), obs)
-        chunks = range(0, shape.numel(), CHUNK)
-        parts = [critic(map_tree(lambda x, at=at: x[at : at + CHUNK], rows)) for at in chunks]
-        return torch.cat(parts).view(shape) if parts else rollout["next", "reward"].new_zeros(shape)
+    def values(obs: Tree) -> Tensor:
+        """Of observations [N, *obs]."""
+        chunks = range(0, len(leaves(obs)[0]), CHUNK)
+        parts = [critic(map_tree(lambda x, at=at: x[at : at + CHUNK], obs)) for at in chunks]
+        return torch.cat(parts) if parts else rollout["next", "reward"].new_zeros(0)
 
-    value = values(rollout["observation"], 2)
-    last, final = values(rollout["last_observation"], 1), values(rollout["final_observation"], 2)
-    return value, _shift(value, last, final, rollout["final_step"])
+    length, shape = length_of(rollout), rollout["next", "reward"].shape
+    if length is None:
+        value = values(map_tree(lambda x: x.flatten(0, 1), rollout["observation"])).view(shape)
+        last = values(rollout["last_observation"])
+    else:
+        real, some = real_steps(length, shape[1]), length > 0
+        found = values(map_tree(lambda x: x[real], rollout["observation"]))
+        value, last = found.new_zeros(shape), found.new_zeros(shape[0])
+        value[real] = found
+        last[some] = values(map_tree(lambda x: x[some], rollout["last_observation"]))
+    return value, _shift(rollout, value, last, values(_finals(rollout)))
 
 
 def next_values_with_memory(
@@ -76,44 +88,54 @@ def next_values_with_memory(
         Values, values of the true next observations, each [B, T], and states [B, T, ...]; where an episode begins the
         state is not yet the initial one.
     """
-    is_init, state = rollout["is_init"], rollout["state"]
-    features, after = unroll(rollout["observation"], state, is_init)
+    steps, state, length = _without_padding(rollout, "observation", "is_init"), rollout["state"], length_of(rollout)
+    features, after = unroll(steps["observation"], state, steps["is_init"])
     before = map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), state, after)
     value = head(features)
 
     def values(obs: Tree, states: Tree) -> Tensor:
         """Of one observation [N, *obs] each, seen after the steps that led to `states`."""
         one = map_tree(lambda x: x[:, None], obs)
-        never = torch.zeros(len(leaves(obs)[0]), 1, dtype=torch.bool, device=is_init.device)
-        return head(unroll(one, states, never)[0].squeeze(1))
+        never = torch.zeros(len(leaves(obs)[0]), 1, dtype=torch.bool, device=value.device)
+        return head(unroll(one, states, never)[0].squeeze(1)) if len(never) else value.new_zeros(0)
 
-    last = values(rollout["last_observation"], map_tree(lambda x: x[:, -1], after))
-    final_step = rollout["final_step"]
-    final = value.new_zeros(final_step.shape)
-    if final_step.numel():
-        b, f = (final_step >= 0).nonzero(as_tuple=True)
-        states = map_tree(lambda x: x[b, final_step[b, f]], after)
-        final[b, f] = values(map_tree(lambda x: x[b, f], rollout["final_observation"]), states)
-    return value, _shift(value, last, final, final_step), before
+    if length is None:
+        last = values(rollout["last_observation"], map_tree(lambda x: x[:, -1], after))
+    else:
+        value = torch.where(real_steps(length, value.shape[1]), value, 0.0)
+        some, last = (length > 0).nonzero().squeeze(1), value.new_zeros(len(length))
+        ends = map_tree(lambda x: x[some, length[some] - 1], after)
+        last[some] = values(map_tree(lambda x: x[some], rollout["last_observation"]), ends)
+    b, f = (rollout["final_step"] >= 0).nonzero(as_tuple=True)
+    t = rollout["final_step"][b, f]
+    final = values(_finals(rollout), map_tree(lambda x: x[b, t], after))
+    return value, _shift(rollout, value, last, final), before
 
 
 def next_observation(rollout: TensorDict) -> Tree:
     """The true next observation of every row, [B, T, *obs]: a second copy, for who needs one."""
-    parts = (rollout[f"{name}observation"] for name in ("", "last_", "final_"))
-    return map_tree(lambda obs, last, final: _shift(obs, last, final, rollout["final_step"]), *parts)
+    parts = (rollout["observation"], rollout["last_observation"], _finals(rollout))
+    return map_tree(lambda obs, last, final: _shift(rollout, obs, last, final), *parts)
 
 
 def rows(rollout: TensorDict, *keys: str) -> TensorDict:
-    """The [B * T] rows of some [B, T, ...] keys; those that are absent (such as `mask`) are left out."""
+    """The real rows [N] of some [B, T, ...] keys; those that are absent (such as `mask`) are left out.
+
+    Where no row is real, the first one is there, so that a rank without any can compute what the others do.
+    """
     found = _select(rollout, keys, lambda x: x.flatten(0, 1))
-    return TensorDict(found, [len(leaves(found)[0])])
+    mask, batch = mask_of(rollout), TensorDict(found, [len(leaves(found)[0])])
+    return batch if mask is None else batch[_real(mask.flatten())]
 
 
 def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *keys: str) -> TensorDict:
-    """Pieces [S, L, ...] of a rollout for policies with memory, S = B * T / L, of some [B, T, ...] keys and `is_init`.
+    """Pieces [S, L, ...] of a rollout for policies with memory, of some [B, T, ...] keys and `is_init`.
 
-    Each begins with the `state` [S, ...] it had. With burn-in there is a `burn_in` part as `Policy.features` takes it:
-    the K steps before each piece and the state before those. A rollout's first pieces have none.
+    S = B * T / L, less the pieces without a real row; where none has any, the first is there. Each begins with the
+    `state` [S, ...] it had. With burn-in there is a `burn_in` part as `Policy.features` takes it: the K steps before
+    each piece and the state before those. A rollout's first pieces have none.
+
+    Padding in a piece repeats a real step, without its `mask`.
 
     Args:
         rollout: whose T is a multiple of L.
@@ -121,22 +143,32 @@ def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *key
         length: L.
         burn_in: K, at most L.
     """
-    is_init = rollout["is_init"]
+    steps = _without_padding(rollout, *keys, "observation", "is_init")
+    is_init, mask = steps["is_init"], mask_of(rollout)
     begin = torch.arange(0, is_init.shape[1], length, device=is_init.device)
-    found = _select(rollout, (*keys, "is_init"), lambda x: x.unflatten(1, (len(begin), length)).flatten(0, 1))
+    found = _select(steps, (*keys, "is_init"), lambda x: x.unflatten(1, (len(begin), length)).flatten(0, 1))
     found["state"] = map_tree(lambda x: x[:, begin].flatten(0, 1), states)
     if burn_in:
-        steps = (begin[:, None] - burn_in + torch.arange(burn_in, device=begin.device)).clamp(min=0)
-        before = _select(rollout, ("observation", "is_init"), lambda x: x[:, steps].flatten(0, 1))
-        before["state"] = map_tree(lambda x: x[:, steps[:, 0]].flatten(0, 1), states)
+        at = (begin[:, None] - burn_in + torch.arange(burn_in, device=begin.device)).clamp(min=0)
+        before = _select(steps, ("observation", "is_init"), lambda x: x[:, at].flatten(0, 1))
+        before["state"] = map_tree(lambda x: x[:, at[:, 0]].flatten(0, 1), states)
         before["real"] = (begin >= burn_in).repeat(len(is_init))
         found["burn_in"] = before
-    return TensorDict(found, [len(is_init) * len(begin)])
+    batch = TensorDict(found, [len(is_init) * len(begin)])
+    return batch if mask is None else batch[_real(mask.unflatten(1, (len(begin), length)).flatten(0, 1).any(1))]
 
 
 def mask_of(batch: TensorDict) -> Tensor | None:
     """The batch's `mask`, or None if every row is a real transition."""
-    return batch.get("mask", None)
+    mask, length = batch.get("mask", None), batch.get("length", None)
+    if mask is None and length is not None:
+        return real_steps(length, batch["next", "reward"].shape[1])
+    return mask
+
+
+def length_of(rollout: TensorDict) -> Tensor | None:
+    """How many steps each time line has, [B], or None if none is padded."""
+    return rollout.get("length", None)
 
 
 def mean_of_rows(x: Tensor, batch: TensorDict) -> Tensor:
@@ -161,14 +193,46 @@ def _row_count(batch: TensorDict) -> Tensor | None:
     return None if count is None else count.flatten()[0]
 
 
-def _select(rollout: TensorDict, keys: Sequence[str], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    present = set(rollout.keys())
-    return {key: map_tree(function, rollout[key]) for key in keys if key in present}
+def _select(batch: TensorDict, keys: Sequence[str], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    values = {key: mask_of(batch) if key == "mask" else batch.get(key, None) for key in keys}
+    return {key: map_tree(function, value) for key, value in values.items() if value is not None}
 
 
-def _shift(x: Tensor, last: Tensor, final: Tensor, final_step: Tensor) -> Tensor:
-    """`x` [B, T, ...] one row later, with `last` [B, ...] at the end and `final` [B, F, ...] at `final_step` [B, F]."""
-    shifted = torch.cat([x[:, 1:], last[:, None]], 1)
-    b, f = (final_step >= 0).nonzero(as_tuple=True)
-    shifted[b, final_step[b, f]] = final[b, f]
+def _without_padding(rollout: TensorDict, *keys: str) -> TensorDict:
+    """Some [B, T, ...] keys in which each step of padding repeats its row's last real one, or one of another row."""
+    length = length_of(rollout)
+    if length is None:
+        return TensorDict(_select(rollout, keys, lambda x: x), rollout.batch_size)
+    num_steps = rollout["next", "reward"].shape[1]
+    row = torch.arange(len(length), device=length.device)
+    row = torch.where(length > 0, row, length.argmax())
+    step = torch.minimum(torch.arange(num_steps, device=row.device), (length[row, None] - 1).clamp(min=0))
+    found = _select(rollout, keys, lambda x: x[row[:, None], step])
+    for key in {"is_init", "mask"} & found.keys():
+        found[key] &= real_steps(length, num_steps)
+    return TensorDict(found, rollout.batch_size)
+
+
+def _real(mask: Tensor) -> Tensor:
+    """Where a mask [N] is True; 0 if nowhere."""
+    found = mask.nonzero().squeeze(1)
+    return found if len(found) else found.new_zeros(1)
+
+
+def _finals(rollout: TensorDict) -> Tree:
+    """The final observations [N, *obs], without padding, in the order of (b, f)."""
+    b, f = (rollout["final_step"] >= 0).nonzero(as_tuple=True)
+    return map_tree(lambda x: x[b, f], rollout["final_observation"])
+
+
+def _shift(rollout: TensorDict, x: Tensor, last: Tensor, final: Tensor) -> Tensor:
+    """`x` [B, T, ...] one row later, with `last` [B, ...] at the ends and `final` [N, ...] where episodes ended."""
+    length, final_step = length_of(rollout), rollout["final_step"]
+    shifted = torch.cat([x[:, 1:], last[:, None] if length is None else x[:, -1:]], 1)
+    if length is not None:
+        b = length.nonzero().squeeze(1)
+        shifted[b, length[b] - 1] = last[b]
+    if len(final):
+        b, f = (final_step >= 0).nonzero(as_tuple=True)
+        shifted[b, final_step[b, f]] = final
     return shifted

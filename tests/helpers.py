@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lit_rl import Policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.off_policy import OffPolicy
 from lit_rl.runners.env_runner import EnvRunner
+from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import to_rollout
+from lit_rl.runners.transport import pack
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -34,6 +37,34 @@ def make_runner(
 
 def next_rollout(runner: EnvRunner) -> TensorDict:
     return to_rollout([runner.sample()], copy=False)
+
+
+def ragged(fragment: Fragment, end: Sequence[int], begin: Sequence[int] | None = None) -> Fragment:
+    """A fragment's steps `begin[b]` (0) to `end[b] - 1` of each time line, and after them what must not be looked at.
+
+    Without `keep_states` the state before step `begin` is not known, so that it must be 0.
+    """
+    old = fragment.rows.views() | fragment.finals.views()
+    num_envs, num_steps = old["reward"].shape
+    begin = begin or [0] * num_envs
+    old.setdefault("mask", np.ones((num_envs, num_steps), np.bool_))
+    new = {path: np.full_like(x, np.nan if x.dtype.kind == "f" else 77) for path, x in old.items()}
+    new["mask"][:], new["final_step"][:] = False, -1
+    new["length"] = np.subtract(end, begin)
+    for b in np.flatnonzero(new["length"]):
+        steps, here = slice(begin[b], end[b]), (old["final_step"][b] >= begin[b]) & (old["final_step"][b] < end[b])
+        for path, x in old.items():
+            if path.startswith("last_"):
+                new[path][b] = x[b] if end[b] == num_steps else old[path.removeprefix("last_")][b, end[b]]
+            elif path.startswith("final_"):
+                new[path][b, here] = x[b, here] - (begin[b] if path == "final_step" else 0)
+            elif path.startswith("state") and x.shape[1] != num_steps:
+                new[path][b] = x[b]
+            else:
+                new[path][b, : new["length"][b]] = x[b, steps]
+    entry = fragment.entry._replace(delivered=int(new["mask"].sum()))
+    finals = {path: new.pop(path) for path in list(new) if path.startswith("final_")}
+    return fragment._replace(rows=pack(new), finals=pack(finals), entry=entry)
 
 
 def quiet_trainer(**options: Any) -> L.Trainer:

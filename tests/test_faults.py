@@ -409,7 +409,9 @@ def test_rollouts_of_unequal_ranks_are_filled_up_with_rows_that_do_not_count() -
     rollout = next_rollout(runner)
     filled = padded(rollout, 5, masked=True)
     assert filled.batch_size == (5,) and filled["mask"].sum(1).tolist() == [6, 6, 0, 0, 0]
+    assert filled["length"].tolist() == [6, 6, 0, 0, 0]
     assert torch.equal(filled["observation", "a"][:2], rollout["observation", "a"])
-    assert (filled["final_step"][2:] == -1).all() and len(rows(filled, "action", "mask")) == 30
+    assert torch.equal(filled["observation", "a"][2:], filled["observation", "a"][:1].expand(3, -1, -1))  # legal
+    assert (filled["final_step"][2:] == -1).all() and len(rows(filled, "action", "mask")) == 12
     assert filled["state", "h"].shape[0] == 5
     assert padded(rollout, 2, masked=False) is rollout

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lit_rl import distributed
-from lit_rl.rollout import Rollout, mask_of
+from lit_rl.rollout import Rollout, length_of, mask_of
 from lit_rl.runners.fragment import Fragment
 from lit_rl.trees import nest
 
@@ -26,10 +26,15 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
     """
     parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
     width = max(part["final_step"].shape[1] for part in parts)
-    has_mask = any("mask" in part for part in parts)
+    has_length = any("length" in part for part in parts)
+    has_mask = has_length or any("mask" in part for part in parts)
     for part in parts:
+        if has_length and "length" not in part:
+            part["length"] = np.full(len(part["is_init"]), part["is_init"].shape[1])
         if has_mask and "mask" not in part:
             part["mask"] = np.ones_like(part["is_init"])
+            if has_length:
+                part["mask"] &= np.arange(part["mask"].shape[1]) < part["length"][:, None]
         missing = width - part["final_step"].shape[1]
         for name in [name for name in part if missing and name.startswith("final_")]:
             part[name] = _pad(part[name], missing, -1 if name == "final_step" else 0)
@@ -64,16 +69,23 @@ def evened(rollout: Rollout, device: torch.device) -> Rollout:
 
 
 def padded(rollout: Rollout, num_envs: int, *, masked: bool) -> Rollout:
-    """A rollout [B] with environments added that have no transitions, up to `num_envs`; `masked`: with a `mask`."""
+    """A rollout [B] with environments of length 0 added, up to `num_envs`; `masked`: with a `mask`.
+
+    They are copies of one that has steps, so that all they hold is legal.
+    """
     missing = num_envs - len(rollout)
     if not missing and not masked:
         return rollout
-    if mask_of(rollout) is None:
-        rollout["mask"] = torch.ones_like(rollout["is_init"])
+    mask, length = mask_of(rollout), length_of(rollout)
+    rollout["mask"] = mask = torch.ones_like(rollout["is_init"]) if mask is None else mask
     if not missing:
         return rollout
-    nothing = rollout[:1].apply(torch.zeros_like).expand(missing).clone()
+    if length is None:
+        rollout["length"] = length = torch.full(mask.shape[:1], mask.shape[1], device=mask.device)
+    nothing = rollout[length.argmax()].expand(missing).clone()
     nothing["final_step"].fill_(-1)
+    nothing["mask"].fill_(False)
+    nothing["length"].fill_(0)
     together: Any = torch.cat([rollout, nothing])
     return together
 

@@ -1,0 +1,254 @@
+"""Time lines of different lengths: what follows a row's last step is not looked at, by anything."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from envs import CounterEnv, SampleEnv
+from gymnasium import spaces
+from helpers import make_runner, ragged
+from torch import Tensor, nn
+
+from lit_rl import PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
+from lit_rl.distributed import masked_mean, standardize
+from lit_rl.envs.make import EnvConfig
+from lit_rl.normalizer import ReturnNormalizer
+from lit_rl.returns import discounted_sum, gae, running_return
+from lit_rl.rollout import (
+    Rollout,
+    count_rows,
+    length_of,
+    mask_of,
+    next_observation,
+    next_values,
+    next_values_with_memory,
+    rows,
+    sequences,
+)
+from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.gathering import padded, to_rollout
+from lit_rl.trees import map_tree
+
+F, T, NAN = False, True, float("nan")
+COUNTER = EnvConfig(CounterEnv)
+SAMPLE = EnvConfig(
+    SampleEnv, {"observation_space": spaces.Box(-1, 1, (3,)), "action_space": spaces.Discrete(3)}
+)  # fmt: skip
+LENGTHS = [7, 16, 0, 1]
+
+
+# --- returns ----------------------------------------------------------------------------------------------------------
+
+# gamma = lambda = 1/2, so delta_t = r_t + next_value_t / 2 - value_t and A_t = delta_t + A_{t+1} / 4.
+TABLE = {
+    # rewards, values, next values, terminated, done, advantages
+    # delta = 1 + 1 - 1 = 1, 2 + 8/2 - 2 = 4: cut after two steps, whose next value is 8;  A = 1 + 4/4, 4
+    "two steps": ([1, 2], [1, 2], [2, 8], [F, F], [F, F], [2.0, 4.0]),
+    # delta = 1, 2 + 0 - 2 = 0, 4 + 1/2 - 3 = 1.5, 1 + 4/2 - 1 = 2;  A = 1 + 0, 0, 1.5 + 2/4, 2
+    "terminated in the middle": ([1, 2, 4, 1], [1, 2, 3, 1], [2, 6, 1, 4], [F, T, F, F], [F, T, F, F], [1, 0, 2, 2]),
+    # A = delta: 3 + 4/2 - 1
+    "one step": ([3], [1], [4], [F], [F], [4.0]),
+    "no step": ([], [], [], [], [], []),
+    # delta = 1 + 6/2 - 1 = 3, 2 + 3/2 - 2 = 1.5, 4 + 0 - 3 = 1;  A = 3, 1.5 + 1/4, 1
+    "truncated in the first step, terminated in the last": (
+        [1, 2, 4], [1, 2, 3], [6, 3, 9], [F, F, T], [T, F, T], [3, 1.75, 1],
+    ),
+}  # fmt: skip
+
+
+def filled(column: int, filling: Any) -> Tensor:
+    """A column of the table, [B, T]."""
+    return torch.tensor([[*case[column], *[filling] * (4 - len(case[0]))] for case in TABLE.values()])
+
+
+@pytest.mark.parametrize("rubbish", [NAN, 99.0])
+@pytest.mark.parametrize("flag", [F, T])
+def test_gae_equals_the_ragged_table_worked_by_hand(rubbish: float, flag: bool) -> None:
+    length = torch.tensor([len(case[0]) for case in TABLE.values()])
+    reward, value, next_value = (filled(column, rubbish) for column in range(3))
+    terminated, done = filled(3, flag), filled(4, flag)
+    advantage, target = gae(reward, terminated, done, value, next_value, gamma=0.5, lambda_=0.5, length=length)
+    torch.testing.assert_close(advantage, filled(5, 0.0))
+    torch.testing.assert_close(target, filled(5, 0.0) + filled(1, 0.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ragged_gae_equals_torchrl_row_by_row(seed: int) -> None:
+    from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+    draw = torch.Generator().manual_seed(seed)
+    reward, value, next_value = torch.randn(3, 6, 12, dtype=torch.float64, generator=draw)
+    terminated, truncated = torch.rand(2, 6, 12, generator=draw) < 0.2
+    done, length = terminated | truncated, torch.tensor([12, 1, 0, 5, 8, 11])
+    behind = torch.arange(12) >= length[:, None]
+    columns = [value.masked_fill(behind, NAN), next_value.masked_fill(behind, NAN), reward.masked_fill(behind, NAN)]
+    ours = gae(columns[2], terminated, done, *columns[:2], gamma=0.97, lambda_=0.9, length=length)
+    for b, n in enumerate(length.tolist()):
+        assert not any(x[b, n:].any() for x in ours)
+        if n:
+            parts = (x[b : b + 1, :n, None] for x in (value, next_value, reward, done, terminated))
+            theirs = generalized_advantage_estimate(0.97, 0.9, *parts)
+            for x, y in zip(ours, theirs):
+                torch.testing.assert_close(x[b, :n], y[0, :, 0], atol=1e-6, rtol=1e-6)
+
+
+def test_discounted_sums_end_with_their_row() -> None:
+    found = discounted_sum(torch.ones(3, 3), torch.full((3, 3), 0.5), torch.tensor([3, 1, 0]))
+    assert found.tolist() == [[1.75, 1.5, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_running_returns_are_carried_on_from_the_last_step_of_each_row() -> None:
+    reward = torch.tensor([[1.0, 2.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 4.0], [5.0, 3.0, 9.0]])
+    done = torch.tensor([[F, F, T], [T, T, T], [F, T, F], [F, T, F]])
+    sums, carry = running_return(
+        reward, done, gamma=0.5, initial=torch.tensor([8.0, 4.0, 0.0, 0.0]), length=torch.tensor([2, 0, 3, 2])
+    )
+    # 1 + 8, 2 + 9/2, carried on: 6.5/2;  nothing: 4 stays;  1, 2 + 1/2 ends, 4, carried on: 4/2;  5, 3 + 5/2 ends
+    assert carry.tolist() == [3.25, 4.0, 2.0, 0.0]
+    assert (
+        sums[0, :2].tolist() == [9.0, 6.5] and sums[2].tolist() == [1.0, 2.5, 4.0] and sums[3, :2].tolist() == [5, 5.5]
+    )
+
+
+def test_returns_in_ragged_pieces_are_scaled_as_in_one() -> None:
+    """What is true of the moments is true of all rewards at the end."""
+    draw = torch.Generator().manual_seed(0)
+    reward, done = torch.randn(3, 8, generator=draw), torch.rand(3, 8, generator=draw) < 0.3
+    whole, apart = ReturnNormalizer(0.9), ReturnNormalizer(0.9)
+    whole.scale(reward, done)
+    for begin, end in (([0, 0, 0], [8, 3, 0]), ([8, 3, 0], [8, 4, 5]), ([8, 4, 5], [8, 8, 8])):
+        length = torch.tensor(end) - torch.tensor(begin)
+        mask, part, ends = torch.arange(8) < length[:, None], torch.full((3, 8), NAN), torch.ones(3, 8) == 1
+        for b in range(3):
+            part[b, : length[b]], ends[b, : length[b]] = reward[b, begin[b] : end[b]], done[b, begin[b] : end[b]]
+        scaled = apart.scale(part, ends, mask, length)
+        assert scaled[mask].isfinite().all()
+    assert int(apart.count) == int(whole.count) == 24
+    torch.testing.assert_close(apart.running_return, whole.running_return)
+    torch.testing.assert_close(apart.var, whole.var)
+
+
+def test_means_do_not_see_what_is_masked() -> None:
+    x, mask = torch.tensor([1.0, NAN], requires_grad=True), torch.tensor([T, F])
+    mean = masked_mean(x, mask)
+    mean.backward()
+    assert mean == 1 and x.grad.tolist() == [1.0, 0.0]
+    assert standardize(torch.tensor([1.0, NAN, 3.0]), torch.tensor([T, F, T]))[[0, 2]].isfinite().all()
+
+
+# --- values and rows --------------------------------------------------------------------------------------------------
+
+
+def fragment_of(env: EnvConfig, network: Any = None, length: int = 16, num_envs: int = 4, **options: Any) -> Fragment:
+    torch.manual_seed(0)
+    policy = Policy(env.spec(), network=network)
+    runner = make_runner(env, policy, num_envs, length, **options)
+    runner.sample()  # the next one begins inside of episodes
+    return runner.sample()
+
+
+def rollouts(env: EnvConfig = COUNTER, length: list[int] = LENGTHS, **options: Any) -> tuple[Rollout, Rollout]:
+    """One whole, and the same with padding."""
+    fragment = fragment_of(env, **options)
+    return to_rollout([fragment], copy=True), to_rollout([ragged(fragment, length)], copy=True)
+
+
+def of_counter(obs: Tensor) -> Tensor:
+    """A critic whose value is the observation, and which is given no rubbish."""
+    assert obs.isfinite().all() and len(obs)
+    return obs.squeeze(-1)
+
+
+def test_values_are_those_of_real_rows_alone() -> None:
+    whole, cut = rollouts()
+    real = mask_of(cut)
+    assert real.sum(1).tolist() == LENGTHS == length_of(cut).tolist() and count_rows(cut) == cut.env_steps == 24
+    for found, expected in zip(next_values(cut, of_counter), next_values(whole, of_counter)):
+        assert torch.equal(found, torch.where(real, expected, 0.0))
+    assert torch.equal(next_observation(cut)[real], next_observation(whole)[real])
+    assert whole["next", "done"][real].sum() > 3
+    empty = cut[2:3]
+    assert [value.tolist() for value in next_values(empty, of_counter)] == [[[0.0] * 16]] * 2
+
+
+def test_rows_are_the_real_ones() -> None:
+    whole, cut = rollouts()
+    real = mask_of(cut)
+    found = rows(cut, "observation", "action", "mask", "advantage")
+    assert set(found.keys()) == {"observation", "action", "mask"} and found["mask"].all()
+    assert torch.equal(found["observation"], whole["observation"][real])
+    assert "mask" not in rows(whole, "action", "mask").keys()  # noqa: SIM118
+    del cut["mask"]
+    assert torch.equal(mask_of(cut), real) and torch.equal(rows(cut, "mask")["mask"], found["mask"])
+    nothing = rows(padded(whole, 5, masked=True)[4:], "observation", "mask")
+    assert nothing["mask"].tolist() == [False] and nothing["observation"].isfinite().all()
+
+
+def test_fragments_with_and_without_padding_make_one_rollout() -> None:
+    fragment = fragment_of(COUNTER)
+    rollout = to_rollout([fragment, ragged(fragment, LENGTHS)], copy=True)
+    assert rollout["length"].tolist() == [16] * 4 + LENGTHS and rollout["mask"].sum(1).tolist() == [16] * 4 + LENGTHS
+
+
+@pytest.mark.parametrize("start", [1, 10])
+def test_final_observations_of_a_space_without_0_are_evaluated(
+    make_trainer: Callable[..., L.Trainer], start: int
+) -> None:
+    """D2: environments ended different numbers of episodes, and padding is zeros."""
+    env_kwargs = {"observation_space": spaces.Discrete(5, start=start), "action_space": spaces.Discrete(3)}
+    data = RolloutDataModule(SampleEnv, env_kwargs=env_kwargs, rollout_length=13, max_env_steps=13 * 8, seed=0)
+    algorithm = PPO(minibatch_size=16)
+    make_trainer(limit_val_batches=0).fit(algorithm, data)
+    assert algorithm.updates_done == 1
+    rollout = to_rollout([fragment_of(EnvConfig(SampleEnv, env_kwargs))], copy=True)
+    value, _ = next_values(padded(rollout, 6, masked=True), algorithm.value)
+    assert not value[4:].any()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [LSTMNetwork, GRUNetwork])
+def test_unrolling_a_ragged_rollout_equals_stepping_through_each_of_its_rows(network: Any) -> None:
+    _, cut = rollouts(SAMPLE, network=network)
+    torch.manual_seed(0)
+    policy, head = Policy(SAMPLE.spec(), network=network), nn.Linear(64, 1)
+    expected, following = torch.zeros(2, 4, 16)
+    with torch.no_grad():
+        value, next_value, states = next_values_with_memory(cut, policy.unroll, lambda x: head(x).squeeze(-1))
+        for b, length in enumerate(LENGTHS):
+            state = map_tree(lambda x, b=b: x[b : b + 1], cut["state"])
+            start = map_tree(torch.from_numpy, policy.initial_state(1))
+            for t in range(length):
+                for name in state:
+                    torch.testing.assert_close(states[name][b, t], state[name][0])
+                state = start if cut["is_init"][b, t] else state
+                features, state = policy.encoder(cut["observation"][b, t : t + 1], state)
+                expected[b, t] = head(features)
+                after = cut["last_observation"][b] if t == length - 1 else cut["observation"][b, t + 1]
+                final = (cut["final_step"][b] == t).nonzero()
+                after = cut["final_observation"][b, final[0, 0]] if len(final) else after
+                following[b, t] = head(policy.encoder(after[None], state)[0])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(next_value[mask_of(cut)], following[mask_of(cut)])
+    assert next_value[mask_of(cut)].unique().numel() > 20
+
+
+def test_sequences_leave_out_pieces_of_padding() -> None:
+    whole, cut = rollouts(SAMPLE, network=LSTMNetwork)
+    policy = Policy(SAMPLE.spec(), network=LSTMNetwork)
+    with torch.no_grad():
+        (*_, states), (*_, whole_states) = (
+            next_values_with_memory(x, policy.unroll, lambda x: x.sum(-1)) for x in (cut, whole)
+        )
+    found = sequences(cut, states, 4, 2, "observation", "action", "mask")
+    expected = sequences(whole, whole_states, 4, 2, "observation", "action", "mask")
+    kept = torch.tensor([0, 1, 4, 5, 6, 7, 12])  # of row 0, which has 7 steps, row 1 and row 3, which has 1
+    assert found["mask"].sum(1).tolist() == [4, 3, 4, 4, 4, 4, 1] and not found["is_init"][~found["mask"]].any()
+    assert found["action"].max() < 3
+    with torch.no_grad():
+        features, same = policy.features(found), policy.features(expected[kept])
+    assert features.isfinite().all()
+    torch.testing.assert_close(features[found["mask"]], same[found["mask"]])
