@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import rank_mean, standardize
+from lit_rl.distributed import greatest, rank_mean, row_means, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
@@ -17,6 +18,7 @@ from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_i
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
 from lit_rl.rollout import mask_of, mean_of_rows, means_of_rows, next_values, next_values_with_memory, rows, sequences
+from lit_rl.rollout import length_of, mask_of, mean_of_rows, next_values, next_values_with_memory, rows, sequences
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
@@ -36,7 +38,8 @@ class PPO(Algorithm):
     `sequence_length` steps: gradients flow through time inside of each, back to the start of its episode.
 
     Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each
-    [B, T, ...], its last and final observations, and `mask` if there is one; writes `advantage, value_target` [B, T].
+    [B, T, ...], its last and final observations, and `mask` and `length` if there are; writes `advantage` and
+    `value_target` [B, T].
 
     Args:
         lr: Adam's learning rate; usually 1e-4 to 1e-3.
@@ -151,14 +154,14 @@ class PPO(Algorithm):
         return torch.optim.Adam(parameters, lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        hp, mask = self.hp, mask_of(rollout)
+        hp, mask, length = self.hp, mask_of(rollout), length_of(rollout)
         with torch.no_grad():
             value, next_value, states = self.values(rollout)
             reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
             if self.return_normalizer is not None:
-                reward = self.return_normalizer.scale(reward, done, mask, rollout["is_init"])
+                reward = self.return_normalizer.scale(reward, done, mask, rollout["is_init"], length)
             advantage, value_target = returns.gae(
-                reward, terminated, done, value, next_value, gamma=hp.gamma, lambda_=hp.gae_lambda
+                reward, terminated, done, value, next_value, gamma=hp.gamma, lambda_=hp.gae_lambda, length=length
             )
             rollout["advantage"] = standardize(advantage, mask) if hp.normalize_advantage else advantage
             rollout["value_target"] = value_target
@@ -237,9 +240,10 @@ class PPO(Algorithm):
         return *next_values(rollout, self.value), None
 
     def minibatches(self, rollout: TensorDict, states: Tree) -> Iterator[TensorDict]:
-        """`num_epochs` passes over the rollout's rows, each in a new order, in slices of `minibatch_size`.
+        """`num_epochs` passes over the rollout's real rows, each in a new order, in slices of `minibatch_size`.
 
-        With memory the order is that of sequences, each of which counts `sequence_length` rows.
+        With memory the order is that of sequences, each of which counts `sequence_length` rows. If there is a mask, a
+        pass has equally many slices on every rank, all of the same size: rows are repeated, with `mask` False.
         """
         hp, size = self.hp, self.hp.minibatch_size
         keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
@@ -247,10 +251,19 @@ class PPO(Algorithm):
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
         else:
             batch = rows(rollout, *keys)
-        num_noise, device = self.policy.distribution.num_noise, rollout.device or "cpu"
+        num, mask, device = len(batch), mask_of(batch), rollout["action_log_prob"].device
+        if mask is not None:
+            place = torch.arange(greatest([-(-num // size)], device)[0] * size, device=device)
+            is_first = (place < num).view(-1, *[1] * (mask.ndim - 1))
+        num_noise = self.policy.distribution.num_noise
         for _ in range(hp.num_epochs):
-            order = torch.randperm(len(batch), generator=self.generator).to(device)
-            for minibatch in batch[order].split(size):
+            order = torch.randperm(num, generator=self.generator).to(device)
+            if mask is None:
+                shuffled = batch[order]
+            else:
+                shuffled = batch[order[place % num]]
+                shuffled["mask"] &= is_first
+            for minibatch in shuffled.split(size):
                 if num_noise:
                     shape = (*minibatch["advantage"].shape, num_noise)
                     minibatch["entropy_noise"] = torch.randn(shape, generator=self.generator).to(device)

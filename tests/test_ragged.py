@@ -1,5 +1,6 @@
 """Time lines of different lengths: what follows a row's last step is not looked at, by anything."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from envs import CounterEnv, SampleEnv
 from gymnasium import spaces
 from helpers import make_runner, ragged
+from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl import PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
+from lit_rl import MLP, PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.envs.make import EnvConfig
 from lit_rl.normalizer import ReturnNormalizer
@@ -29,7 +31,7 @@ from lit_rl.rollout import (
 )
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import padded, to_rollout
-from lit_rl.trees import map_tree
+from lit_rl.trees import iterate, map_tree, nest
 
 F, T, NAN = False, True, float("nan")
 COUNTER = EnvConfig(CounterEnv)
@@ -252,3 +254,90 @@ def test_sequences_leave_out_pieces_of_padding() -> None:
         features, same = policy.features(found), policy.features(expected[kept])
     assert features.isfinite().all()
     torch.testing.assert_close(features[found["mask"]], same[found["mask"]])
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+
+class Bare(PPO):
+    """PPO that keeps its minibatches and its gradients in place of stepping."""
+
+    def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
+        self.seen = [*getattr(self, "seen", []), batch]
+        return super().gradient_step(batch)
+
+    def optimize(self, loss: Tensor, optimizer: object = None) -> bool:
+        self.zero_grad()
+        loss.backward()
+        self.gradients = [p.grad.clone() for p in self.parameters() if p.grad is not None]
+        return True
+
+
+def bare(network: Any, **options: Any) -> Bare:
+    torch.manual_seed(0)
+    algorithm = Bare(
+        network=network, normalize_observations=True, normalize_returns=True, entropy_coef=0.1, sequence_length=4,
+        **options,
+    )  # fmt: skip
+    algorithm.build(SAMPLE.spec())
+    return algorithm
+
+
+@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
+def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) -> None:
+    short = to_rollout([fragment_of(SAMPLE, network=network, length=12)], copy=True)
+    columns: dict[str, Tensor] = {}
+    for path, x in iterate(short.to_dict()):  # with 4 steps of padding each, and a time line without any step
+        shape = (5, 16, *x.shape[2:]) if x.shape[:2] == (4, 12) else (5, *x.shape[1:])
+        columns[path] = torch.full(shape, NAN if x.is_floating_point() else 77).to(x.dtype)
+        columns[path][(slice(4), *map(slice, x.shape[1:]))] = x
+    columns["final_step"][4] = -1
+    columns["length"] = torch.tensor([12, 12, 12, 12, 0])
+    long = Rollout(nest(columns), [5])
+    ours, theirs = bare(network, minibatch_size=48, num_epochs=1), bare(network, minibatch_size=48, num_epochs=1)
+    metrics, expected = ours.update(long), theirs.update(short)
+    for a, b in zip(ours.gradients, theirs.gradients):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(metrics[name]), torch.as_tensor(value), msg=name)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
+@pytest.mark.parametrize("others", [0, 5])
+def test_minibatches_of_masked_rollouts_have_one_size_and_equal_numbers_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch, network: Any, others: int
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(
+        "lit_rl.modules.ppo.greatest", lambda mine, _: asked.append(mine) or [max(n, others) for n in mine]
+    )
+    _, cut = rollouts(SAMPLE, network=network)
+    algorithm = bare(network, minibatch_size=16, num_epochs=3)
+    algorithm.update(cut)
+    memory = algorithm.policy.has_memory
+    units, size = (7, 4) if memory else (24, 16)  # 24 real rows, or 7 pieces of 4 steps with some
+    assert asked == [[2]]
+    per_pass = max(2, others)
+    assert len(algorithm.seen) == 3 * per_pass
+    for k in range(3):
+        seen = torch.cat([x.select("observation", "mask", "action") for x in algorithm.seen[k * per_pass :][:per_pass]])
+        assert len(seen) == per_pass * size
+        assert seen["observation"].isfinite().all() and seen["action"].max() < 3
+        assert seen["mask"].sum() == 24  # each real row once
+        assert not seen["mask"][units:].any()
+        found = seen["observation"][seen["mask"]].sort(0).values
+        assert torch.equal(found, cut["observation"][mask_of(cut)].sort(0).values)
+    assert all(g.isfinite().all() for g in algorithm.gradients)
+
+
+def test_minibatches_without_a_mask_are_slices_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_rl.modules.ppo.greatest", None)  # nobody is asked
+    whole, _ = rollouts(SAMPLE)
+    algorithm = bare(MLP, minibatch_size=24, num_epochs=1)
+    algorithm.update(whole)
+    assert [len(x) for x in algorithm.seen] == [24, 24, 16]
+    assert not any("mask" in x.keys() for x in algorithm.seen)  # noqa: SIM118
+    order = torch.randperm(64, generator=bare(MLP, minibatch_size=24).generator)
+    assert torch.equal(torch.cat([x["observation"] for x in algorithm.seen]), whole["observation"].flatten(0, 1)[order])
