@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, SampleEnv
@@ -17,6 +18,7 @@ from lit_rl import MLP, PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.envs.make import EnvConfig
 from lit_rl.normalizer import ReturnNormalizer
+from lit_rl.replay import ReplayBuffer
 from lit_rl.returns import discounted_sum, gae, running_return
 from lit_rl.rollout import (
     Rollout,
@@ -341,3 +343,84 @@ def test_minibatches_without_a_mask_are_slices_of_all_rows(monkeypatch: pytest.M
     assert not any("mask" in x.keys() for x in algorithm.seen)  # noqa: SIM118
     order = torch.randperm(64, generator=bare(MLP, minibatch_size=24).generator)
     assert torch.equal(torch.cat([x["observation"] for x in algorithm.seen]), whole["observation"].flatten(0, 1)[order])
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def replay(**options: Any) -> ReplayBuffer:
+    return ReplayBuffer(COUNTER.spec(), 1000, seed=np.random.SeedSequence(0), **options)
+
+
+def test_replay_of_ragged_fragments_equals_the_table_worked_by_hand() -> None:
+    """Two fragments of three environments, T = 3.
+
+    Environment 0: observations 0, 1 | 2, 3 (terminated, final 4), 50;  1: nothing | 100, 101 (truncated, final 102),
+    150;  2: 200 (truncated, final 201) | nothing, the next episode begins at 250 and has no step yet.
+    """
+    first = {
+        "observation": [[0, 1, NAN], [NAN, NAN, NAN], [200, NAN, NAN]], "last_observation": [2, NAN, 250],
+        "final_observation": [[NAN], [NAN], [201]], "final_step": [[-1], [-1], [0]], "length": [2, 0, 1],
+        "terminated": [[F, F, T], [T, T, T], [F, T, T]], "truncated": [[F, F, T], [T, T, T], [T, T, T]],
+        "is_init": [[T, F, T], [T, T, T], [T, T, T]], "reward": [[1, 2, NAN], [NAN] * 3, [7, NAN, NAN]],
+    }  # fmt: skip
+    second = {
+        "observation": [[2, 3, 50], [100, 101, 150], [NAN] * 3], "last_observation": [51, 151, NAN],
+        "final_observation": [[4], [102], [NAN]], "final_step": [[1], [1], [-1]], "length": [3, 3, 0],
+        "terminated": [[F, T, F], [F, F, F], [T, T, T]], "truncated": [[F, F, F], [F, T, F], [T, T, T]],
+        "is_init": [[F, F, T], [T, F, T], [T, T, T]], "reward": [[4, 8, 16], [1, 2, 4], [NAN] * 3],
+    }  # fmt: skip
+    buffer = replay()
+    for fragment, real in ((first, 3), (second, 6)):
+        arrays = {name: np.array(x) for name, x in fragment.items()}
+        for name in ("observation", "last_observation", "final_observation"):
+            arrays[name] = arrays[name].astype(np.float32)[..., None]
+        arrays["action"] = np.full((3, 3), 77)
+        arrays["mask"] = np.arange(3) < arrays["length"][:, None]
+        assert buffer.extend(arrays, range(3)) == real
+    # First observation, the one after up to three steps, their discounted sum with gamma 1/2, whether terminated.
+    expected = {
+        (0, 3, 1 + 2 / 2 + 4 / 4, F), (1, 4, 2 + 4 / 2 + 8 / 4, T), (2, 4, 4 + 8 / 2, T), (3, 4, 8, T), (50, 51, 16, F),
+        (100, 102, 1 + 2 / 2, F), (101, 102, 2, F), (150, 151, 4, F), (200, 201, 7, F),
+    }  # fmt: skip
+    batch = buffer.sample(500, gamma=0.5, num_steps=(3, 3))
+    parts = (
+        batch["observation"][:, 0],
+        batch["next", "observation"][:, 0],
+        *(batch["next"][k] for k in ("reward", "terminated")),
+    )
+    assert set(zip(*(x.tolist() for x in parts))) == expected and len(buffer) == 9
+    # One row for each observation: 0 to 3, 4, 50, 51; 100, 101, 102, 150, 151; 200, 201, 250. No chain is begun twice.
+    assert buffer._written == 15
+
+
+@pytest.mark.parametrize("network", [None, LSTMNetwork])
+def test_replay_of_time_lines_in_ragged_pieces_is_that_of_whole_ones(network: Any) -> None:
+    torch.manual_seed(0)
+    policy = Policy(COUNTER.spec(), network=network)
+    state = dict(iterate(policy.initial_state(1), "state")) if network else None
+    runner = make_runner(COUNTER, policy, 3, 8, keep_states=True)
+    whole, apart = replay(state=state), replay(state=state)
+    for _ in range(6):
+        fragment = runner.sample()
+        assert whole.extend(fragment.rows.views() | fragment.finals.views(), range(3)) == 24
+        pieces = [
+            ragged(fragment, [8, 3, 0]),
+            ragged(fragment, [8, 4, 5], [8, 3, 0]),
+            ragged(fragment, [8] * 3, [8, 4, 5]),
+        ]
+        added = [apart.extend(piece.rows.views() | piece.finals.views(), range(3)) for piece in pieces]
+        assert added == [11, 6, 7]
+    assert len(whole) == len(apart) == 144 and whole._written == apart._written
+
+    def drawn(buffer: ReplayBuffer) -> set[tuple[float, ...]]:
+        if network is None:
+            batch = buffer.sample(5000, gamma=0.5, num_steps=(4, 4))
+            columns = [batch["observation"], batch["next", "observation"], batch["next", "reward"], batch["discount"]]
+        else:
+            batch = buffer.sample_sequences(5000, length=4, burn_in=2, gamma=0.5)
+            columns = [batch[key] for key in ("observation", "mask", "last_observation", ("burn_in", "observation"))]
+            columns += [batch["state", "h"][:, :2], batch["burn_in", "real"], batch["next", "reward"]]
+        return set(map(tuple, torch.cat([x.float().reshape(5000, -1) for x in columns], 1).tolist()))
+
+    assert drawn(whole) == drawn(apart)

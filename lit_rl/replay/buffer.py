@@ -10,7 +10,7 @@ Rows are written in the order of time: what a row's links lead to is newer than 
 Shapes: B envs, T steps of a fragment; M rows of a minibatch, or S sequences, L steps of each, K steps before them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,9 @@ class ReplayBuffer:
     def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int]) -> int:
         """Append a fragment [B, T] of an env runner; returns how many transitions that were.
 
+        Where its time lines have a `length` [B], an environment goes on after step `length - 1`; one of length 0 is
+        left as it is.
+
         Args:
             rows: the fragment's arrays by path: see `runners.fragment.Fragment`; with `state` [B, T, ...] if states
                 are kept.
@@ -101,6 +104,9 @@ class ReplayBuffer:
         Raises:
             ReplayError: if a file of `storage_dir` cannot grow.
         """
+        if "length" in rows:
+            parts = _of_equal_length(rows, np.asarray(list(envs)))
+            return sum(self.extend(part, numbers) for part, numbers in parts)
         batch, length = rows["reward"].shape
         mask = rows.get("mask")
         done = rows["terminated"] | rows["truncated"]
@@ -139,7 +145,8 @@ class ReplayBuffer:
         if self._tree is not None:
             # A new transition is drawn soon: it has the greatest priority of all.
             self._tree.set((now if mask is None else now[mask]).reshape(-1), self._max_priority**self._alpha)
-        begins = done[:, -1] if mask is None else ~mask[:, -1]
+        begins = done[:, -1].copy() if mask is None else ~mask[:, -1]
+        begins[final_b[final_t == length - 1]] = True
         self._open.update(zip(envs, zip(numbers[:, -1].tolist(), begins.tolist())))
         self._snapshots.touch(position, finals)
         return count
@@ -407,3 +414,16 @@ class ReplayBuffer:
     def _priorities(self) -> dict[str, np.ndarray]:
         """What changes everywhere, and is saved whole."""
         return {} if self._tree is None else {"priorities": self._tree.leaves[: min(self._written, self.capacity)]}
+
+
+def _of_equal_length(
+    rows: Mapping[str, np.ndarray], envs: np.ndarray
+) -> Iterator[tuple[dict[str, np.ndarray], list[int]]]:
+    """A fragment's environments that have steps, without padding: those of each `length`, and their numbers."""
+    for length in np.unique(rows["length"][rows["length"] > 0]):
+        these = rows["length"] == length
+        part = {path: array[these] for path, array in rows.items() if path != "length"}
+        for path, array in part.items():
+            if not path.startswith(("last_", "final_")):
+                part[path] = array[:, :length]
+        yield part, envs[these].tolist()
