@@ -1,4 +1,4 @@
-"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder> [network]`.
+"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder> [network [compile]]`.
 
 Started by test_ddp.py.
 """
@@ -17,6 +17,7 @@ from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, Algorithm, Evaluation, ReplayDataModule, RolloutDataModule, distributed, networks
 from lit_rl.errors import DivergedError
+from lit_rl.rollout import Rollout
 
 ENVS = 4  # over all ranks
 SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]}  # first environment and their number
@@ -31,11 +32,12 @@ class Recorded(RolloutDataModule):
     def start_rollout(self) -> None:
         """Nothing is collected."""
 
-    def finish_rollout(self) -> TensorDict:
+    def finish_rollout(self) -> Rollout:
         rollout = torch.load(self.folder / "rollout.pt", weights_only=True)
-        rollout = TensorDict(rollout | {"next": TensorDict(rollout["next"], [ENVS])}, [ENVS])
         first, count = self.shares[self.trainer.global_rank]
-        return rollout[first:][:count].clone()
+        share = Rollout(rollout, [ENVS])[first:][:count].clone()
+        share.env_steps = int(share["mask"].sum())
+        return share
 
 
 class Gradients(PPO):
@@ -46,7 +48,7 @@ class Gradients(PPO):
         self.kept.append([p.grad.clone() for p in self.parameters()])
 
 
-def gradients(world_size: int, out: Path, name: str, network: str) -> None:
+def gradients(world_size: int, out: Path, name: str, network: str, compile: bool = False) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
     length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
@@ -56,10 +58,14 @@ def gradients(world_size: int, out: Path, name: str, network: str) -> None:
     data.folder, data.shares = out, SHARES[name]
     algorithm = Gradients(
         minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
-        entropy_coef=0.01, lr=1e-2, network=getattr(networks, network),
+        entropy_coef=0.01, lr=1e-2, network=getattr(networks, network), sequence_length=4, compile=compile,
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
-    state = {"gradients": algorithm.kept, "env_steps": int(algorithm.env_steps), "weights": algorithm.state_dict()}
+    state = {
+        "gradients": getattr(algorithm, "kept", []),
+        "env_steps": int(algorithm.env_steps),
+        "weights": algorithm.state_dict(),
+    }
     torch.save(state, out / f"gradients-{name}-{trainer.global_rank}.pt")
 
 
@@ -182,7 +188,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
     if case in SHARES:
-        gradients(len(SHARES[case]), out, case, sys.argv[3])
+        gradients(len(SHARES[case]), out, case, *sys.argv[3:4], compile=sys.argv[4:] == ["compile"])
     elif case == "nan":
         nan(out)
     elif case == "resume":

@@ -13,11 +13,12 @@ import pytest
 import torch
 from ddp_off_policy import CASES
 from envs import counter_vector
-from helpers import TESTS, make_runner, next_rollout, run_python
+from helpers import TESTS, make_runner, ragged, run_python
 
 from lit_rl import MLP, LSTMNetwork, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
+from lit_rl.runners.gathering import to_rollout
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT, OFF_POLICY = TESTS / "ddp_script.py", TESTS / "ddp_off_policy.py"
@@ -28,13 +29,15 @@ def run(case: str, out: Path, *more: str) -> str:
     return run_python(SCRIPT, case, out, *more, cwd=out).stderr
 
 
+@pytest.mark.parametrize("length", [None, [13, 6, 0, 1]], ids=["whole", "ragged"])
 @pytest.mark.parametrize(("network", "splits"), [(MLP, ["two", "uneven"]), (LSTMNetwork, ["two"])])
 def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
-    tmp_path: Path, network: type, splits: list[str]
+    tmp_path: Path, network: type, splits: list[str], length: list[int] | None
 ) -> None:
     config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
     policy = Policy(config.spec(), network=network)
-    rollout = next_rollout(make_runner(config, policy, 4, 16))
+    fragment = make_runner(config, policy, 4, 16).sample()
+    rollout = to_rollout([fragment if length is None else ragged(fragment, length)], copy=False)
     real = rollout["mask"].sum(1)
     assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
     torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
@@ -50,6 +53,12 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         for name, value in one["weights"].items():  # normalisers too
             torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
+    if length is not None and network is MLP:
+        run("uneven", tmp_path, network.__name__, "compile")
+        compiled = torch.load(tmp_path / "gradients-uneven-1.pt")
+        assert not compiled["gradients"]  # that hook is not called
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(value, compiled["weights"][name], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["process", pytest.param("ray", marks=pytest.mark.ray)])
