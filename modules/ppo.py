@@ -9,16 +9,23 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.algorithm import Algorithm
-from lit_rl.distributed import rank_mean, standardize
-from lit_rl.distributed import greatest, rank_mean, row_means, standardize
+from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
-from lit_rl.rollout import mask_of, mean_of_rows, means_of_rows, next_values, next_values_with_memory, rows, sequences
-from lit_rl.rollout import length_of, mask_of, mean_of_rows, next_values, next_values_with_memory, rows, sequences
+from lit_rl.rollout import (
+    length_of,
+    mask_of,
+    mean_of_rows,
+    means_of_rows,
+    next_values,
+    next_values_with_memory,
+    rows,
+    sequences,
+)
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
@@ -84,6 +91,7 @@ class PPO(Algorithm):
 
     critic: ValueNetwork | ValueHead
     kl_coef: Tensor | None
+    steps_per_pass: int
 
     def __init__(
         self,
@@ -184,9 +192,7 @@ class PPO(Algorithm):
             metrics["optim/gradient_steps"] = float(len(terms))
         if self.kl_coef is not None and terms:
             metrics["policy/kl_coef"] = float(self.kl_coef)
-            length = hp.sequence_length if self.policy.has_memory else 1  # a minibatch holds whole sequences
-            steps_per_pass = -(-reward.numel() // (hp.minibatch_size // length * length))
-            self.adapt_kl_coef(self.kl_coef, terms[-steps_per_pass:])
+            self.adapt_kl_coef(self.kl_coef, terms[-self.steps_per_pass :])
         metrics["value/explained_variance"] = explained_variance(value, value_target, mask)
         return metrics
 
@@ -252,8 +258,10 @@ class PPO(Algorithm):
         else:
             batch = rows(rollout, *keys)
         num, mask, device = len(batch), mask_of(batch), rollout["action_log_prob"].device
+        self.steps_per_pass = -(-num // size)
         if mask is not None:
-            place = torch.arange(greatest([-(-num // size)], device)[0] * size, device=device)
+            self.steps_per_pass = greatest([self.steps_per_pass], device)[0]
+            place = torch.arange(self.steps_per_pass * size, device=device)
             is_first = (place < num).view(-1, *[1] * (mask.ndim - 1))
         num_noise = self.policy.distribution.num_noise
         for _ in range(hp.num_epochs):
