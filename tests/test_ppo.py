@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from envs import ClockEnv, CounterEnv, IdentityEnv, TargetEnv, counter_vector
-from helpers import greedy_return
+from helpers import greedy_return, quiet_trainer
 from tensordict import TensorDict
 
 from lit_rl import MLP, PPO, Evaluation, RolloutDataModule
@@ -145,6 +145,20 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
         torch.testing.assert_close(a, b)
 
 
+def weights_of_a_run(**model) -> torch.Tensor:
+    data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL | {"rollout_length": 32})
+    algorithm = PPO(**{"minibatch_size": 64, "lr": 1e-2} | model)
+    quiet_trainer(limit_val_batches=0).fit(algorithm, data)
+    return torch.cat([p.flatten() for p in algorithm.parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain_weights() -> torch.Tensor:
+    """What every option must change."""
+    torch.set_num_threads(1)  # as in every test
+    return weights_of_a_run()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -170,14 +184,8 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
         ("network", MLP),  # the default, said aloud: changes nothing
     ],
 )
-def test_every_option_changes_what_is_learned(make_trainer, option: str, value: object) -> None:
-    def weights(**model) -> torch.Tensor:
-        data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL | {"rollout_length": 32})
-        algorithm = PPO(**{"minibatch_size": 64, "lr": 1e-2} | model)
-        make_trainer(limit_val_batches=0).fit(algorithm, data)
-        return torch.cat([p.flatten() for p in algorithm.parameters()])
-
-    same = torch.equal(weights(), weights(**{option: value}))
+def test_every_option_changes_what_is_learned(option: str, value: object, plain_weights: torch.Tensor) -> None:
+    same = torch.equal(weights_of_a_run(**{option: value}), plain_weights)
     assert same == (option == "network")
 
 
