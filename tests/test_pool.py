@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 from envs import CounterEnv, FailingEnv
 from gymnasium import spaces
 from helpers import run_python
@@ -54,6 +55,12 @@ def make_pool(*configs: EnvConfig, ledger: Ledger | None = None, **faults: Any) 
 def collect(pool: RunnerPool, policy: Policy, version: int = 0) -> list[tuple[int, Fragment]]:
     pool.start(policy, version)
     return pool.finish()
+
+
+def wait_for_fragments(pool: RunnerPool) -> None:
+    """Until every runner's fragment lies there."""
+    fragments = [slot.fragment for slot in pool._slots]
+    assert len(ray.wait(fragments, num_returns=len(fragments), timeout=60)[0]) == len(fragments)
 
 
 def test_every_transition_is_exact_through_ray_in_every_autoreset_mode() -> None:
@@ -177,7 +184,7 @@ def test_runners_are_added_and_taken_away() -> None:
         time.sleep(0.1)
     assert [runner for runner, _ in found] == [0, 1]
     pool.start(policy, 1)
-    time.sleep(1.0)
+    wait_for_fragments(pool)
     pool.resize(1)
     assert [runner for runner, _ in pool.finish()] == [0]
     assert ledger.discarded["unread"] == NUM_ENVS * LENGTH  # nobody took the other's fragment
@@ -190,10 +197,12 @@ def test_runners_are_added_and_taken_away() -> None:
     pool.close()
 
 
-def test_fragments_that_lay_there_for_long_are_no_stalled_runners() -> None:
-    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(CounterEnv), sample_timeout_s=1.0)
+def test_fragments_that_lay_there_for_long_are_no_stalled_runners(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, policy = make_pool(EnvConfig(CounterEnv), EnvConfig(CounterEnv), sample_timeout_s=300.0)
     pool.start(policy, 0)
-    time.sleep(2.0)  # as while the learner evaluates
+    wait_for_fragments(pool)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 301.0)  # as if the learner had evaluated
     assert sorted(pool.finish_any()[0][0] for _ in range(2)) == [0, 1]
     assert pool.ledger.restarts == 0
     pool.close()

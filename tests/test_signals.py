@@ -37,6 +37,19 @@ class SlowCycleEnv(CycleEnv):
         return super().step(action)
 
 
+class StuckCycleEnv(CycleEnv):
+    """Its eighth step, in the second batch, takes a minute; a file says that it has begun."""
+
+    steps = 0
+
+    def step(self, action: Any) -> tuple:
+        self.steps += 1
+        if self.steps == 8:
+            Path(os.environ["RUN_OF_TEST"], "stuck").touch()
+            time.sleep(60)
+        return super().step(action)
+
+
 def fit(make_trainer: Any, *callbacks: L.Callback, path: Any = None, **options: Any) -> tuple[PPO, L.Trainer]:
     """Rollouts end where episodes do: a resumed run has the same ones."""
     data = RolloutDataModule(
@@ -111,9 +124,9 @@ def test_a_program_keeps_its_own_handler_of_sigusr1(make_trainer) -> None:
     assert received == [1] and algorithm.updates_done == 9
 
 
-def start(folder: Path, *more: str, step_s: float = 0.02) -> subprocess.Popen:
+def start(folder: Path, *more: str) -> subprocess.Popen:
     folder.mkdir(parents=True)
-    environment = os.environ | {"STEP_S": str(step_s), "RUN_OF_TEST": str(folder)}
+    environment = os.environ | {"STEP_S": "0.02", "RUN_OF_TEST": str(folder)}
     return subprocess.Popen(
         [sys.executable, "-m", "lit_rl", *RUN, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -160,12 +173,6 @@ def command(folder: Path, errors: Path) -> None:
     with errors.open("w") as file:
         os.dup2(file.fileno(), 2)
     cli.main(RUN)
-
-
-def wait_for_a_batch(folder: Path, process: subprocess.Popen) -> None:
-    while not any(len(path.read_text().splitlines()) > 1 for path in folder.rglob("metrics.csv")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
 
 
 def processes_of(folder: Path) -> Iterator[str]:
@@ -233,12 +240,12 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
 @pytest.mark.parametrize("num_env_runners", ["0", "1"])
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runners: str) -> None:
     folder = tmp_path / "run"
-    process = start(folder, "--data.num_env_runners", num_env_runners, step_s=1.0)  # a batch takes 10 seconds
-    wait_for_a_batch(folder, process)
-    time.sleep(2)  # the batch is logged before a signal is looked for, which would be obeyed there: into the next one
+    process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "test_signals:StuckCycleEnv")
+    while not (folder / "stuck").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)  # Ray looks once a second whether there was a signal
-    assert process.poll() is None
+    assert any(line == "SIGTERM: stopping after this batch; once more stops at once.\n" for line in process.stderr)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     assert process.wait(timeout=20) == 128 + signal.SIGINT
