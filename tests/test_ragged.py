@@ -33,6 +33,7 @@ from lit_rl.rollout import (
 )
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import padded, to_rollout
+from lit_rl.runners.transport import pack
 from lit_rl.trees import iterate, map_tree, nest
 
 F, T, NAN = False, True, float("nan")
@@ -192,8 +193,10 @@ def test_rows_are_the_real_ones() -> None:
 
 def test_fragments_with_and_without_padding_make_one_rollout() -> None:
     fragment = fragment_of(COUNTER)
-    rollout = to_rollout([fragment, ragged(fragment, LENGTHS)], copy=True)
-    assert rollout["length"].tolist() == [16] * 4 + LENGTHS and rollout["mask"].sum(1).tolist() == [16] * 4 + LENGTHS
+    cut = ragged(fragment, LENGTHS)
+    bare = cut._replace(rows=pack({path: x for path, x in cut.rows.views().items() if path != "mask"}))
+    rollout = to_rollout([fragment, cut, bare], copy=True)
+    assert rollout["length"].tolist() == rollout["mask"].sum(1).tolist() == [16] * 4 + LENGTHS + LENGTHS
 
 
 @pytest.mark.parametrize("start", [1, 10])
@@ -220,8 +223,13 @@ def test_unrolling_a_ragged_rollout_equals_stepping_through_each_of_its_rows(net
     torch.manual_seed(0)
     policy, head = Policy(SAMPLE.spec(), network=network), nn.Linear(64, 1)
     expected, following = torch.zeros(2, 4, 16)
+
+    def unroll(obs: Tensor, state: Any, is_init: Tensor) -> Any:
+        assert obs.isfinite().all()  # also for the time line that has no step
+        return policy.unroll(obs, state, is_init)
+
     with torch.no_grad():
-        value, next_value, states = next_values_with_memory(cut, policy.unroll, lambda x: head(x).squeeze(-1))
+        value, next_value, states = next_values_with_memory(cut, unroll, lambda x: head(x).squeeze(-1))
         for b, length in enumerate(LENGTHS):
             state = map_tree(lambda x, b=b: x[b : b + 1], cut["state"])
             start = map_tree(torch.from_numpy, policy.initial_state(1))
@@ -287,16 +295,16 @@ def bare(network: Any, **options: Any) -> Bare:
 
 @pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
 def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) -> None:
-    short = to_rollout([fragment_of(SAMPLE, network=network, length=12)], copy=True)
+    short = to_rollout([fragment_of(SAMPLE, network=network, length=8)], copy=True)
     columns: dict[str, Tensor] = {}
-    for path, x in iterate(short.to_dict()):  # with 4 steps of padding each, and a time line without any step
-        shape = (5, 16, *x.shape[2:]) if x.shape[:2] == (4, 12) else (5, *x.shape[1:])
+    for path, x in iterate(short.to_dict()):  # with 8 steps of padding each, and a time line without any step
+        shape = (5, 16, *x.shape[2:]) if x.shape[:2] == (4, 8) else (5, *x.shape[1:])
         columns[path] = torch.full(shape, NAN if x.is_floating_point() else 77).to(x.dtype)
         columns[path][(slice(4), *map(slice, x.shape[1:]))] = x
     columns["final_step"][4] = -1
-    columns["length"] = torch.tensor([12, 12, 12, 12, 0])
+    columns["length"] = torch.tensor([8, 8, 8, 8, 0])
     long = Rollout(nest(columns), [5])
-    ours, theirs = bare(network, minibatch_size=48, num_epochs=1), bare(network, minibatch_size=48, num_epochs=1)
+    ours, theirs = bare(network, minibatch_size=32, num_epochs=1), bare(network, minibatch_size=32, num_epochs=1)
     metrics, expected = ours.update(long), theirs.update(short)
     for a, b in zip(ours.gradients, theirs.gradients):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -304,6 +312,9 @@ def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) ->
         torch.testing.assert_close(torch.as_tensor(metrics[name]), torch.as_tensor(value), msg=name)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    carried = ours.return_normalizer.running_return
+    assert carried[:4].all()  # inside of episodes
+    torch.testing.assert_close(carried[:4], theirs.return_normalizer.running_return)
 
 
 @pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
