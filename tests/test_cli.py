@@ -23,7 +23,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def lit_rl(*args: str) -> "cli.CLI":
+def lit_rl(*args: str) -> "cli.program.CLI":
     """Run the command in this process."""
     return cli.main(list(args))
 
@@ -289,7 +289,7 @@ def test_a_mistake_inside_of_a_network_blames_its_inside(capsys: pytest.CaptureF
 
 def test_a_warning_is_one_line_without_the_code_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    cli._quieten()
+    cli.program._quieten()
     assert (
         warnings.formatwarning("The loss\n is not finite.", UserWarning, "module.py", 3) == "The loss is not finite.\n"
     )

@@ -110,7 +110,7 @@ def test_torchrun_on_two_nodes_trains_equal_ranks(tmp_path: Path) -> None:
 def test_a_mistake_is_told_before_ray_starts(
     args: list[str], words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "run_learners", lambda *_: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr("lit_rl.cli.program.run_learners", lambda *_: pytest.fail("Ray was asked for"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["fit", "--config", "ppo_cartpole", *args])
     assert caught.value.code == 2

@@ -31,7 +31,7 @@ def feed(diagnostics: Diagnostics, batches: list[dict[str, float]], start: int =
         algorithm: Any = SimpleNamespace(
             spec=SimpleNamespace(action_space=spaces.Discrete(2)),
             policy=None,
-            max_env_steps=1000,
+            budget=1000,
             env_steps_done=10 * (i + 1),
         )
         returned = {"rollout/return_mean": 100.0 if i == 1 else 50.0 + i % 3}
@@ -83,7 +83,7 @@ def test_one_bad_batch_is_no_reason_to_warn(caplog) -> None:
 
 def test_a_critic_of_equal_episodes_is_not_blamed_while_returns_are_at_their_best(caplog) -> None:
     diagnostics = Diagnostics(window=5)
-    algorithm: Any = SimpleNamespace(max_env_steps=1000, env_steps_done=10, spec=None, policy=None)
+    algorithm: Any = SimpleNamespace(budget=1000, env_steps_done=10, spec=None, policy=None)
     for i in range(20):
         metrics = {"value/explained_variance": -2.0, "rollout/return_mean": float(i)}
         diagnostics.on_train_batch_end(SimpleNamespace(callback_metrics=metrics, is_global_zero=True), algorithm)  # type: ignore[arg-type]

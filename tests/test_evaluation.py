@@ -21,7 +21,7 @@ from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
 from lit_rl.evaluation.episodes import play
 from lit_rl.evaluation.eval_pool import EvalPool
-from lit_rl.evaluation.summary import bootstrap_interval, interquartile_mean, summarize
+from lit_rl.evaluation.summary import EvaluationResult, bootstrap_interval, interquartile_mean, summarize
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
 from lit_rl.runners.placement import Placement
@@ -30,12 +30,12 @@ SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "rollouts_per_epoch
 PARALLEL = Evaluation(episodes=5, num_env_runners=1, parallel=True)
 
 
-def episodes_of(returns: list[float], cut: int = 0) -> list[dict[str, Any]]:
-    return [Episode(r, 10, {}, cut=i < cut)._asdict() for i, r in enumerate(returns)]
+def result_of(returns: list[float], cut: int = 0, lost: int = 0) -> EvaluationResult:
+    return EvaluationResult([Episode(r, 10, {}, cut=i < cut) for i, r in enumerate(returns)], lost, at=0)
 
 
 def test_the_metrics_of_an_evaluation_are_those_worked_by_hand() -> None:
-    found = summarize(episodes_of([8.0, 1.0, 2.0, 7.0, 3.0, 100.0, 5.0, 6.0, 4.0]), num_lost=0)
+    found = summarize([result_of([8.0, 1.0, 2.0]), result_of([7.0, 3.0, 100.0, 5.0, 6.0, 4.0])])  # two ranks
     # Of 9 values two are left out at either end: the mean of 3, 4, 5, 6 and 7.
     assert found["return_iqm"] == 5.0 and found["return_mean"] == pytest.approx(136 / 9)
     assert (found["return_min"], found["return_max"], found["length_mean"], found["episodes"]) == (1, 100, 10, 9)
@@ -45,7 +45,7 @@ def test_the_metrics_of_an_evaluation_are_those_worked_by_hand() -> None:
 
 def test_the_interval_is_the_same_for_the_same_returns_in_any_order() -> None:
     returns = np.random.default_rng(1).normal(size=20).tolist()
-    assert summarize(episodes_of(returns), 0) == summarize(episodes_of(returns[::-1]), 0)
+    assert summarize([result_of(returns)]) == summarize([result_of(returns[::-1])])
     assert bootstrap_interval(np.array([3.0])) == (3.0, 3.0)
 
 
@@ -60,11 +60,11 @@ def test_the_interval_holds_the_true_value_about_95_times_in_100() -> None:
 
 @pytest.mark.parametrize(("cut", "lost", "partial"), [(0, 0, 0), (1, 0, 1), (0, 2, 1)])
 def test_a_partial_evaluation_is_flagged(cut: int, lost: int, partial: int) -> None:
-    assert summarize(episodes_of([1.0, 2.0], cut), lost)["partial"] == partial
+    assert summarize([result_of([1.0, 2.0], cut, lost)])["partial"] == partial
 
 
 def test_without_an_episode_there_is_no_return_and_no_nan() -> None:
-    assert summarize([], num_lost=3) == {"episodes": 0, "cut_episodes": 0, "partial": 1}
+    assert summarize([result_of([], lost=3)]) == {"episodes": 0, "cut_episodes": 0, "partial": 1}
 
 
 def test_evaluation_has_environment_arguments_of_its_own(make_trainer: Callable) -> None:

@@ -307,7 +307,7 @@ def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
 def test_evaluation_plays_again_what_an_environment_broke_and_in_the_end_does_without(
     make_trainer: Callable, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_rl.datamodules.environments.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("lit_rl.evaluation.evaluator.time.sleep", lambda seconds: None)
     algorithm = PPO(minibatch_size=16, spec=SPEC.to_dict())
     results = []
     for step in (0.01, 1.0):

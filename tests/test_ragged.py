@@ -128,7 +128,7 @@ def test_returns_in_ragged_pieces_are_scaled_as_in_one() -> None:
         mask, part, ends = torch.arange(8) < length[:, None], torch.full((3, 8), NAN), torch.ones(3, 8) == 1
         for b in range(3):
             part[b, : length[b]], ends[b, : length[b]] = reward[b, begin[b] : end[b]], done[b, begin[b] : end[b]]
-        scaled = apart.scale(part, ends, mask, length)
+        scaled = apart.scale(part, ends, mask, length=length)
         assert scaled[mask].isfinite().all()
     assert int(apart.count) == int(whole.count) == 24
     torch.testing.assert_close(apart.running_return, whole.running_return)

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorEnv
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces, hidden_statistics
@@ -202,6 +201,10 @@ def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
 @functools.cache
 def _warn_once(sentence: str) -> None:
     """Warn, unless this process did so before: an environment is tried out more than once."""
+    from lightning.pytorch.utilities.rank_zero import (
+        rank_zero_warn,  # the learner's alone: runners do without Lightning
+    )
+
     rank_zero_warn(sentence)
 
 
