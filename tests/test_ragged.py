@@ -293,7 +293,7 @@ def bare(network: Any, **options: Any) -> Bare:
     return algorithm
 
 
-@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
+@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=6)], ids=["MLP", "LSTM"])
 def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) -> None:
     short = to_rollout([fragment_of(SAMPLE, network=network, length=8)], copy=True)
     columns: dict[str, Tensor] = {}
@@ -317,7 +317,7 @@ def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) ->
     torch.testing.assert_close(carried[:4], theirs.return_normalizer.running_return)
 
 
-@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=8)], ids=["MLP", "LSTM"])
+@pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=6)], ids=["MLP", "LSTM"])
 @pytest.mark.parametrize("others", [0, 5])
 def test_minibatches_of_masked_rollouts_have_one_size_and_equal_numbers_on_every_rank(
     monkeypatch: pytest.MonkeyPatch, network: Any, others: int
