@@ -1,15 +1,14 @@
 """Two whole algorithms inside one LightningModule: each learns by a host of its own, as it does alone."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import TESTS, run_python
 from host_script import BATCHES, run
 
-SCRIPT = Path(__file__).with_name("host_script.py")
+SCRIPT = TESTS / "host_script.py"
 STEPS = {"ppo": 2 * 1 * BATCHES * 2, "dqn": 3 * BATCHES * 2}  # in two epochs; PPO's minibatch is a rank's whole rollout
 
 
@@ -71,6 +70,4 @@ def same_weights(expected: dict[str, Any], first: dict[str, Any], second: dict[s
 
 
 def ranks(folder: Path, case: str) -> None:
-    command = [sys.executable, str(SCRIPT), str(folder), case, "2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(SCRIPT, folder, case, 2, cwd=folder)

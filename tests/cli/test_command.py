@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from lit_rl import cli
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = "import sys; sys.path = [p for p in sys.path if p]; from lit_rl.cli import main; main()"  # as pip writes it
 OWN = """
 import gymnasium as gym, numpy as np
