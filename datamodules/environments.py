@@ -260,7 +260,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
         present = ~table.isnan()
         discarded = torch.tensor([self.ledger.discarded.total()], dtype=torch.float64)
-        sums = distributed.all_reduce_sum(torch.cat([table.nan_to_num().sum(0), present.sum(0), discarded])).tolist()
+        found = torch.cat([table.nan_to_num().sum(0), present.sum(0), discarded])
+        if distributed.world_size() > 1:  # NCCL takes no tensors of the CPU
+            found = distributed.all_reduce_sum(found.to(self.algorithm.device))
+        sums = found.tolist()
         means = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
         return means | {"rollout/discarded_steps": sums[-1]}
 
@@ -334,7 +337,12 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 f"resize(num_env_runners={num_env_runners}): this datamodule steps its environments in the learner "
                 "process. Make it with num_env_runners of at least 1."
             )
-        self.num_env_runners = check("num_env_runners", num_env_runners, Count)
+        num_env_runners = check("num_env_runners", num_env_runners, Count)
+        if num_env_runners > self.num_env_runners and self._pool is not None:  # no more than the budget has room for
+            of_each = self._max_rows // self.num_env_runners
+            room = self._budget_left(self.algorithm.env_steps_done) // of_each
+            num_env_runners = int(max(self.num_env_runners, min(num_env_runners, room)))
+        self.num_env_runners = num_env_runners
         if isinstance(self._pool, RunnerPool):
             self._pool.resize(num_env_runners)
 

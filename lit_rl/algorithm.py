@@ -1,4 +1,4 @@
-"""What every algorithm shares: a LightningModule whose batches are rollouts and whose validation is episodes."""
+"""What every algorithm shares: a LightningModule that learns from a source, and whose validation is episodes."""
 
 import copy
 import io
@@ -26,11 +26,11 @@ from lit_rl.files import rescue
 from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.files.fits import check_fits, init_from
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
-from lit_rl.learner.averaging import keepers
 from lit_rl.learner.host import Host, make_host
-from lit_rl.learner.refusals import check_memory, check_trainer
+from lit_rl.learner.refusals import check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
+from lit_rl.learner.weight_averaging import keepers
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy
@@ -49,9 +49,10 @@ INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; th
 class Algorithm(TakesOptions, L.LightningModule):
     """Base of every algorithm. A subclass gives `build`, `update` and `configure_optimizers`.
 
-    Optimisation is manual: `update(batch)` is the paper's update, top to bottom, and calls `optimize(loss)` once per
-    gradient step. Steps go through Lightning's optimizer wrapper, so `global_step`, `on_before_optimizer_step` and
-    precision plugins mean what they mean elsewhere.
+    Optimisation is manual: `update(batch)` is the paper's update, top to bottom. It takes each gradient step by
+    `gradient_step(batch)`, which minimises `self.loss(batch)` and can be compiled, or by `optimize(loss)`. Eager steps
+    go through Lightning's optimizer wrapper, so `global_step`, `on_before_optimizer_step` and precision plugins mean
+    what they mean elsewhere.
 
     Args:
         max_grad_norm: bound of the gradient; None leaves it as it is.
@@ -69,10 +70,11 @@ class Algorithm(TakesOptions, L.LightningModule):
         env_steps: real transitions learned from, over all ranks.
         updates: calls of `update`; also the version of the policy's weights.
         budget: what its clock ends at; None if it does not.
-        init_from: a checkpoint whose policy is taken when the networks are built, with what else fits; nothing else.
+        init_from: a checkpoint; when the networks are built its policy is copied, and all else of equal name and shape.
     """
 
     POLICY: type[Policy] = Policy
+    OF_ONE_RANK: tuple[str, ...] = ()  # the parts of `rank_state` that a new rank does not take from the first
 
     policy: Policy
     lr: Scheduled | None
@@ -104,9 +106,14 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._host: Host | None = None
         self._resume: dict[str, Any] | None = None
-        self._saved_batches: list[str] = []
+        self._num_saved = 0  # batches with which skipped steps began
+        self._broken_batch = ""  # where the last of them is
         self._reporter: Reporter | None = None
         self._interruption: Interruption | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its surroundings, which belong to the fit that is over: the Trainer, loggers, signal handlers."""
+        return {**super().__getstate__(), "_host": None, "_reporter": None, "_interruption": None}
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
 
@@ -131,10 +138,6 @@ class Algorithm(TakesOptions, L.LightningModule):
     def make_policy(self, spec: EnvSpec, **arguments: Any) -> Policy:
         """A new policy of the class and with the network the user asked for."""
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
-
-    def check_memory(self) -> None:
-        """Refuse options that the policy's network, with memory or without, cannot have."""
-        check_memory(self)
 
     def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
         """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss."""
@@ -166,13 +169,13 @@ class Algorithm(TakesOptions, L.LightningModule):
         metrics = self.update(batch)
         skipped = steps.skipped - before
         if skipped:
-            if steps.in_a_row <= skipped and len(self._saved_batches) < MAX_SAVED_BATCHES:
-                self._save_batch(batch)
+            if steps.in_a_row <= skipped:
+                self._broken_batch = self._save_batch(batch)
             if steps.in_a_row >= MAX_SKIPPED:
                 path = self.host.save_checkpoint("before_divergence.ckpt")
                 raise DivergedError(
                     f"{steps.not_finite} is not finite after {self.env_steps_done} env steps, {steps.in_a_row} times "
-                    f"in a row: training has diverged. Batch: {self._saved_batches[-1]}. Checkpoint from before: "
+                    f"in a row: training has diverged. Batch: {self._broken_batch}. Checkpoint from before: "
                     f"{path}. Go on from it with a lower lr, or scale the rewards down."
                 )
         return metrics
@@ -249,8 +252,10 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def attach(self, host: Host) -> None:
         """Learn inside of `host` from now on; with counts from 0 unless that goes on with a run."""
+        if self._host is not None and host.is_resumed:
+            host.steps.skipped = self._host.steps.skipped
         self._host = host
-        self._saved_batches.clear()
+        self._num_saved = 0
         self.budget = host.source.budget
         if not host.is_resumed:
             self.env_steps.zero_()
@@ -299,12 +304,10 @@ class Algorithm(TakesOptions, L.LightningModule):
         """What this rank needs to go on exactly where it is, beside the weights, in plain data."""
         return {"generator": self.generator.get_state(), "algorithm": self.rank_state()}
 
-    def load_resume_state(self, state: Mapping[str, Any], skipped: int = 0) -> None:
-        """Go on from what `resume_state` returned; `skipped` updates are counted already."""
-        self.host.steps.skipped = skipped
-        if state:
-            self.generator.set_state(state["generator"])
-            self.load_rank_state(state["algorithm"])
+    def load_resume_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `resume_state` returned."""
+        self.generator.set_state(state["generator"])
+        self.load_rank_state(state["algorithm"])
 
     # --- Lightning's hooks: building ----------------------------------------------------------------------------
 
@@ -324,7 +327,6 @@ class Algorithm(TakesOptions, L.LightningModule):
             strategy.checkpoint_io = LitCheckpointIO()
         if stage == "fit":
             self.budget = self.source.budget
-            self._host = None
             self.follow_schedules()  # one that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
                 check_nameable(self.network)  # and so is a network that no checkpoint could name
@@ -350,10 +352,13 @@ class Algorithm(TakesOptions, L.LightningModule):
                     f"Resumed: the checkpoint is of {len(ranks)} learner processes, this run has "
                     f"{self.trainer.world_size}. {rest}"
                 )
-            state = ranks[self.global_rank] if self.global_rank < len(ranks) else {}
-            if state:
-                set_rng_state(state["rng"])
-            self.load_resume_state(state, skipped)
+            if self.global_rank < len(ranks):
+                set_rng_state(ranks[self.global_rank]["rng"])
+                self.load_resume_state(ranks[self.global_rank])
+            else:
+                shared = ranks[0]["algorithm"].items()
+                self.load_rank_state({name: value for name, value in shared if name not in self.OF_ONE_RANK})
+            self.host.steps.skipped = skipped
         self.follow_schedules()
         self._interruption = Interruption(self.trainer)
         if self.trainer.enable_validation:
@@ -391,7 +396,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]
         self.follow_schedules()
         self.reporter.update(
-            metrics | self.source.metrics(),
+            metrics | self.host.source.metrics(),
             started=started,
             waited_s=getattr(batch, "waited_s", 0.0),
             step=self.clock,
@@ -479,13 +484,18 @@ class Algorithm(TakesOptions, L.LightningModule):
         if self._interruption is not None:
             self._interruption.obey()
 
-    def _save_batch(self, batch: TensorDict) -> None:
+    def _save_batch(self, batch: TensorDict) -> str:
+        """Save a batch with which skipped steps began, and warn; returns where it is, or why it is nowhere."""
+        if self._num_saved == MAX_SAVED_BATCHES:
+            return f"not saved ({MAX_SAVED_BATCHES} were before it)"
+        self._num_saved += 1
         name = f"nonfinite_batch_{self.env_steps_done}_rank{self.host.rank}.pt"
-        self._saved_batches.append(rescue.save_batch(batch, self.host.log_folder() / name))
+        path = rescue.save_batch(batch, self.host.log_folder() / name)
         rank_zero_warn(
             f"{self.host.steps.not_finite} is not finite after {self.env_steps_done} env steps: the optimizer step was "
-            f"skipped. Batch: {self._saved_batches[-1]}"
+            f"skipped. Batch: {path}"
         )
+        return path
 
     def _summarized(self, result: EvaluationResult, prefix: str) -> dict[str, float]:
         """The metrics of all ranks' episodes."""

@@ -181,12 +181,6 @@ def means_of_rows(batch: TensorDict, *values: Tensor) -> Tensor:
     return row_means(mask_of(batch), *values, count=_row_count(batch))
 
 
-def count_rows(rollout: TensorDict) -> int:
-    """Real transitions in this rank's rollout."""
-    mask = mask_of(rollout)
-    return rollout["action_log_prob"].numel() if mask is None else int(mask.sum())
-
-
 def _row_count(batch: TensorDict) -> Tensor | None:
     """The ranks' mean number of real rows, if it was asked for: see `Algorithm.gradient_step`."""
     count = batch.get("row_count", None)

@@ -16,7 +16,7 @@ class Source(Protocol):
         seed: of everything random in the run; None if there is none.
         clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
-        rollout_shape: B and T of this rank's on-policy batches; None if batches are none.
+        rollout_shape: B and T of what this rank collects at a time; None if it collects nothing.
     """
 
     spec: EnvSpec | None = None

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.errors import OptionError
+from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
 from lit_rl.networks import check_same_in_training
@@ -124,7 +125,7 @@ class DQN(OffPolicy):
         check_same_in_training(policy)
         self.policy, self.target = policy, target_of(policy)
         self.follow = Follower(self.target, policy)
-        self.check_memory()
+        check_memory(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.policy.parameters(), lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)

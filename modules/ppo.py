@@ -12,6 +12,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
+from lit_rl.learner.refusals import check_memory
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
@@ -87,6 +88,7 @@ class PPO(Algorithm):
             ten seconds to a minute of compilation.
     """
 
+    OF_ONE_RANK = ("running_return",)
     RENAMED = {"entropy_schedule": "entropy_coef_schedule"}
 
     critic: ValueNetwork | ValueHead
@@ -142,7 +144,7 @@ class PPO(Algorithm):
             log_std_init=hp.log_std_init,
         )
         check_same_in_training(self.policy)
-        self.check_memory()
+        check_memory(self)
         if not self.policy.distribution.num_scales:
             for name in ("squash_actions", "log_std_init"):
                 if hp[name]:
@@ -314,7 +316,7 @@ class PPO(Algorithm):
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         if self.return_normalizer is not None:
-            self.return_normalizer.running_return = state["running_return"]
+            self.return_normalizer.running_return = state.get("running_return")
         option, adapted = state.get("kl_coef") or (None, 0.0)
         if self.kl_coef is not None:  # with another option than the run before had, the weight begins anew
             self.kl_coef.fill_(adapted if option == self.hp.kl_coef else self.hp.kl_coef)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.errors import OptionError, SpaceError
+from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import quantile_huber_loss
 from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
@@ -111,7 +112,7 @@ class SAC(OffPolicy):
                 f"{type(self).__name__} needs a Box or Discrete action space, got {action_space} from env "
                 f"{spec.env_id!r}. Use PPO."
             )
-        self.check_memory()
+        check_memory(self)
         shares = self.policy.has_memory if hp.share_encoder is None else hp.share_encoder
         if shares and self.critic_network is not None:
             raise OptionError("critic_network: expected none, since the critics share the policy's network.")

@@ -99,7 +99,7 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
             "first": first[0],
             "metrics": dict(trainer.callback_metrics),
             "global_step": trainer.global_step,
-            "averaged": reduced.count(sum(parameter.numel() for parameter in algorithm.parameters())),
+            "averaged": reduced.count(sum(parameter.numel() + 1 for parameter in algorithm.parameters())),
         },
         out / f"train-{trainer.global_rank}.pt",
     )

@@ -15,7 +15,7 @@ from lit_rl.evaluation.episodes import play
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import FaultTolerance, Restarts
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.placement import Placement, cause_of
+from lit_rl.runners.placement import Placement, cause_of, store_errors, store_is_full
 from lit_rl.runners.transport import Packed, load_weights, pack_weights
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,10 @@ class EvalPool:
             timeout_s: seconds from now.
             **options: of `play`.
         """
-        self._weights = self._ray.put(pack_weights(policy))
+        try:
+            self._weights = self._ray.put(pack_weights(policy))
+        except store_errors(self._ray) as error:
+            raise store_is_full("the policy's weights", error) from None
         self._options = options
         self._deadline = time.monotonic() + timeout_s
         self._restarts = Restarts(self._faults)
@@ -109,7 +112,7 @@ class EvalPool:
 
     def _again(self, runner: int, seeds: list[int], what: str) -> None:
         wait = self._restarts.failed()
-        if wait is None:
+        if wait is None or time.monotonic() >= self._deadline:  # there is no time to play them again
             log.warning("Eval runner %d %s. Its %d episodes are missing.", runner, what.rstrip("."), len(seeds))
             return
         log.warning("Eval runner %d %s. Its %d episodes are played again.", runner, what.rstrip("."), len(seeds))

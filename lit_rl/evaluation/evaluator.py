@@ -130,6 +130,7 @@ class Evaluator:
 
     def close(self) -> None:
         """Stop the eval runners."""
+        self._results = []  # of an evaluation that was broken off, or was recorded: nobody asks for them any more
         if self._pool is not None:
             self._pool.close()
             self._pool, self._under_way = None, None

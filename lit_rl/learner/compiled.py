@@ -49,9 +49,8 @@ class CompiledStep:
         self.optimizer = optimizer
         self._inner = optimizer.optimizer
         self._rule = rule_of(self._inner)
-        self._group = group = self._inner.param_groups[0]
         self._clipping = clipping
-        self._parameters: list[nn.Parameter] = group["params"]
+        self._parameters: list[nn.Parameter] = self._group["params"]
         names = {parameter: name for name, parameter in algorithm.named_parameters()}
         self._names = [f"algorithm.{names[parameter]}" for parameter in self._parameters]
         self._shapes = [parameter.shape for parameter in self._parameters]
@@ -72,7 +71,7 @@ class CompiledStep:
         self._written[:] = self._group["lr"], self._taken + 1
         scalars = self._scalars.to(self._flat[0].device)
         values = batch.to_dict()
-        key = tuple((name, leaf.shape, leaf.dtype) for name, leaf in iterate(values))
+        key = tuple((name, leaf.shape, leaf.stride(), leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
         if distributed.world_size() == 1:
             loss, norm, rest = self._call(key, self._step, (*self._flat, scalars, values))
@@ -88,6 +87,11 @@ class CompiledStep:
             self._taken += 1
             self.optimizer._on_after_step()
         return loss, norm, rest
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        """The optimizer's only group: another dict once a checkpoint was loaded."""
+        return self._inner.param_groups[0]
 
     def _call(self, key: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """The compiled form of a function of batches, which are the last argument; one for each of their shapes."""

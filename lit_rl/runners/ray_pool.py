@@ -103,6 +103,10 @@ class RunnerPool:
             slot, runner = self._slots.pop(), len(self._slots)
             self._stop(runner, slot, "unread")
             self._incarnations[runner] = slot.incarnation + 1
+        if self._slots and not self.num_runners:  # those that are left were given up: they get another chance
+            for slot in self._slots:
+                slot.given_up, slot.restarts, slot.restart_at = "", Restarts(self._faults), time.monotonic()
+                slot.incarnation += 1
         while len(self._slots) < num_env_runners:
             incarnation = self._incarnations.get(len(self._slots), 0)
             self._slots.append(_Slot(Restarts(self._faults), incarnation=incarnation))

@@ -1,5 +1,6 @@
 """Two whole algorithms inside one LightningModule: each learns by a host of its own, as it does alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,11 @@ def same_weights(expected: dict[str, Any], first: dict[str, Any], second: dict[s
 
 def ranks(folder: Path, case: str) -> None:
     run_python(SCRIPT, folder, case, 2, cwd=folder)
+
+
+def test_an_algorithm_is_copied_without_its_surroundings(tmp_path: Path) -> None:
+    part = run(tmp_path, "eager", 1).parts["ppo"]
+    copied = copy.deepcopy(part)
+    assert copied._host is None is not part._host
+    for name, value in part.state_dict().items():
+        assert torch.equal(value, copied.state_dict()[name]), name

@@ -22,7 +22,6 @@ from lit_rl.replay import ReplayBuffer
 from lit_rl.returns import discounted_sum, gae, running_return
 from lit_rl.rollout import (
     Rollout,
-    count_rows,
     length_of,
     mask_of,
     next_observation,
@@ -169,7 +168,7 @@ def of_counter(obs: Tensor) -> Tensor:
 def test_values_are_those_of_real_rows_alone() -> None:
     whole, cut = rollouts()
     real = mask_of(cut)
-    assert real.sum(1).tolist() == LENGTHS == length_of(cut).tolist() and count_rows(cut) == cut.env_steps == 24
+    assert real.sum(1).tolist() == LENGTHS == length_of(cut).tolist() and cut.env_steps == 24
     for found, expected in zip(next_values(cut, of_counter), next_values(whole, of_counter)):
         assert torch.equal(found, torch.where(real, expected, 0.0))
     assert torch.equal(next_observation(cut)[real], next_observation(whole)[real])

@@ -19,7 +19,7 @@ from torch import nn
 
 from lit_rl import PPO, Evaluation, RolloutDataModule
 from lit_rl.errors import OptionError
-from lit_rl.learner.averaging import own_buffers
+from lit_rl.learner.weight_averaging import own_buffers
 
 CALLBACKS = {
     "ema": lambda: EMAWeightAveraging(),

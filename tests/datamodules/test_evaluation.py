@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from envs import CounterEnv, FailingEnv, IdentityEnv
-from helpers import make_runner
+from helpers import make_runner, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -302,3 +302,11 @@ class TestWithRay:
             (found,) = make_trainer().validate(algorithm, data, verbose=False)
         assert found == {"eval/episodes": 0, "eval/cut_episodes": 0, "eval/partial": 1}
         assert "Eval runner 0 is stuck and was ended. Its 2 episodes are missing." in caplog.text
+
+
+def test_recorded_episodes_do_not_count_for_the_next_validation() -> None:
+    data = RolloutDataModule(CounterEnv, seed=0, evaluation=Evaluation(episodes=3))
+    algorithm = PPO(minibatch_size=64)
+    quiet_trainer().predict(algorithm, data)
+    (metrics,) = quiet_trainer().validate(algorithm, data, verbose=False)
+    assert metrics["eval/episodes"] == 3

@@ -99,7 +99,7 @@ def test_actions_are_random_until_learning_starts_and_follow_epsilon_then(make_t
 
     class Spy(ReplayDataModule):
         def start_runners(self, epsilon: float = 0.0) -> None:
-            epsilons.append((self.algorithm.env_steps_done, epsilon))
+            epsilons.append((self._env_steps, epsilon))
             super().start_runners(epsilon)
 
     for warm_up in (True, False):

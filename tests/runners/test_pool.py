@@ -20,7 +20,6 @@ from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import RunnerError
 from lit_rl.policy import Policy
-from lit_rl.rollout import count_rows
 from lit_rl.runners import ray_session as session
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance, Watchdog
@@ -76,7 +75,7 @@ def test_every_transition_is_exact_through_ray_in_every_autoreset_mode() -> None
         rollouts = [to_rollout([fragment], copy=True) for fragment in fragments]
         check_rollouts(rollouts, offsets)
         check_episodes(list(fragments), offsets)
-        real += sum(count_rows(rollout) for rollout in rollouts)
+        real += sum(rollout.env_steps for rollout in rollouts)
         assert [fragment.policy_version for fragment in fragments] == list(range(FRAGMENTS))
         rollouts[0]["observation"].add_(1.0)  # Ray's own memory is read-only, the rollout's is not
     assert (ledger.delivered, ledger.executed) == (real, real)  # reset rows are no env steps
