@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ class ReplayDataModule(EnvDataModule):
         self.sample_s = 0.0
         while self._env_steps < end and self._budget_left(self._env_steps) >= self._max_rows:
             started = time.perf_counter()
-            with torch.autocast(algorithm.device.type, enabled=False):  # this is inside of the learner's training_step
+            device = algorithm.device.type  # this is inside of the learner's training_step
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 self._collect()
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
