@@ -87,7 +87,8 @@ class Evaluator:
                         self._say_cut(len(played), len(seeds))
                     left = [seed for seed in left if seed != episode.seed]
                     played.append(episode)
-                    # What time was too short to begin is lost, and this may not be asked again after the last one.
+                    # Episodes that were not begun in time are lost. The caller may stop after the last episode, so the
+                    # result is kept now.
                     self._results[-1] = EvaluationResult(played, len(left) if is_cut else 0, at)
                     yield episode
             except EnvFailure as error:

@@ -84,4 +84,7 @@ class Replay:
     @property
     def num_steps(self) -> tuple[int, int] | None:
         """`n_step` as the least and the most number of steps."""
-        return (self.n_step, self.n_step) if isinstance(self.n_step, int) else self.n_step and tuple(self.n_step)  # type: ignore[return-value]
+        if self.n_step is None:
+            return None
+        low, high = (self.n_step, self.n_step) if isinstance(self.n_step, int) else self.n_step
+        return low, high

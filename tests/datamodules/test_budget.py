@@ -52,7 +52,7 @@ def test_a_minimum_of_the_trainer_does_not_exceed_the_budget(make_trainer, make,
     assert {"min_epochs": trainer.min_epochs, "min_steps": trainer.min_steps}[name] == minimum[name]  # for another fit
 
     algorithm, data = make(128)  # nothing is left to train
-    make_trainer(**minimum).fit(algorithm, data, ckpt_path=WEIGHTS, weights_only=False)
+    make_trainer(**minimum).fit(algorithm, data, ckpt_path=WEIGHTS)
     assert algorithm.env_steps_done == 128
 
 
