@@ -6,7 +6,11 @@ Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>
 checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
 `docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
 With `--folder` the runs are kept (`<folder>/<recipe>/seed_<seed>`), and a seed that was trained there before is judged
-without training it again.
+without training it again. `bars.yaml` has each recipe's bar: what a seed is expected to reach. After a change of it
+
+    .venv/bin/python benchmarks/results.py --bars
+
+counts the seeds below the bars anew, from the written files, without training.
 """
 
 import argparse
@@ -33,6 +37,7 @@ from lit_rl.evaluation.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
+BARS: dict[str, float | None] = yaml.safe_load((ROOT / "benchmarks" / "bars.yaml").read_text())
 
 
 def commit() -> str:
@@ -106,6 +111,31 @@ def play_randomly(env: EnvConfig) -> dict[str, Any]:
     }
 
 
+def with_bar(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with its recipe's bar, and the number of seeds below it, after the median."""
+    bar = BARS[result["recipe"]]
+    below = None if bar is None else sum(run["return_mean"] < bar for run in result["runs"])
+    judged: dict[str, Any] = {}
+    for name, value in result.items():
+        if name not in ("bar", "below_bar"):
+            judged[name] = value
+        if name == "median":
+            judged |= {"bar": bar, "below_bar": below}
+    return judged
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(with_bar(result), indent=1) + "\n")
+
+
+def write_bars(folder: Path = OUT) -> None:
+    """Judge all recipes' results that are in a folder by the bars of today."""
+    for recipe in BARS:
+        path = folder / f"{recipe}.json"
+        if path.exists():
+            write(json.loads(path.read_text()), path)
+
+
 def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
     step = max(1, len(points) // most)
     kept = points[::step] if points[-1:] == points[::step][-1:] else [*points[::step], *points[-1:]]
@@ -134,12 +164,18 @@ def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, rando
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--bars", action="store_true", help="train nothing: judge the written results by bars.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--random", action="store_true", help="measure random actions first")
     parser.add_argument("--episodes", type=int, default=100, help="greedy episodes of each last checkpoint")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and do not train again what is trained")
     args = parser.parse_args()
+    if args.bars:
+        write_bars()
+        return
+    if args.recipe not in BARS:
+        parser.error(f"expected a recipe with a bar in benchmarks/bars.yaml, got {args.recipe}")
     recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
     random = None
     if args.random:
@@ -168,9 +204,10 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     if random is not None:
         result["random"] = random
-    (OUT / f"{args.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(result, OUT / f"{args.recipe}.json")
     plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return", judged, random)
-    print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}: {OUT / args.recipe}.json, .png")
+    below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"
+    print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}{below}: {OUT / args.recipe}.json, .png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """What the README and the recipes say of results is what `docs/results` holds."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+BARS = yaml.safe_load((ROOT / "benchmarks" / "bars.yaml").read_text())
 RESULTS = sorted(path for path in (ROOT / "docs" / "results").glob("*.json") if path.stem in RECIPES)
 
 
@@ -28,3 +32,37 @@ def test_the_readme_has_no_place_left_to_fill() -> None:
     for path in RESULTS:
         median = json.loads(path.read_text())["median"]
         assert f"{median:.1f}".removesuffix(".0") in readme
+
+
+def test_each_recipe_has_a_bar() -> None:
+    assert BARS.keys() == RECIPES
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_counts_its_seeds_below_the_bar_and_the_tables_show_it(path: Path) -> None:
+    result, bar = json.loads(path.read_text()), BARS[path.stem]
+    below = None if bar is None else len([run for run in result["runs"] if run["return_mean"] < bar])
+    assert (result["bar"], result["below_bar"]) == (bar, below)
+    shown = "- | -" if bar is None else f"{bar:g} | {below}"
+    median = rf"{result['median']:.1f}".removesuffix(".0")
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/ppo.md"))
+    seeds = rf"[\w.]+ \| {len(result['runs'])}"
+    assert re.search(rf"^\|.* {re.escape(f'| {median} | {shown} |')} {seeds} \| `{path.stem}` \|$", readme, re.M)
+    for row in re.findall(rf"^\| `{path.stem}` \|.*", page, re.M):
+        assert f" | {median} | {shown} | " in row
+
+
+def test_results_are_judged_by_new_bars_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "BARS", {"easy": 1, "hard": 2.5, "comparison": None, "not_measured": 1})
+    runs = [{"return_mean": 1.0}, {"return_mean": 2.0}, {"return_mean": 3.0}]
+    for name in ("easy", "hard", "comparison"):
+        old = {"recipe": name, "median": 2.0, "bar": 9, "below_bar": 9, "runs": runs}
+        (tmp_path / f"{name}.json").write_text(json.dumps(old))
+    results.write_bars(tmp_path)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {name: (new["bar"], new["below_bar"]) for name, new in found.items()} == {
+        "easy": (1, 0), "hard": (2.5, 2), "comparison": (None, None),
+    }  # fmt: skip
+    assert all(new["median"] == 2.0 and new["runs"] == runs for new in found.values())
