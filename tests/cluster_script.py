@@ -129,10 +129,10 @@ def runners_spread_and_a_node_lost() -> None:
 
 def learners_and_one_lost() -> None:
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as cluster:
-        learners = ["--cluster.num_learners", "2", "--cluster.ray_address", cluster.address]
+        run_of = ["--cluster.ray_address", cluster.address, "--cluster.num_learners"]
         Path("kill-at.txt").write_text("640")
-        run(*DQN, *learners, "--cluster.max_failures", "1", "--cluster.storage_path", "stored", code=0)
-        run(*TINY, *learners, "--cluster.max_failures", "-1", "--data.max_env_steps", "64", code=2)
+        run(*DQN, *run_of, "2", "--cluster.max_failures", "1", "--cluster.storage_path", "stored", code=0)
+        run(*TINY, *run_of, "1", "--cluster.max_failures", "-1", "--data.max_env_steps", "32", code=2)
 
 
 def run(*args: str, code: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import TESTS, quiet_trainer
+from helpers import TESTS, CommandServer, quiet_trainer
 
 # Test files, and processes that they start, find each other by name, as in the environment "test_faults:Sometimes".
 FOLDERS = [str(TESTS), *sorted({str(path.parent) for path in TESTS.glob("*/test_*.py")})]
@@ -39,6 +39,14 @@ def _one_thread_and_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def make_trainer() -> Callable[..., L.Trainer]:
     """A Trainer on the CPU that logs, saves and shows nothing unless asked, and works in the test's folder."""
     return quiet_trainer
+
+
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[CommandServer]:
+    """One process that runs commands, gone at the end."""
+    server = CommandServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

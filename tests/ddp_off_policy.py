@@ -1,7 +1,7 @@
 """Off-policy algorithms on two ranks. Started by test_ddp.py.
 
 `gradients <rank> <world size> <port> <folder>`: the gradients of one update of every algorithm, on a share of one
-minibatch. `train <folder> <algorithm>`: a short run of two ranks under Trainer.
+minibatch. `train <folder> <algorithm> ...`: a short run of each algorithm, of two ranks under Trainer.
 """
 
 import functools
@@ -89,10 +89,10 @@ def train(folder: Path, name: str) -> None:
     algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))
     trainer = quiet_trainer(devices=2, strategy="ddp")
     trainer.fit(algorithm, data)
-    trainer.save_checkpoint(folder / "off-policy.ckpt")
+    trainer.save_checkpoint(folder / f"{name}.ckpt")
     first = data.buffer.sample(64)["observation"]
     state = {"weights": algorithm.state_dict(), "stored": len(data.buffer), "obs": first}
-    torch.save(state | {"metrics": dict(trainer.callback_metrics)}, folder / f"train-{trainer.global_rank}.pt")
+    torch.save(state | {"metrics": dict(trainer.callback_metrics)}, folder / f"train-{name}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
@@ -100,4 +100,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "gradients":
         gradients(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
     else:
-        train(Path(sys.argv[2]), sys.argv[3])
+        for name in sys.argv[3:]:
+            train(Path(sys.argv[2]), name)

@@ -1,6 +1,6 @@
-"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder> [network [compile]]`.
+"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder>`.
 
-Started by test_ddp.py.
+Started by test_ddp.py. `gradients <folder> <subfolder>:<shares>:<network>[:compile] ...` makes several runs.
 """
 
 import logging
@@ -66,7 +66,7 @@ def gradients(world_size: int, out: Path, name: str, network: str, compile: bool
         "env_steps": int(algorithm.env_steps),
         "weights": algorithm.state_dict(),
     }
-    torch.save(state, out / f"gradients-{name}-{trainer.global_rank}.pt")
+    torch.save(state, out / f"gradients-{name}{'-compiled' * compile}-{trainer.global_rank}.pt")
 
 
 def train(world_size: int, out: Path, num_env_runners: int) -> None:
@@ -187,8 +187,10 @@ def fit(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case, out = sys.argv[1], Path(sys.argv[2])
-    if case in SHARES:
-        gradients(len(SHARES[case]), out, case, *sys.argv[3:4], compile=sys.argv[4:] == ["compile"])
+    if case == "gradients":
+        for run in sys.argv[3:]:
+            folder, shares, network, *compile = run.split(":")
+            gradients(2, out / folder, shares, network, compile=bool(compile))
     elif case == "nan":
         nan(out)
     elif case == "resume":

@@ -1,7 +1,10 @@
 """What several tests do: runners, trainers, processes, comparisons."""
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,49 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+COMMAND_SERVER = """
+import json, os, sys
+sys.path = [folder for folder in sys.path if folder]  # as in a console script that pip writes
+from lit_rl.cli import main
+
+for request in sys.stdin:
+    folder, log, command = json.loads(request)
+    pid = os.fork()
+    if not pid:
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if command[0] == "python":
+            os.execv(sys.executable, command)
+        sys.argv = command
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class CommandServer:
+    """lit_rl's command line, imported once in a process of its own; every command runs in a fork of that."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},  # an empty part of it would be the working folder
+        )  # fmt: skip
+
+    def run(self, folder: Path, command: Sequence[str]) -> tuple[int, str]:
+        """The exit code and the output of a `lit-rl` or `python` command."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.NamedTemporaryFile("r") as log:
+            self._process.stdin.write(json.dumps([str(folder), log.name, list(command)]) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline()), log.read()
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def assert_same(found: Any, expected: Any, at: str = "") -> None:

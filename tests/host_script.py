@@ -1,6 +1,6 @@
-"""A LightningModule of two whole algorithms, each with a host of its own: `python host_script.py <out> <case> <ranks>`.
+"""A LightningModule of two whole algorithms, each with a host of its own: `python host_script.py <out> <case> ...`.
 
-Started by test_host.py, which also calls it in process for one rank.
+Started by test_host.py for two ranks, which also calls it in process for one.
 """
 
 import sys
@@ -160,4 +160,5 @@ def run(out: Path, case: str, world_size: int, max_epochs: int = 2, ckpt_path: P
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    for case in sys.argv[2:]:
+        run(Path(sys.argv[1]), case, 2)

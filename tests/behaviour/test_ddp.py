@@ -29,33 +29,49 @@ def run(case: str, out: Path, *more: str) -> str:
     return run_python(SCRIPT, case, out, *more, cwd=out).stderr
 
 
-@pytest.mark.parametrize("length", [None, [13, 6, 0, 1]], ids=["whole", "ragged"])
-@pytest.mark.parametrize(("network", "splits"), [(MLP, ["two", "uneven"]), (LSTMNetwork, ["two"])])
+LENGTHS = {"whole": None, "ragged": [13, 6, 0, 1]}
+SPLITS = {MLP: ["two", "uneven"], LSTMNetwork: ["two"]}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rollout for each network and each kind of length, from which two ranks have learned: one start for all."""
+    out, runs = tmp_path_factory.mktemp("gradients"), []
+    for network, splits in SPLITS.items():
+        for kind, length in LENGTHS.items():
+            config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
+            policy = Policy(config.spec(), network=network)
+            fragment = make_runner(config, policy, 4, 16).sample()
+            rollout = to_rollout([fragment if length is None else ragged(fragment, length)], copy=False)
+            folder = f"{network.__name__}-{kind}"
+            (out / folder).mkdir()
+            torch.save(rollout.clone().to_dict(), out / folder / "rollout.pt")
+            runs += [f"{folder}:{shares}:{network.__name__}" for shares in splits]
+    run("gradients", out, *runs, "MLP-ragged:uneven:MLP:compile")
+    return out
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("network", SPLITS)
 def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
-    tmp_path: Path, network: type, splits: list[str], length: list[int] | None
+    recorded: Path, network: type, kind: str
 ) -> None:
-    config = EnvConfig(counter_vector, {"mode": "NextStep"}, vectorization="native")
-    policy = Policy(config.spec(), network=network)
-    fragment = make_runner(config, policy, 4, 16).sample()
-    rollout = to_rollout([fragment if length is None else ragged(fragment, length)], copy=False)
-    real = rollout["mask"].sum(1)
-    assert real[:2].sum() != real[2:].sum()  # the halves hold different numbers of real rows
-    torch.save(rollout.clone().to_dict(), tmp_path / "rollout.pt")
-    ddp_script.gradients(1, tmp_path, "one", network.__name__)
-    one = torch.load(tmp_path / "gradients-one-0.pt")
-    for shares in splits:
-        run(shares, tmp_path, network.__name__)
-        first, second = (torch.load(tmp_path / f"gradients-{shares}-{rank}.pt") for rank in (0, 1))
-        assert one["env_steps"] == first["env_steps"] == 2 * int(rollout["mask"].sum())
+    folder = recorded / f"{network.__name__}-{kind}"
+    mask = torch.load(folder / "rollout.pt", weights_only=True)["mask"]
+    assert mask[:2].sum() != mask[2:].sum()  # the halves hold different numbers of real rows
+    ddp_script.gradients(1, folder, "one", network.__name__)
+    one = torch.load(folder / "gradients-one-0.pt")
+    for shares in SPLITS[network]:
+        first, second = (torch.load(folder / f"gradients-{shares}-{rank}.pt") for rank in (0, 1))
+        assert one["env_steps"] == first["env_steps"] == 2 * int(mask.sum())
         for step in range(2):
             for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
                 assert torch.isfinite(a).all() and torch.equal(b, c)
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         for name, value in one["weights"].items():  # normalisers too
             torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
-    if length is not None and network is MLP:
-        run("uneven", tmp_path, network.__name__, "compile")
-        compiled = torch.load(tmp_path / "gradients-uneven-1.pt")
+    if (kind, network) == ("ragged", MLP):
+        compiled = torch.load(folder / "gradients-uneven-compiled-1.pt")
         assert not compiled["gradients"]  # that hook is not called
         for name, value in one["weights"].items():
             torch.testing.assert_close(value, compiled["weights"][name], atol=2e-4, rtol=1e-3)
@@ -166,10 +182,17 @@ def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path
         torch.testing.assert_close(gradient, first[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have after short runs of two algorithms: one start for both."""
+    out = tmp_path_factory.mktemp("off_policy")
+    run_python(OFF_POLICY, "train", out, "Rainbow", "TQC", cwd=out)
+    return out
+
+
 @pytest.mark.parametrize("name", ["Rainbow", "TQC"])
-def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path: Path, name: str) -> None:
-    run_python(OFF_POLICY, "train", tmp_path, name, cwd=tmp_path)
-    first, second = (torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1))
+def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: Path, name: str) -> None:
+    first, second = (torch.load(trained / f"train-{name}-{rank}.pt") for rank in (0, 1))
     for key, value in first["weights"].items():
         assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
     assert first["stored"] == second["stored"] == 200
@@ -178,4 +201,4 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path:
     assert int(first["weights"]["updates"]) == 15  # a tenth of the 150 env steps that each rank took after the warm-up
     assert first["metrics"]["loss/value"] == second["metrics"]["loss/value"]
     for rank in (0, 1):
-        assert list((tmp_path / "off-policy.ckpt.d" / f"rank_{rank}").glob("*.pt"))
+        assert list((trained / f"{name}.ckpt.d" / f"rank_{rank}").glob("*.pt"))

@@ -7,13 +7,11 @@ has a `model` and a `data` is a config the command line takes. ```text is not ru
 
 import doctest
 import importlib
-import json
 import os
 import pkgutil
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from helpers import ROOT, run_python
+from helpers import ROOT, CommandServer, run_python
 
 import lit_rl
 
@@ -94,47 +92,14 @@ def test_python_block_with_ray_runs(block: Block) -> None:
     run_python("-c", block.text)
 
 
-# Lit_rl's command line, imported once; every command runs in a fork of its own.
-COMMAND_SERVER = """
-import json, os, sys
-from lit_rl.cli import main
-
-for request in sys.stdin:
-    folder, log, command = json.loads(request)
-    pid = os.fork()
-    if not pid:
-        os.chdir(folder)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if command[0] == "python":
-            os.execv(sys.executable, command)
-        sys.argv = command
-        main()
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def command_server() -> Iterator[subprocess.Popen]:
-    command, environment = [sys.executable, "-c", COMMAND_SERVER], os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        yield server
-        server.stdin.close()
-
-
 @pytest.fixture
-def run(command_server: subprocess.Popen, tmp_path: Path) -> Callable[[list[str]], None]:
+def run(command_server: CommandServer, tmp_path: Path) -> Callable[[list[str]], None]:
     """Runs one command in tmp_path, which holds the recipes; it must succeed."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    log = tmp_path / "output.txt"
 
     def run(command: list[str]) -> None:
-        command_server.stdin.write(json.dumps([str(tmp_path), str(log), command]) + "\n")
-        command_server.stdin.flush()
-        code = int(command_server.stdout.readline())
-        assert code == 0, f"{shlex.join(command)}\n{log.read_text()[-3000:]}"
+        code, output = command_server.run(tmp_path, command)
+        assert code == 0, f"{shlex.join(command)}\n{output[-3000:]}"
 
     return run
 

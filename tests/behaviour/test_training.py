@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, FailingEnv, counter_vector
-from helpers import ROOT, run_python
+from helpers import ROOT
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensordict import TensorDict
@@ -67,20 +67,6 @@ def test_prefetch_collects_one_version_behind_and_says_so(make_trainer, prefetch
     assert algorithm.versions == [(k, max(0, k - prefetch)) for k in range(6)]
     assert algorithm.fresh == [k == 0 or not prefetch for k in range(6)]
     assert lag.values["rollout/policy_lag"] == [float(bool(k and prefetch)) for k in range(6)]
-
-
-def test_in_process_training_imports_no_ray(tmp_path: Path) -> None:
-    code = """
-import sys, lightning as L
-from lit_rl import PPO, Evaluation, RolloutDataModule
-data = RolloutDataModule("CartPole-v1", max_env_steps=512, rollout_length=16, seed=0, evaluation=Evaluation(episodes=2))
-trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
-trainer.fit(PPO(minibatch_size=64), data)
-trainer.validate(trainer.model, data)
-assert trainer.model.env_steps == 512
-assert not {"ray", "torchrl", "wandb"} & sys.modules.keys()
-"""
-    run_python("-c", code, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("budget", "spent"), [(128 * 5, 128 * 5), (128 * 5 + 127, 128 * 5)])

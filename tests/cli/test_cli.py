@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from lightning.pytorch.cli import LightningCLI
 
 from lit_rl import Policy, cli, load_policy
 from lit_rl.errors import CheckpointError
@@ -221,6 +222,21 @@ def test_the_usage_names_every_subcommand(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "{fit,validate,test,predict,recipes,play,plot}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "made"), [(["fit", "--help"], ["fit"]), (["--help"], ["fit", "validate", "test", "predict"])]
+)
+def test_only_the_parser_of_the_given_subcommand_is_made(
+    args: list[str], made: list[str], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, prepare = [], LightningCLI._prepare_subcommand_parser
+    monkeypatch.setattr(
+        LightningCLI, "_prepare_subcommand_parser", lambda *a, **k: found.append(a[2]) or prepare(*a, **k)
+    )
+    with pytest.raises(SystemExit):
+        cli.main(args)
+    assert found == made
 
 
 @pytest.mark.slow

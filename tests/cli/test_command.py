@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, CommandServer
 
 from lit_rl import cli
 
@@ -35,25 +35,41 @@ def script(*args: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
 
 
+def test_an_environment_in_the_working_folder_is_found(command_server: CommandServer) -> None:
+    Path("my_env.py").write_text(OWN)
+    done = script(*FIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    play = ["lit-rl", "play", str(checkpoint), "--episodes", "1", "--env", "my_env:MyEnv"]
+    code, output = command_server.run(Path.cwd(), play)
+    assert code == 0 and "my_env:MyEnv" in output, output
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        [],
         ["--data.vectorization", "async"],
-        pytest.param(["--data.num_env_runners", "2"], marks=pytest.mark.slow),
-        pytest.param(["--cluster.num_learners", "1"], marks=pytest.mark.slow),
+        pytest.param(["--data.num_env_runners", "2"], marks=[pytest.mark.slow, pytest.mark.ray]),
     ],
 )
-def test_an_environment_in_the_working_folder_is_found(more: list[str]) -> None:
+def test_processes_find_it_too(command_server: CommandServer, more: list[str]) -> None:
     Path("my_env.py").write_text(OWN)
-    done = script(*FIT, *more)
-    assert done.returncode == 0, done.stderr[-2000:]
-    if not more:
-        (checkpoint,) = Path("runs").rglob("last.ckpt")
-        played = script("play", str(checkpoint), "--episodes", "1", "--env", "my_env:MyEnv")
-        assert "my_env:MyEnv" in played.stdout, played.stderr
+    code, output = command_server.run(Path.cwd(), ["lit-rl", *FIT, *more])
+    assert code == 0, output[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_learners_of_a_cluster_find_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    Path("my_env.py").write_text(OWN)
+    cli.main([*FIT, "--cluster.num_learners", "1", "--cluster.storage_path", "stored"])
+    sys.modules.pop("my_env", None)
+    assert list(Path("stored").rglob("checkpoint.ckpt"))
+
+
+@pytest.mark.slow
 def test_the_working_folder_is_left_out_where_python_is_told_to() -> None:
     Path("my_env.py").write_text(OWN)
     done = script(*FIT, PYTHONSAFEPATH="1")
@@ -82,9 +98,10 @@ def test_a_mistake_is_answered_with_what_to_write(capsys, args: list[str], words
     assert all(word in line for word in words), line
 
 
-def test_atari_without_its_package_is_told_which() -> None:
-    done = script("fit", "--config", "ppo_cartpole", "--data.env", "ALE/Pong-v5")
-    assert "Write ale_py:ALE/Pong-v5." in done.stderr, done.stderr
+def test_atari_without_its_package_is_told_which(command_server: CommandServer) -> None:
+    command = ["lit-rl", "fit", "--config", "ppo_cartpole", "--data.env", "ALE/Pong-v5"]
+    code, output = command_server.run(Path.cwd(), command)
+    assert code != 0 and "Write ale_py:ALE/Pong-v5." in output, output
 
 
 def test_a_config_with_the_options_of_subcommands_stands_before_them(capsys) -> None:

@@ -202,6 +202,7 @@ def test_what_cannot_be_compiled_is_refused(make_trainer, algorithm: Any, traine
         make_trainer(**trainer).fit(algorithm(minibatch_size=8, compile=True), data)
 
 
+@pytest.mark.slow
 def test_two_algorithms_in_one_process_are_compiled_apart(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler is told not to check whether what it read has changed."""
     compile_ = torch.compile

@@ -37,12 +37,19 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(tmp_path: Path) -> None:
         assert torch.equal(value, resumed[name]), name
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have trained, eagerly and with compiled steps: one start for both."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    run_python(SCRIPT, folder, "eager", "compiled", cwd=folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_two_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
+def test_two_ranks_give_the_gradients_of_one(two_ranks: Path, tmp_path: Path) -> None:
     run(tmp_path, "eager", 1)
-    ranks(tmp_path, "eager")
-    one, first, second = (load(tmp_path, f"eager-{name}") for name in ("1-0", "2-0", "2-1"))
+    one, first, second = load(tmp_path, "eager-1-0"), load(two_ranks, "eager-2-0"), load(two_ranks, "eager-2-1")
     assert one["global_step"] == first["global_step"] == second["global_step"]
     for step, (a, b, c) in enumerate(zip(one["gradients"], first["gradients"], second["gradients"])):
         for x, y, z in zip(a, b, c):
@@ -53,14 +60,13 @@ def test_two_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_compiled_steps_train_both_on_one_and_two_ranks_as_eager_ones_do(tmp_path: Path) -> None:
+def test_compiled_steps_train_both_on_one_and_two_ranks_as_eager_ones_do(two_ranks: Path, tmp_path: Path) -> None:
     run(tmp_path, "eager", 1)
     run(tmp_path, "compiled", 1)
-    ranks(tmp_path, "compiled")
     eager, one = load(tmp_path, "eager-1-0"), load(tmp_path, "compiled-1-0")
     assert eager["global_step"] == one["global_step"] and not one["gradients"]  # that hook is not called
     same_weights(eager, one, one)
-    same_weights(eager, load(tmp_path, "compiled-2-0"), load(tmp_path, "compiled-2-1"))
+    same_weights(eager, load(two_ranks, "compiled-2-0"), load(two_ranks, "compiled-2-1"))
 
 
 def same_weights(expected: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -68,10 +74,6 @@ def same_weights(expected: dict[str, Any], first: dict[str, Any], second: dict[s
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         close = torch.isclose(value, first["weights"][name], atol=2e-4, rtol=1e-3)
         assert close.all(), (name, value, first["weights"][name])
-
-
-def ranks(folder: Path, case: str) -> None:
-    run_python(SCRIPT, folder, case, 2, cwd=folder)
 
 
 def test_an_algorithm_is_copied_without_its_surroundings(tmp_path: Path) -> None:

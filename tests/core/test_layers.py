@@ -112,20 +112,27 @@ def test_algorithms_reach_neither_env_runners_nor_environments(algorithm: str) -
     assert [chain for name, chain in chains(algorithm).items() if unwanted & (packages(name) | {name})] == []
 
 
-def loaded_after(statement: str, *packages: str) -> set[str]:
-    """Which of `packages` a fresh interpreter has loaded after a statement."""
-    code = f"{statement}; import sys; print(*(set({packages!r}) & set(sys.modules)))"
-    return set(run_python("-c", code).stdout.split())
+TRAINING = """
+import lightning as L
+from lit_rl import PPO, Evaluation, RolloutDataModule
+data = RolloutDataModule("CartPole-v1", max_env_steps=512, rollout_length=16, seed=0, evaluation=Evaluation(episodes=2))
+trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False)
+trainer.fit(PPO(minibatch_size=64), data)
+trainer.validate(trainer.model, data)
+assert trainer.model.env_steps == 512
+"""
+# One after the other in one interpreter: what must not have been loaded after it.
+HEAVY = {
+    "import lit_rl": {"torch", "lightning", "ray", "tensordict", "wandb", "numpy", "gymnasium"},
+    "import lit_rl.runners.env_runner, lit_rl.policy": {"lightning", "tensordict", "ray", "torchrl", "wandb"},
+    "from lit_rl import load_policy": {"lightning", "tensordict", "ray", "torchrl", "wandb"},
+    "import lit_rl.cli": {"ray", "torchrl", "wandb", "pyarrow", "tensorboard"},
+    TRAINING: {"ray", "torchrl", "wandb"},
+}
 
 
-@pytest.mark.parametrize(
-    ("statement", "packages"),
-    [
-        ("import lit_rl", ("torch", "lightning", "ray", "tensordict", "wandb", "numpy", "gymnasium")),
-        ("import lit_rl.runners.env_runner, lit_rl.policy", ("lightning", "tensordict", "ray", "torchrl", "wandb")),
-        ("from lit_rl import load_policy", ("lightning", "tensordict", "ray", "torchrl", "wandb")),
-        ("import lit_rl.cli", ("ray", "torchrl", "wandb", "pyarrow", "tensorboard")),
-    ],
-)
-def test_import_leaves_what_is_heavy_for_later(statement: str, packages: tuple[str, ...]) -> None:
-    assert loaded_after(statement, *packages) == set()
+def test_imports_and_training_in_process_leave_what_is_heavy_for_later(tmp_path: Path) -> None:
+    code = "import sys\n" + "".join(f"{part}\nprint('\\nLOADED', *sys.modules)\n" for part in HEAVY)
+    lines = [line for line in run_python("-c", code, cwd=tmp_path).stdout.splitlines() if line.startswith("LOADED ")]
+    for (part, packages), line in zip(HEAVY.items(), lines, strict=True):
+        assert packages & set(line.split()) == set(), part
