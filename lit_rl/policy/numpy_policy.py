@@ -31,8 +31,8 @@ def has_twin(policy: Any) -> bool:
     is_mlp = isinstance(encoder, MLP) and type(encoder).forward is MLP.forward
     if not is_mlp or type(encoder.layers) is not nn.Sequential:
         return False
-    layers = [*encoder.layers, head]
-    linears, activations = layers[0::2], layers[1::2]
+    linears, norms, activations = _parts(encoder.layers)
+    linears.append(head)
     return (
         not policy.own_methods
         and type(encoder.input) is FlatInput
@@ -40,6 +40,7 @@ def has_twin(policy: Any) -> bool:
         and type(policy.normalizer) in (type(None), ObservationNormalizer)
         # A layer with weight_norm is of another class, and so is a quantised or lazy one.
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in linears)
+        and all(norm is None or (type(norm) is nn.LayerNorm and norm.bias is not None) for norm in norms)
         and all(type(activation) in ACTIVATIONS for activation in activations)
         and all(parameter.device.type == "cpu" for parameter in policy.parameters())
         and not any(module._forward_hooks or module._forward_pre_hooks for module in policy.modules())
@@ -58,19 +59,20 @@ class NumpyPolicy:
     def __init__(self, policy: Any):
         self._policy = policy
         flat, space = policy.encoder.input, policy.encoder.input.space
-        linears = [*policy.encoder.layers[0::2], policy.head]
+        linears, norms, activations = _parts(policy.encoder.layers)
+        linears.append(policy.head)
         self._modules = policy.encoder, policy.head
         # Who holds which parameter, and where its numbers are.
         self._memory = [
-            (linear._parameters, name, parameter, parameter.data_ptr())
-            for linear in linears
-            for name, parameter in linear._parameters.items()
+            (layer._parameters, name, parameter, parameter.data_ptr())
+            for layer in (*linears, *filter(None, norms))
+            for name, parameter in layer._parameters.items()
             if parameter is not None
         ]
         first, *weights = [linear.weight.detach().numpy().T for linear in linears]
         *biases, self._last_bias = [linear.bias.detach().numpy() for linear in linears]
-        activations = [ACTIVATIONS[type(activation)] for activation in policy.encoder.layers[1::2]]
-        self._layers = list(zip(biases, activations, weights))
+        after = [_LayerNorm(norm) if norm is not None else None for norm in norms]
+        self._layers = list(zip(biases, after, [ACTIVATIONS[type(each)] for each in activations], weights))
         # Observations times the first weight. A one-hot row times a matrix is a row of the matrix: none is made.
         self._product: Callable[[Tree], np.ndarray]
         if isinstance(space, spaces.Discrete):
@@ -102,9 +104,9 @@ class NumpyPolicy:
         if policy.normalizer is not None:
             x = policy.normalizer.numpy(x)
         x = self._product(x)
-        for bias, activation, weight in self._layers:
+        for bias, norm, activation, weight in self._layers:
             x += bias
-            x = activation(x) @ weight
+            x = activation(x if norm is None else norm(x)) @ weight
         x += self._last_bias
         log_std = policy.log_std
         if log_std is not None:
@@ -113,3 +115,28 @@ class NumpyPolicy:
         if policy.masks is not None:
             policy.masks.apply_numpy(x, obs[ACTION_MASK])
         return x
+
+
+class _LayerNorm:
+    """A `nn.LayerNorm` over the last axis, in place."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self._weight, self._bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+        self._eps, self._share = norm.eps, np.float32(1 / norm.normalized_shape[0])
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        x -= x.sum(-1, keepdims=True) * self._share
+        variance = np.einsum("...i,...i->...", x, x)[..., None] * self._share
+        x *= self._weight / np.sqrt(variance + self._eps)
+        x += self._bias
+        return x
+
+
+def _parts(layers: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """An MLP's layers: the linear ones, the norm after each (or None), and the activations."""
+    rest, linears, norms, activations = list(layers), [], [], []
+    while rest:
+        linears.append(rest.pop(0))
+        norms.append(rest.pop(0) if len(rest) > 1 and isinstance(rest[0], nn.LayerNorm) else None)
+        activations.append(rest.pop(0) if rest else None)
+    return linears, norms, activations

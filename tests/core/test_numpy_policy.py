@@ -54,8 +54,11 @@ def assert_acts_as_torch(policy: Policy) -> None:
 @SPACES
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("hidden_sizes", [(8,), (16, 8), (4, 4, 4)], ids=str)
-def test_an_mlp_in_numpy_equals_torch(space: gym.Space, activation: str, hidden_sizes: Sequence[int]) -> None:
-    network = functools.partial(MLP, hidden_sizes=hidden_sizes, activation=activation)
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["", "layer norm"])
+def test_an_mlp_in_numpy_equals_torch(
+    space: gym.Space, activation: str, hidden_sizes: Sequence[int], layer_norm: bool
+) -> None:
+    network = functools.partial(MLP, hidden_sizes=hidden_sizes, activation=activation, layer_norm=layer_norm)
     policy = make_policy(EnvSpec("e", space, spaces.Discrete(3)), network=network)
     assert NumpyPolicy.of(policy) is not None
     assert_acts_as_torch(policy)
@@ -234,11 +237,26 @@ def head(policy: Policy) -> nn.Module:
     return policy.head
 
 
+class OwnNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def layer_normed(norm: nn.Module) -> Policy:
+    """A policy with this after its first layer."""
+    policy = make_policy(network=functools.partial(MLP, layer_norm=True))
+    policy.encoder.layers[1] = norm
+    policy.weights_moved()
+    return policy
+
+
 OLD_WEIGHT_NORM = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 NO_TWIN: dict[str, Callable[[], Policy]] = {
     "elu": lambda: make_policy(network=functools.partial(MLP, activation="elu")),
     "silu": lambda: make_policy(network=functools.partial(MLP, activation="silu")),
-    "layer norm": lambda: make_policy(network=functools.partial(MLP, layer_norm=True)),
+    "layer norm without bias": lambda: layer_normed(nn.LayerNorm(64, bias=False)),
+    "layer norm without parameters": lambda: layer_normed(nn.LayerNorm(64, elementwise_affine=False)),
+    "layer norm of its own": lambda: layer_normed(OwnNorm(64)),
     "embeddings": lambda: make_policy(
         EnvSpec("e", spaces.Discrete(4), spaces.Discrete(3)), network=functools.partial(MLP, embedding_size=2)
     ),
