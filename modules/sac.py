@@ -182,9 +182,8 @@ class SAC(OffPolicy):
             self.draw_noise(batch)
         taken, (td_error, terms) = self.gradient_step(batch)
         set_priority(batch, td_error)
-        if taken:
-            for follow in self.followers:
-                follow(self.hp.tau)
+        for follow in self.followers:
+            follow(self.hp.tau, taken)
         return {**dict(zip(TERMS, terms.unbind())), "policy/alpha": alpha}
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -1,6 +1,5 @@
 """One gradient step as a single compiled function."""
 
-import math
 import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -11,6 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lit_rl import distributed
 from lit_rl.errors import OptionError
@@ -25,7 +25,9 @@ class CompiledStep:
     For small networks most of an eager step is the cost of calling some hundred small operations; here they are one.
     The function sees all parameters as one flat tensor, and so does the optimizer's rule its state: the module's
     parameters and the optimizer's state become views of these, so that checkpoints and the policy's copies are those of
-    an eager run. Each group of parameters has its learning rate, which may change. With several ranks there are two functions, and the average of the flat gradient between them.
+    an eager run. Each group of parameters has its learning rate, which may change. With several ranks there are two
+    functions, and the average of the flat gradient between them. On a GPU they are replayed as CUDA graphs, unless
+    something in them forbids it: torch then says so, and launches their kernels one by one.
 
     The arithmetic is that of the eager step, in another order: results agree to rounding, not to the last bit.
     Lightning's `on_before_zero_grad`, `on_before_backward`, `on_after_backward` and `on_before_optimizer_step` are not
@@ -67,13 +69,18 @@ class CompiledStep:
         self._compiled_move: Callable[..., Any] | None = None
 
     def __call__(self, batch: TensorDict) -> tuple[Tensor, Tensor, Any]:
-        """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`."""
+        """Take one step, unless its gradient is not finite: the loss, the gradient's norm, and the rest of `loss`.
+
+        Nothing here waits for the device. Lightning is not told of the step.
+        """
         self._attach()
         self._follow_lr()
         moved = (*self._flat, self._steps, self._lr)
         values = batch.to_dict()
         key = tuple((name, leaf.shape, leaf.stride(), leaf.dtype) for name, leaf in iterate(values))
         values |= {("next", name): value for name, value in values.get("next", {}).items()}  # as a TensorDict has it
+        if self._on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
         if distributed.world_size() == 1:
             loss, norm, rest = self._call(key, self._step, (*moved, values))
         else:
@@ -81,11 +88,20 @@ class CompiledStep:
             distributed.rank_mean(grad)
             if self._compiled_move is None:
                 self._compiled_move = self._compile(self._move)
-            norm = self._compiled_move(*moved, grad)
-        if math.isfinite(norm):
-            self.optimizer._on_before_step()
-            self.optimizer._on_after_step()
+            norm = self._own(self._compiled_move(*moved, grad))
         return loss, norm, rest
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameters[0].device
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _own(self, results: Any) -> Any:
+        """What a function returned, in memory that the next replay of its CUDA graph does not write to."""
+        return tree_map_only(Tensor, torch.clone, results) if self._on_gpu else results
 
     def _follow_lr(self) -> None:
         """Make the rule's learning rate, [] or for several groups [N], that of the optimizer, if it is another."""
@@ -98,7 +114,7 @@ class CompiledStep:
     def _call(self, key: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """The compiled form of a function of batches, which are the last argument; one for each of their shapes."""
         if key in self._compiled:
-            return self._compiled[key](*arguments)
+            return self._own(self._compiled[key](*arguments))
         rank_zero_info(f"Compiling the gradient step for a batch of {arguments[-1]['action'].shape[0]} rows ...")
         started, self._compiled[key] = time.perf_counter(), self._compile(function)
         try:
@@ -110,7 +126,7 @@ class CompiledStep:
                 f"compiled ({type(error).__name__}: {reason}). Leave it out."
             ) from error
         rank_zero_info(f"... took {time.perf_counter() - started:.0f} s.")
-        return results
+        return self._own(results)
 
     def _compile(self, function: Any) -> Callable[..., Any]:
         """One of the methods below for arguments of one shape.
@@ -123,7 +139,8 @@ class CompiledStep:
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
             "size_asserts": False,
             # Kernels are called from C++ instead of Python: a tenth less for a small network.
-            "cpp_wrapper": self._flat[0].device.type == "cpu",
+            "cpp_wrapper": self.device.type == "cpu",
+            "triton.cudagraphs": self._on_gpu,
         }
         return torch.compile(MethodType(own, self), fullgraph=True, dynamic=False, options=options)
 
@@ -185,6 +202,8 @@ class CompiledStep:
             for i, (parameter, step) in enumerate(zip(self._parameters, self._steps.unbind())):
                 parameter.data = self._views[0][i]
                 state[parameter] = {"step": step, **{name: view[i] for name, view in zip(kept, self._views[1:])}}
+        for tensor in (*self._flat, self._steps):  # changed in place, which a CUDA graph does at a fixed address alone
+            torch._dynamo.mark_static_address(tensor, guard=False)
         self._algorithm.policy.weights_moved()
 
 
