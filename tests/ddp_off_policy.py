@@ -1,7 +1,8 @@
 """Off-policy algorithms on two ranks. Started by test_ddp.py.
 
 `gradients <rank> <world size> <port> <folder>`: the gradients of one update of every algorithm, on a share of one
-minibatch. `train <folder> <algorithm>`: a short run of two ranks under Trainer.
+minibatch. `train <folder> <algorithm> [compile]`: a short run of two ranks under Trainer; compiled functions are run
+as they are written.
 """
 
 import functools
@@ -61,7 +62,7 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
             algorithm: Any = kind(spec=spec, network=LSTMNetwork if memory else None)
             algorithm.configure_model()
             if isinstance(algorithm, SAC):  # noise that depends on the row alone, not on how many there are
-                algorithm.sample = lambda p, a=algorithm: a.policy.distribution.rsample(
+                algorithm.sample = lambda p, noise, a=algorithm: a.policy.distribution.rsample(
                     p, (p[..., :2] * 1e3).sin().detach()
                 )
             share = 4 // world_size
@@ -78,7 +79,7 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def train(folder: Path, name: str) -> None:
+def train(folder: Path, name: str, **options: Any) -> None:
     continuous = name in ("SAC", "TQC")
     data = ReplayDataModule(
         "Pendulum-v1" if continuous else "CartPole-v1", num_envs_per_env_runner=2, max_env_steps=400, seed=0,
@@ -86,7 +87,7 @@ def train(folder: Path, name: str) -> None:
         evaluation=Evaluation(episodes=3),
     )  # fmt: skip
     kind = CASES[name][0]
-    algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))
+    algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]), **options)
     trainer = quiet_trainer(devices=2, strategy="ddp")
     trainer.fit(algorithm, data)
     trainer.save_checkpoint(folder / "off-policy.ckpt")
@@ -100,4 +101,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "gradients":
         gradients(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
     else:
-        train(Path(sys.argv[2]), sys.argv[3])
+        torch.compile = lambda function, **_: function  # type: ignore[assignment]
+        train(Path(sys.argv[2]), sys.argv[3], **dict.fromkeys(sys.argv[4:], True))

@@ -31,15 +31,15 @@ class Follower:
     @torch.no_grad()
     def __call__(self, tau: float, when: bool | Tensor = True) -> None:
         """Move the target, if `when` is True: what a gradient step returned, a tensor if only the device knows."""
-        if when is False:
+        if not isinstance(when, Tensor) and not when:
             return
-        if when is True:
-            torch._foreach_lerp_(self._target, self._network, tau)
-        else:
+        if isinstance(when, Tensor):
             torch._foreach_lerp_(self._target, self._network, [when * tau] * len(self._target))
+        else:
+            torch._foreach_lerp_(self._target, self._network, tau)
         if self._with_buffers:
             target, network = self._with_buffers
             buffers = list(network.buffers())
-            if when is not True:
+            if isinstance(when, Tensor):
                 buffers = [torch.where(when, new, old) for new, old in zip(buffers, target.buffers())]
             torch._foreach_copy_(list(target.buffers()), buffers)

@@ -166,6 +166,16 @@ def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path
         torch.testing.assert_close(gradient, first[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_two_ranks_train_sac_by_compiled_steps_as_by_eager_ones(tmp_path: Path) -> None:
+    found = []
+    for options in ((), ("compile",)):
+        run_python(OFF_POLICY, "train", tmp_path, "SAC", *options, cwd=tmp_path)
+        found.append([torch.load(tmp_path / f"train-{rank}.pt")["weights"] for rank in (0, 1)])
+    for key, value in found[0][0].items():
+        assert torch.equal(found[1][0][key], found[1][1][key]), key
+        torch.testing.assert_close(found[1][0][key], value, atol=2e-4, rtol=1e-3, msg=key)
+
+
 @pytest.mark.parametrize("name", ["Rainbow", "TQC"])
 def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(tmp_path: Path, name: str) -> None:
     run_python(OFF_POLICY, "train", tmp_path, name, cwd=tmp_path)
