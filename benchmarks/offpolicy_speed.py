@@ -6,6 +6,8 @@
 Each system runs in a process of its own, in turns, with the same settings and one torch thread. SAC: one environment,
 one update per env step, 2x256 networks, batch 256. DQN: one environment, an update every four env steps, 2x64 network,
 batch 64. The time begins when learning has gone on for a while. Read the ratios: these machines are noisy.
+
+Of SAC it is also printed how many updates a second the matrix products of an update alone would allow.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_off_policy.json"
 WARM_UP = {"sac": 600, "dqn": 4_000}  # env steps, of which random: RANDOM
 RANDOM = {"sac": 300, "dqn": 1_000}
+PRODUCTS = "products alone"
 TIMED = {"sac": 1_500, "dqn": 16_000}
 
 
@@ -44,7 +47,7 @@ def lit_rl(task: str, compile: bool = False) -> float:
     }  # fmt: skip
     if task == "sac":
         data = ReplayDataModule("Pendulum-v1", buffer_size=1_000_000, batch_size=256, **options)
-        algorithm = SAC(lr=3e-4)
+        algorithm = SAC(lr=3e-4, compile=compile)
     else:
         data = ReplayDataModule(
             "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=4, update_to_data=0.25, **options
@@ -89,10 +92,31 @@ def sb3(task: str) -> float:
     return timed / (begun[1] - begun[0])
 
 
+def products(task: str) -> float:
+    """Updates/s if an update of SAC were its large matrix products alone: 16 of [256, 256] by [256, 256]."""
+    import torch
+
+    torch.set_num_threads(1)
+    bias, x, pair = torch.randn(256), torch.randn(256, 256), torch.randn(2, 256, 256)
+    begun: list[float] = []
+    for _ in range(300):
+        begun.append(time.perf_counter())
+        for _ in range(2):  # the policy: forward on observations and next ones; backward by inputs and by weights
+            torch.addmm(bias, x, x)
+            torch.mm(x.t(), x)
+        for _ in range(3):  # forward: target critics, critics, critics of the policy's actions
+            torch.baddbmm(bias, pair, pair)
+        for _ in range(2):  # backward by inputs: critics, critics of the policy's actions
+            torch.bmm(pair, pair.mT)
+        torch.bmm(pair.mT, pair)  # and by the critics' weights
+    return 200 / (begun[-1] - begun[-201])
+
+
 SYSTEMS = {
     "lit_rl": lit_rl,
     "lit_rl, compiled": functools.partial(lit_rl, compile=True),  # the time begins after compilation
     "SB3": sb3,
+    PRODUCTS: products,
 }
 
 
@@ -109,7 +133,7 @@ def main() -> None:
         return
     results = {}
     for task in args.tasks:
-        speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS if task == "dqn" or "compiled" not in name}
+        speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS if task == "sac" or name != PRODUCTS}
         for number in range(args.rounds):
             for name in speeds:
                 done = subprocess.run(

@@ -7,6 +7,7 @@ import time
 import types
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -30,6 +31,7 @@ from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
+from lit_rl.learner.steps import MOST_UNREAD
 from lit_rl.learner.weight_averaging import keepers
 from lit_rl.networks import NetworkFactory, check_nameable, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
@@ -44,6 +46,21 @@ MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10
 NOT_SAVED = ("network", "critic_network", "policy_class", "spec")  # as hyper-parameters: they are no plain data
 INITIALISATION, MINIBATCHES = 100, 101  # first numbers of SeedSequence keys; the datamodule's are below 100
+
+
+@dataclass
+class Update:
+    """A call of `Algorithm.update`.
+
+    Attributes:
+        metrics: what it returned.
+        skipped: gradient steps of it that were skipped, as far as is known.
+        unread: those of which only the device knows.
+    """
+
+    metrics: dict[str, Tensor | float]
+    skipped: int = 0
+    unread: int = 0
 
 
 class Algorithm(TakesOptions, L.LightningModule):
@@ -108,12 +125,15 @@ class Algorithm(TakesOptions, L.LightningModule):
         self._resume: dict[str, Any] | None = None
         self._num_saved = 0  # batches with which skipped steps began
         self._broken_batch = ""  # where the last of them is
+        self._unchecked: list[tuple[TensorDict, Update]] = []
+        self._numbers: dict[str, tuple[Tensor, int, int]] = {}  # counters, their version, and what they said then
         self._reporter: Reporter | None = None
         self._interruption: Interruption | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without its surroundings, which belong to the fit that is over: the Trainer, loggers, signal handlers."""
-        return {**super().__getstate__(), "_host": None, "_reporter": None, "_interruption": None}
+        surroundings: dict[str, Any] = {"_host": None, "_reporter": None, "_interruption": None, "_numbers": {}}
+        return {**super().__getstate__(), **surroundings}
 
     # --- what a subclass gives ----------------------------------------------------------------------------------
 
@@ -139,8 +159,11 @@ class Algorithm(TakesOptions, L.LightningModule):
         """A new policy of the class and with the network the user asked for."""
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
 
-    def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
-        """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss."""
+    def gradient_step(self, batch: TensorDict) -> tuple[bool | Tensor, Any]:
+        """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss.
+
+        On a GPU the former is a tensor that becomes True or False there: to ask for it in an `if` waits for the GPU.
+        """
         mask = mask_of(batch)
         if mask is not None and distributed.world_size() > 1:  # asked once, for all means in the loss
             batch["row_count"] = distributed.mean_count(mask).expand(mask.shape)
@@ -149,27 +172,43 @@ class Algorithm(TakesOptions, L.LightningModule):
         loss, rest = self.loss(batch)
         return self.optimize(loss), rest
 
-    def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool:
+    def optimize(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool | Tensor:
         """One gradient step on `loss`: backward, the average over ranks, clip, step; whether it was taken.
 
-        Where the loss or the gradient of any rank is not finite, every rank skips it.
+        On a GPU that is a tensor: see `gradient_step`. Where the loss or the gradient of any rank is not finite, every
+        rank skips it.
         """
         return self.host.steps.on_loss(loss, optimizer)
 
-    def checked_update(self, batch: TensorDict) -> dict[str, Tensor | float]:
-        """`update`, and what follows where gradient steps of it were skipped.
+    def checked_update(self, batch: TensorDict) -> "Update":
+        """`update`, and `check_updates` after it: where only a GPU knows what became of the steps, after some more."""
+        steps = self.host.steps
+        skipped, unread = steps.skipped, steps.num_unread
+        update = Update(self.update(batch))
+        update.skipped, update.unread = steps.skipped - skipped, steps.num_unread - unread
+        self._unchecked.append((batch, update))
+        if not 0 < steps.num_unread < MOST_UNREAD:
+            self.check_updates()
+        return update
+
+    def check_updates(self) -> None:
+        """Find out which gradient steps were skipped since this was called last, in the order of the updates.
 
         The batch with which a row of them begins is saved.
 
         Raises:
             DivergedError: after `MAX_SKIPPED` in a row, with a checkpoint of the weights from before.
         """
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return
         steps = self.host.steps
-        before = steps.skipped
-        metrics = self.update(batch)
-        skipped = steps.skipped - before
-        if skipped:
-            if steps.in_a_row <= skipped:
+        steps.fetch()
+        for batch, update in unchecked:
+            update.skipped += steps.count(update.unread)
+            if not update.skipped:
+                continue
+            if steps.in_a_row <= update.skipped:
                 self._broken_batch = self._save_batch(batch)
             if steps.in_a_row >= MAX_SKIPPED:
                 path = self.host.save_checkpoint("before_divergence.ckpt")
@@ -178,7 +217,6 @@ class Algorithm(TakesOptions, L.LightningModule):
                     f"in a row: training has diverged. Batch: {self._broken_batch}. Checkpoint from before: "
                     f"{path}. Go on from it with a lower lr, or scale the rewards down."
                 )
-        return metrics
 
     def scheduled(self, name: str) -> Scheduled:
         """The option `name` as it changes by `<name>_schedule`. Kept as an attribute, it follows by itself."""
@@ -215,11 +253,16 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     @property
     def env_steps_done(self) -> int:
-        return int(self.env_steps)
+        return self._number("env_steps")
 
     @property
     def updates_done(self) -> int:
-        return int(self.updates)
+        return self._number("updates")
+
+    def count(self, name: str, more: int) -> None:
+        """Add to `env_steps` or `updates`, whose number stays known: a GPU need not be asked for it."""
+        number, counter = self._number(name) + more, getattr(self, name).add_(more)
+        self._numbers[name] = counter, counter._version, number
 
     # --- what a host calls: Lightning's hooks below, or a module that this is a part of -------------------------------
 
@@ -287,10 +330,11 @@ class Algorithm(TakesOptions, L.LightningModule):
                 "lit_rl.rollout.Rollout that says how many env_steps it brings, as RolloutDataModule gives it."
             )
         lag = float(distributed.masked_mean(self.updates_done - batch["policy_version"].double(), mask_of(batch)))
-        metrics = self.checked_update(batch)
-        self.env_steps.add_(batch.env_steps)
-        self.updates.add_(1)
-        return {**metrics, "rollout/policy_lag": lag}
+        update = self.checked_update(batch)
+        self.check_updates()
+        self.count("env_steps", batch.env_steps)
+        self.count("updates", 1)
+        return {**update.metrics, "rollout/policy_lag": lag}
 
     def learn(self, *args: Any, **kwargs: Any) -> None:
         """Not how it is trained here: refused in words for those who come from libraries where it is."""
@@ -479,6 +523,14 @@ class Algorithm(TakesOptions, L.LightningModule):
     def reporter(self) -> Reporter:
         assert self._reporter is not None, "there is one while training"
         return self._reporter
+
+    def _number(self, name: str) -> int:
+        """What a counter says, which is asked for if it was changed elsewhere."""
+        counter = getattr(self, name)
+        known = self._numbers.get(name)
+        if known is None or known[0] is not counter or known[1] != counter._version:
+            known = self._numbers[name] = counter, counter._version, int(counter)
+        return known[2]
 
     def _obey_signals(self) -> None:
         if self._interruption is not None:

@@ -66,16 +66,15 @@ class OffPolicy(Algorithm):
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each minibatch of a stream; the means of what it returned where no step was skipped."""
-        metrics: dict[str, list[Tensor]] = {}
-        steps = self.host.steps
+        updates = []
         for minibatch in batch:
-            self.env_steps.add_(batch.take_env_steps())
-            skipped = steps.skipped
-            found = self.checked_update(minibatch)
-            self.updates.add_(1)
-            if steps.skipped > skipped:
-                continue
-            for name, value in found.items():
+            self.count("env_steps", batch.take_env_steps())
+            updates.append(self.checked_update(minibatch))
+            self.count("updates", 1)
+        self.count("env_steps", batch.take_env_steps())
+        self.check_updates()
+        metrics: dict[str, list[Tensor]] = {}
+        for update in updates:
+            for name, value in () if update.skipped else update.metrics.items():
                 metrics.setdefault(name, []).append(torch.as_tensor(value))
-        self.env_steps.add_(batch.take_env_steps())
         return {name: torch.stack(values).mean() for name, values in metrics.items()}

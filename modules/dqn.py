@@ -144,8 +144,8 @@ class DQN(OffPolicy):
             set_noise(self.target, self.generator)
         taken, (td_error, terms) = self.gradient_step(batch)
         set_priority(batch, td_error)
-        if taken and (self.updates_done + 1) % hp.target_update_interval == 0:
-            self.follow(hp.tau)
+        if (self.updates_done + 1) % hp.target_update_interval == 0:
+            self.follow(hp.tau, taken)
         return dict(zip(TERMS, terms.unbind()))
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.learner.refusals import check_memory
+from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.normalizer import ReturnNormalizer
@@ -178,13 +179,13 @@ class PPO(Algorithm):
             if hp.value_clip is not None:
                 rollout["state_value"] = value
 
-        terms = []
+        steps = []
         for minibatch in self.minibatches(rollout, states):
             taken, minibatch_terms = self.gradient_step(minibatch)
-            if taken:
-                terms.append(minibatch_terms)
-                if hp.target_kl is not None and rank_mean(minibatch_terms[KL].clone()) > hp.target_kl:
-                    break
+            steps.append((taken, minibatch_terms))
+            if hp.target_kl is not None and taken and rank_mean(minibatch_terms[KL].clone()) > hp.target_kl:
+                break
+        terms = where_taken(*zip(*steps))
 
         self.policy.update_normalizer(rollout["observation"], mask)
         metrics: dict[str, Tensor | float] = {}
@@ -267,7 +268,7 @@ class PPO(Algorithm):
             is_first = (place < num).view(-1, *[1] * (mask.ndim - 1))
         num_noise = self.policy.distribution.num_noise
         for _ in range(hp.num_epochs):
-            order = torch.randperm(num, generator=self.generator).to(device)
+            order = torch.randperm(num, generator=self.generator).to(device, non_blocking=True)
             if mask is None:
                 shuffled = batch[order]
             else:
@@ -276,7 +277,8 @@ class PPO(Algorithm):
             for minibatch in shuffled.split(size):
                 if num_noise:
                     shape = (*minibatch["advantage"].shape, num_noise)
-                    minibatch["entropy_noise"] = torch.randn(shape, generator=self.generator).to(device)
+                    noise = torch.randn(shape, generator=self.generator)
+                    minibatch["entropy_noise"] = noise.to(device, non_blocking=True)
                 yield minibatch
 
     def attach(self, host: Host) -> None:

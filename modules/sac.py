@@ -65,6 +65,8 @@ class SAC(OffPolicy):
         network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
         share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone, at
             `critic_lr` (Yarats et al. 2021, arXiv:1910.01741). None shares one with memory.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
+            ten seconds to a minute of compilation.
     """
 
     critics: Critics
@@ -88,6 +90,7 @@ class SAC(OffPolicy):
         critic_network: NetworkFactory | dict[str, Any] | None = None,
         network: NetworkFactory | dict[str, Any] | None = None,
         share_encoder: bool | None = None,
+        compile: bool = False,
         **options: Any,
     ):
         super().__init__(network=network, **options)
@@ -175,11 +178,12 @@ class SAC(OffPolicy):
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         alpha = self.log_alpha.detach().exp()
+        if not self.is_discrete:
+            self.draw_noise(batch)
         taken, (td_error, terms) = self.gradient_step(batch)
         set_priority(batch, td_error)
-        if taken:
-            for follow in self.followers:
-                follow(self.hp.tau)
+        for follow in self.followers:
+            follow(self.hp.tau, taken)
         return {**dict(zip(TERMS, terms.unbind())), "policy/alpha": alpha}
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -195,7 +199,7 @@ class SAC(OffPolicy):
         q = self.q_of(critics(critic_feature, None if self.is_discrete else batch["action"]), batch["action"])
         assert q.shape[1:-1] == target.shape[:-1] == batch["next", "reward"].shape  # q [K, *N, Z]
         critic_loss = self.critic_loss(q, target)
-        actor_loss, log_prob = self.actor_loss(feature, critic_feature.detach(), obs, alpha)
+        actor_loss, log_prob = self.actor_loss(batch, feature, critic_feature.detach(), alpha)
         assert critic_loss.shape == actor_loss.shape == log_prob.shape == target.shape[:-1]
         loss = weighted_mean(critic_loss, batch) + mean_of_rows(actor_loss, batch)
         if self.hp.learn_alpha:
@@ -217,21 +221,23 @@ class SAC(OffPolicy):
             value = self.backup(self.split(self.target(feature)))  # [*N, A, J]
             next_value = (log_probs.exp().unsqueeze(-1) * (value - alpha * log_probs.unsqueeze(-1))).sum(-2)
         else:
-            action, log_prob = self.sample(parameters)
+            action, log_prob = self.sample(parameters, batch["next_noise"])
             next_value = self.backup(self.target(feature, action)) - alpha * log_prob.unsqueeze(-1)
         discount = batch["discount"] * ~batch["next", "terminated"]
         return batch["next", "reward"].unsqueeze(-1) + discount.unsqueeze(-1) * next_value
 
-    def actor_loss(self, feature: Tensor, critic_feature: Tensor, obs: Tree, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(
+        self, batch: TensorDict, feature: Tensor, critic_feature: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """alpha log pi(a|s) - Q(s, a), eq. 7, and log pi(a|s), each [*N]; for discrete actions their expectations."""
-        parameters = self.policy.action_parameters(feature, obs)
+        parameters = self.policy.action_parameters(feature, batch["observation"])
         if self.is_discrete:
             log_probs = torch.log_softmax(parameters, -1)
             with torch.no_grad():
                 q = self.q_value(self.split(self.critics(critic_feature)))
             probs = log_probs.exp()
             return (probs * (alpha * log_probs - q)).sum(-1), (probs * log_probs).sum(-1).detach()
-        action, log_prob = self.sample(parameters)
+        action, log_prob = self.sample(parameters, batch["noise"])
         q = self.q_value(self.critics(critic_feature, action, frozen=True))
         return alpha * log_prob - q, log_prob.detach()
 
@@ -264,12 +270,17 @@ class SAC(OffPolicy):
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def sample(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, batch: TensorDict) -> None:
+        """Add what actions are made of, [*N, d] each: `next_noise` those of the target, `noise` those of the policy."""
+        shape = (*batch["discount"].shape, self.policy.distribution.num_noise)
+        for key in ("next_noise", "noise"):
+            noise = torch.randn(shape, generator=self.generator)
+            batch[key] = noise.to(batch["discount"].device, non_blocking=True)
+
+    def sample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions and log-probabilities, differentiable."""
         distribution = self.policy.distribution
         assert isinstance(distribution, SquashedGaussian)
-        shape = (*parameters.shape[:-1], distribution.num_outputs)
-        noise = torch.randn(shape, generator=self.generator).to(parameters.device)
         return distribution.rsample(parameters, noise)
 
     def split(self, q: Tensor) -> Tensor:

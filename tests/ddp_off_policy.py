@@ -1,7 +1,8 @@
 """Off-policy algorithms on two ranks. Started by test_ddp.py.
 
 `gradients <rank> <world size> <port> <folder>`: the gradients of one update of every algorithm, on a share of one
-minibatch. `train <folder> <algorithm> ...`: a short run of each algorithm, of two ranks under Trainer.
+minibatch. `train <folder> <algorithm> ...`: a short run of each algorithm, of two ranks under Trainer; "SAC,compile" is
+one whose compiled functions are run as they are written.
 """
 
 import functools
@@ -61,7 +62,7 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
             algorithm: Any = kind(spec=spec, network=LSTMNetwork if memory else None)
             algorithm.configure_model()
             if isinstance(algorithm, SAC):  # noise that depends on the row alone, not on how many there are
-                algorithm.sample = lambda p, a=algorithm: a.policy.distribution.rsample(
+                algorithm.sample = lambda p, noise, a=algorithm: a.policy.distribution.rsample(
                     p, (p[..., :2] * 1e3).sin().detach()
                 )
             share = 4 // world_size
@@ -78,7 +79,8 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def train(folder: Path, name: str) -> None:
+def train(folder: Path, run: str) -> None:
+    name, *switches = run.split(",")
     continuous = name in ("SAC", "TQC")
     data = ReplayDataModule(
         "Pendulum-v1" if continuous else "CartPole-v1", num_envs_per_env_runner=2, max_env_steps=400, seed=0,
@@ -86,13 +88,13 @@ def train(folder: Path, name: str) -> None:
         evaluation=Evaluation(episodes=3),
     )  # fmt: skip
     kind = CASES[name][0]
-    algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]))
+    algorithm = kind(network=functools.partial(MLP, hidden_sizes=[16]), **dict.fromkeys(switches, True))
     trainer = quiet_trainer(devices=2, strategy="ddp")
     trainer.fit(algorithm, data)
-    trainer.save_checkpoint(folder / f"{name}.ckpt")
+    trainer.save_checkpoint(folder / f"{run}.ckpt")
     first = data.buffer.sample(64)["observation"]
     state = {"weights": algorithm.state_dict(), "stored": len(data.buffer), "obs": first}
-    torch.save(state | {"metrics": dict(trainer.callback_metrics)}, folder / f"train-{name}-{trainer.global_rank}.pt")
+    torch.save(state | {"metrics": dict(trainer.callback_metrics)}, folder / f"train-{run}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
@@ -100,5 +102,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "gradients":
         gradients(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
     else:
-        for name in sys.argv[3:]:
-            train(Path(sys.argv[2]), name)
+        torch.compile = lambda function, **_: function  # type: ignore[assignment]
+        for run in sys.argv[3:]:
+            train(Path(sys.argv[2]), run)

@@ -26,7 +26,7 @@ class Rule(Protocol):
             flat: the parameters, [N].
             grad: [N], clipped.
             state: as named by `STATE`.
-            lr: the learning rate, [].
+            lr: the learning rate, [], or that of each parameter, [N].
             step: the number of this step, from 1, [].
         """
 
@@ -50,18 +50,25 @@ class Adam:
 
 
 def rule_of(optimizer: Any) -> Rule:
-    """The rule of a torch optimizer with one group of parameters.
+    """The rule of a torch optimizer, whose groups of parameters differ in their learning rates alone.
 
     Raises:
         OptionError: if there is none for it.
     """
-    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
+    if type(optimizer) is not torch.optim.Adam:
         raise OptionError(
-            f"compile=True: expected configure_optimizers to return torch.optim.Adam with one group of parameters, "
-            f"got {type(optimizer).__name__}. Leave it out."
+            "compile=True: expected configure_optimizers to return torch.optim.Adam, got "
+            f"{type(optimizer).__name__}. Leave it out."
         )
-    group = optimizer.param_groups[0]
-    for name in ("weight_decay", "amsgrad", "maximize"):
-        if group[name]:
-            raise OptionError(f"compile=True: expected Adam without {name}, got {group[name]!r}. Leave it out.")
-    return Adam(group["betas"], group["eps"])
+    first = optimizer.param_groups[0]
+    for group in optimizer.param_groups:
+        for name in ("weight_decay", "amsgrad", "maximize"):
+            if group[name]:
+                raise OptionError(f"compile=True: expected Adam without {name}, got {group[name]!r}. Leave it out.")
+        for name in ("betas", "eps"):
+            if group[name] != first[name]:
+                raise OptionError(
+                    f"compile=True: expected one {name} for all parameters, got {first[name]!r} and {group[name]!r}. "
+                    "Leave it out."
+                )
+    return Adam(first["betas"], first["eps"])

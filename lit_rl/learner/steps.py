@@ -1,6 +1,7 @@
 """Gradient steps: backward, the average over ranks, what is skipped, clipping, and the optimizer's step."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,9 @@ from lit_rl import distributed
 from lit_rl.learner.clipping import Clipping, clip_gradients
 from lit_rl.learner.compiled import CompiledStep
 
+DEFERRED_ON = ("cuda",)  # kinds of devices that are not waited for at every step
+MOST_UNREAD = 16  # steps there that nobody knows the outcome of: the batches they were taken on are kept as long
+
 
 class GradientSteps:
     """Takes the gradient steps of one algorithm, alone or beside others in the same LightningModule.
@@ -21,6 +25,10 @@ class GradientSteps:
     Ranks average the gradients of the parameters that are stepped, in one reduction after backward; DDP's own
     synchronisation is left out (`no_sync`). So losses may leave parameters unused, and algorithms with optimizers of
     their own step one after the other. Where a loss or gradient of any rank is not finite, every rank skips the step.
+
+    On a CPU the outcome of a step is known at once. A GPU decides by itself, so that nobody waits for it at every step:
+    `fetch` asks it for the outcomes of all steps since, and `count` counts them. Lightning's `global_step` then counts
+    the skipped steps too. An optimizer that cannot decide on the device (torch's fused ones can) is waited for.
 
     Args:
         optimizers: Lightning's wrappers of those the algorithm configured, whose `step` calls Lightning's hooks.
@@ -54,6 +62,29 @@ class GradientSteps:
         self._clipping = clipping
         self._compiled = compiled
         self._in_a_row: dict[LightningOptimizer, int] = {}
+        self._unread: list[tuple[LightningOptimizer, Tensor, Tensor]] = []  # steps: the loss, and its gradient's norm
+        self._fetched: deque[tuple[LightningOptimizer, Tensor, bool, bool]] = deque()
+
+    @property
+    def num_unread(self) -> int:
+        """Steps whose outcome only the device knows."""
+        return len(self._unread)
+
+    def fetch(self) -> None:
+        """Ask the device for the outcomes of the steps that were not read, all at once."""
+        if self._unread:
+            table = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self._unread]).isfinite().tolist()
+            for (optimizer, _, norm), (loss_finite, taken) in zip(self._unread, table):
+                self._fetched.append((optimizer, norm, loss_finite, taken))
+            self._unread.clear()
+
+    def count(self, num: int) -> int:
+        """Count the outcomes of the oldest `num` steps that were fetched; returns how many were skipped."""
+        before = self.skipped
+        for _ in range(num):
+            optimizer, norm, loss_finite, taken = self._fetched.popleft()
+            self._count(optimizer, norm, taken, "The gradient" if loss_finite else "The loss")
+        return self.skipped - before
 
     @property
     def in_a_row(self) -> int:
@@ -64,14 +95,19 @@ class GradientSteps:
     def is_compiled(self) -> bool:
         return self._compiled is not None
 
-    def on_batch(self, batch: TensorDict) -> tuple[bool, Any]:
+    def on_batch(self, batch: TensorDict) -> tuple[bool | Tensor, Any]:
         """One compiled step on a batch: whether it was taken, and what the loss gave beside its value."""
         assert self._compiled is not None, "steps are eager: see on_loss"
+        optimizer = self._compiled.optimizer
         value, norm, rest = self._compiled(batch)
-        return self._note(value, norm, self._compiled.optimizer), rest
+        taken = self._note(value, norm, optimizer, self._compiled.device)
+        if taken is not False:
+            optimizer._on_before_step()
+            optimizer._on_after_step()
+        return taken, rest
 
-    def on_loss(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool:
-        """One step on a loss that was computed: whether it was taken.
+    def on_loss(self, loss: Tensor, optimizer: LightningOptimizer | None = None) -> bool | Tensor:
+        """One step on a loss that was computed: whether it was taken, a tensor where only the device knows.
 
         Args:
             loss: a scalar, of which backward was not called.
@@ -91,21 +127,46 @@ class GradientSteps:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm(grads)
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        if not self._note(loss, norm, optimizer):
+        inner: Any = optimizer.optimizer
+        decides = getattr(inner, "_step_supports_amp_scaling", False)  # so torch names it: it takes a `found_inf`
+        taken = self._note(loss.detach(), norm, optimizer, norm.device if decides else torch.device("cpu"))
+        if taken is False:
             return False
         if self._clipping.bound is not None:
             clip_gradients(grads, norms, norm, self._clipping.bound, self._clipping.by)
+        if taken is True:
+            optimizer.step()
+            return True
+        inner.found_inf = (~taken).float()
         optimizer.step()
-        return True
+        del inner.found_inf
+        return taken
 
-    def _note(self, loss: Tensor, norm: Tensor, optimizer: LightningOptimizer) -> bool:
-        """Whether a step is to be taken: not if the gradient's norm is not finite, which is counted."""
-        if math.isfinite(norm):
+    def _note(self, loss: Tensor, norm: Tensor, optimizer: LightningOptimizer, device: torch.device) -> bool | Tensor:
+        """Whether a step is taken: not if the gradient's norm is not finite, which `device` decides."""
+        if device.type in DEFERRED_ON:
+            self._unread.append((optimizer, loss, norm))
+            return norm.isfinite()
+        taken, words = math.isfinite(norm), ""
+        if not taken:
+            wrong = (name for p, name in self._names.items() if p.grad is not None and not p.grad.isfinite().all())
+            words = f"The gradient of {next(wrong, 'all parameters')}" if loss.isfinite() else "The loss"
+        self._count(optimizer, norm, taken, words)
+        return taken
+
+    def _count(self, optimizer: LightningOptimizer, norm: Tensor, taken: bool, words: str) -> None:
+        if taken:
             self._in_a_row.pop(optimizer, None)
             self.norms.append(norm)
-            return True
-        self.skipped += 1
-        self._in_a_row[optimizer] = self._in_a_row.get(optimizer, 0) + 1
-        wrong = (name for p, name in self._names.items() if p.grad is not None and not p.grad.isfinite().all())
-        self.not_finite = f"The gradient of {next(wrong, 'all parameters')}" if loss.isfinite() else "The loss"
-        return False
+        else:
+            self.skipped += 1
+            self._in_a_row[optimizer] = self._in_a_row.get(optimizer, 0) + 1
+            self.not_finite = words
+
+
+def where_taken(taken: Sequence[bool | Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """The values of steps that were taken, of one value for each step. A device is asked once."""
+    known: Sequence[Any] = taken
+    if any(isinstance(each, Tensor) for each in taken):
+        known = torch.stack([torch.as_tensor(each) for each in taken]).tolist()
+    return [value for value, each in zip(values, known) if each]

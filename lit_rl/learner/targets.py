@@ -29,8 +29,17 @@ class Follower:
         self._with_buffers = (target, network) if any(True for _ in network.buffers()) else ()
 
     @torch.no_grad()
-    def __call__(self, tau: float) -> None:
-        torch._foreach_lerp_(self._target, self._network, tau)
+    def __call__(self, tau: float, when: bool | Tensor = True) -> None:
+        """Move the target, if `when` is True: what a gradient step returned, a tensor if only the device knows."""
+        if not isinstance(when, Tensor) and not when:
+            return
+        if isinstance(when, Tensor):
+            torch._foreach_lerp_(self._target, self._network, [when * tau] * len(self._target))
+        else:
+            torch._foreach_lerp_(self._target, self._network, tau)
         if self._with_buffers:
             target, network = self._with_buffers
-            torch._foreach_copy_(list(target.buffers()), list(network.buffers()))
+            buffers = list(network.buffers())
+            if isinstance(when, Tensor):
+                buffers = [torch.where(when, new, old) for new, old in zip(buffers, target.buffers())]
+            torch._foreach_copy_(list(target.buffers()), buffers)

@@ -184,10 +184,19 @@ def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have after short runs of two algorithms: one start for both."""
+    """What two ranks have after short runs: one start for all of them."""
     out = tmp_path_factory.mktemp("off_policy")
-    run_python(OFF_POLICY, "train", out, "Rainbow", "TQC", cwd=out)
+    run_python(OFF_POLICY, "train", out, "Rainbow", "TQC", "SAC", "SAC,compile", cwd=out)
     return out
+
+
+def test_two_ranks_train_sac_by_compiled_steps_as_by_eager_ones(trained: Path) -> None:
+    eager, compiled = (
+        [torch.load(trained / f"train-{run}-{rank}.pt")["weights"] for rank in (0, 1)] for run in ("SAC", "SAC,compile")
+    )
+    for key, value in eager[0].items():
+        assert torch.equal(compiled[0][key], compiled[1][key]), key
+        torch.testing.assert_close(compiled[0][key], value, atol=2e-4, rtol=1e-3, msg=key)
 
 
 @pytest.mark.parametrize("name", ["Rainbow", "TQC"])

@@ -13,13 +13,28 @@ from envs import CycleEnv
 from helpers import assert_same
 from tensordict import TensorDict
 
-from lit_rl import DQN, MLP, PPO, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import (
+    DQN,
+    MLP,
+    PPO,
+    SAC,
+    TQC,
+    Evaluation,
+    LSTMNetwork,
+    Rainbow,
+    ReplayDataModule,
+    RolloutDataModule,
+    load_policy,
+)
 from lit_rl.errors import DivergedError, OptionError
 
 PPO_OPTIONS: dict[str, Any] = {
     "lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 24, "num_epochs": 2, "entropy_coef": 0.01, "kl_coef": 0.2,
     "clip_schedule": "linear", "entropy_coef_schedule": "linear", "value_clip": 0.2,
     "network": partial(MLP, hidden_sizes=[8]),
+}  # fmt: skip
+SAC_OPTIONS: dict[str, Any] = {
+    "lr": 1e-3, "tau": 0.1, "network": partial(MLP, hidden_sizes=[8]), "critic_hidden_sizes": [8, 8],
 }  # fmt: skip
 CASES: dict[str, Any] = {
     "PPO": (PPO, PPO_OPTIONS),
@@ -30,6 +45,10 @@ CASES: dict[str, Any] = {
         Rainbow,
         {"lr": 1e-3, "network": partial(MLP, hidden_sizes=[8]), "v_min": 0, "v_max": 5, "num_atoms": 11},
     ),
+    "SAC": (SAC, SAC_OPTIONS | {"critic_lr": 2e-3, "alpha_lr": 5e-3, "lr_schedule": "linear"}),
+    "SAC, shared": (SAC, SAC_OPTIONS | {"share_encoder": True, "actor_lr": 1e-3, "max_grad_norm": 1.0}),
+    "SAC, discrete": (SAC, SAC_OPTIONS),
+    "TQC": (TQC, SAC_OPTIONS | {"num_quantiles": 5, "learn_alpha": False}),
 }
 
 
@@ -51,8 +70,9 @@ def fit(make_trainer: Any, case: str, *, path: Any = None, steps: int = 320, **o
     if cls is PPO:
         data: Any = RolloutDataModule(CycleEnv, rollout_length=32, **more)
     else:
+        env = CycleEnv if case in ("DQN", "Rainbow", "SAC, discrete") else "Pendulum-v1"
         data = ReplayDataModule(
-            CycleEnv, learning_starts=80, batch_size=16, buffer_size=400, env_steps_per_batch=40, update_to_data=0.25,
+            env, learning_starts=80, batch_size=16, buffer_size=400, env_steps_per_batch=40, update_to_data=0.25,
             **more,
         )  # fmt: skip
     algorithm, trainer = cls(**copy.deepcopy(own) | options), make_trainer()
@@ -80,15 +100,18 @@ def test_compiled_steps_give_the_weights_of_eager_ones(make_trainer, in_python: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_what_is_compiled_is_what_is_written(make_trainer) -> None:
-    eager, trainer = fit(make_trainer, "PPO", minibatch_size=32)
-    compiled, other = fit(make_trainer, "PPO", minibatch_size=32, compile=True)
+@pytest.mark.parametrize("case", ["PPO", "SAC", "SAC, discrete", "TQC"])
+def test_what_is_compiled_is_what_is_written(make_trainer, case: str) -> None:
+    options: dict[str, Any] = {"minibatch_size": 32} if case == "PPO" else {}
+    steps = 320 if case == "PPO" else 120
+    eager, trainer = fit(make_trainer, case, steps=steps, **options)
+    compiled, other = fit(make_trainer, case, steps=steps, compile=True, **options)
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=2e-4, msg=name)
     assert trainer.global_step == other.global_step
 
 
-@pytest.mark.parametrize("case", ["PPO", "DQN"])
+@pytest.mark.parametrize("case", ["PPO", "DQN", "SAC"])
 def test_a_resumed_compiled_run_equals_an_unbroken_one(
     make_trainer, in_python: None, case: str, tmp_path: Path
 ) -> None:
@@ -181,6 +204,13 @@ class OtherOptimizer(PPO):
         return torch.optim.RMSprop(self.parameters(), lr=self.hp.lr)
 
 
+class TwoEpsilons(SAC):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "eps": 1e-3})
+        return optimizer
+
+
 class Uncompilable(PPO):
     def loss(self, minibatch: TensorDict) -> Any:
         loss, terms = super().loss(minibatch)
@@ -190,7 +220,7 @@ class Uncompilable(PPO):
 @pytest.mark.parametrize(
     ("algorithm", "trainer", "words"),
     [
-        (OtherOptimizer, {}, r"compile=True: expected configure_optimizers to return torch.optim.Adam .* got RMSprop"),
+        (OtherOptimizer, {}, r"compile=True: expected configure_optimizers to return torch.optim.Adam, got RMSprop"),
         (PPO, {"precision": "bf16-mixed"}, "expected Trainer.precision='32-true'., got 'bf16-mixed'"),
         (partial(PPO, network=LSTMNetwork, sequence_length=8), {}, "compile=True: .* has memory"),
         (Uncompilable, {}, "the gradient step of Uncompilable with this network cannot be compiled"),
@@ -200,6 +230,19 @@ def test_what_cannot_be_compiled_is_refused(make_trainer, algorithm: Any, traine
     data = RolloutDataModule(CycleEnv, rollout_length=8, max_env_steps=128, evaluation=Evaluation(episodes=2), seed=0)
     with pytest.raises(OptionError, match=words):
         make_trainer(**trainer).fit(algorithm(minibatch_size=8, compile=True), data)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (TwoEpsilons, "compile=True: expected one eps for all parameters, got 1e-08 and 0.001"),
+        (partial(SAC, network=LSTMNetwork, sequence_length=8), "compile=True: .* has memory"),
+    ],
+)
+def test_what_cannot_be_compiled_of_sac_is_refused(make_trainer, algorithm: Any, words: str) -> None:
+    data = ReplayDataModule("Pendulum-v1", learning_starts=80, batch_size=16, buffer_size=400, max_env_steps=160)
+    with pytest.raises(OptionError, match=words):
+        make_trainer().fit(algorithm(compile=True), data)
 
 
 @pytest.mark.slow

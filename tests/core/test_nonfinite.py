@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[type, dict]] = {
 }
 
 
-def spoiled(name: str, bad: Callable[[int], bool], which: int | slice = 0) -> Any:
+def spoiled(name: str, bad: Callable[[int], bool], which: int | slice = 0, **more: Any) -> Any:
     """The algorithm, with some rewards of those updates NaN whose number `bad` picks; keeps every update's metrics."""
     base, options = MODELS[name]
 
@@ -40,7 +40,7 @@ def spoiled(name: str, bad: Callable[[int], bool], which: int | slice = 0) -> An
                 batch["next", "reward"].view(-1)[which] = torch.nan
             return super().update(batch)
 
-    return Spoiled(**options)
+    return Spoiled(**options | more)
 
 
 def datamodule(name: str) -> L.LightningDataModule:

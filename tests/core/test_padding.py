@@ -6,6 +6,7 @@ import torch
 from envs import CounterEnv
 
 from lit_rl import PPO, distributed
+from lit_rl.algorithm import Update
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
 from lit_rl.rollout import mean_of_rows, means_of_rows
@@ -21,7 +22,7 @@ def test_policy_lag_leaves_out_environments_that_are_padding(monkeypatch) -> Non
     rollout.env_steps = 4
     algorithm = PPO(spec=config.spec().to_dict())
     algorithm.updates.fill_(1000)
-    monkeypatch.setattr(algorithm, "checked_update", lambda batch: {})
+    monkeypatch.setattr(algorithm, "checked_update", lambda batch: Update({}))
     assert algorithm.learn_from(rollout) == {"rollout/policy_lag": 0.0}  # before: 500
 
 

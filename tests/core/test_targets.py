@@ -41,6 +41,21 @@ def test_parameters_move_by_tau_and_buffers_are_copied(tau: float) -> None:
     assert target.running_mean.tolist() == [5.0] * 2 and target.num_batches_tracked == 7
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_target_follows_after_steps_that_were_taken_alone(tau: float, on_device: bool) -> None:
+    network = nn.BatchNorm1d(2)
+    target = target_of(network)
+    follow = Follower(target, network)
+    with torch.no_grad():
+        network.weight.fill_(3.0)
+        network.running_mean.fill_(5.0)
+    follow(tau, torch.tensor(False) if on_device else False)
+    assert target.weight.tolist() == [1.0] * 2 and target.running_mean.tolist() == [0.0] * 2
+    follow(tau, torch.tensor(True) if on_device else True)
+    assert target.weight.tolist() == [1 + 2 * tau] * 2 and target.running_mean.tolist() == [5.0] * 2
+
+
 def test_a_network_without_buffers_follows() -> None:
     network = nn.Linear(1, 1)
     target = target_of(network)

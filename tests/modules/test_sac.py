@@ -136,11 +136,8 @@ def test_one_backward_gives_the_gradients_of_three() -> None:
     """Policy, critics and temperature each get the gradient of their own loss alone, as in the paper."""
     algorithm, batch = make(), minibatch()
     algorithm.optimize = lambda loss: loss.backward()
-    algorithm.generator.manual_seed(5)
-    state = algorithm.generator.get_state()
-    algorithm.update(batch)
+    algorithm.update(batch)  # which adds the noise to it
     found = {name: p.grad.clone() for name, p in algorithm.named_parameters() if p.grad is not None}
-    algorithm.generator.set_state(state)
     alpha = algorithm.log_alpha.detach().exp()
     policy, critics = algorithm.policy, make().critics
     critics.load_state_dict(algorithm.critics.state_dict())
@@ -148,13 +145,12 @@ def test_one_backward_gives_the_gradients_of_three() -> None:
     make_target.load_state_dict(algorithm.state_dict())
     # `update` moved the target critics; the terms of the loss are those from before.
     fresh = make()
-    fresh.generator.set_state(state)
     feature = fresh.policy.features(batch)
     with torch.no_grad():
         target = fresh.value_target(batch, fresh.policy.encoder(batch["next", "observation"]), alpha)
     q = fresh.critics(batch["observation"], batch["action"])
     critic = 0.5 * (q - target).square().sum((0, 2)).mean()
-    actor, log_prob = fresh.actor_loss(feature, batch["observation"], batch["observation"], alpha)
+    actor, log_prob = fresh.actor_loss(batch, feature, batch["observation"], alpha)
     parts = {"policy": (fresh.policy, actor.mean()), "critics": (fresh.critics, critic)}
     for prefix, (module, loss) in parts.items():
         names, parameters = zip(*module.named_parameters())
@@ -184,12 +180,10 @@ def test_targets_by_hand_for_discrete_actions() -> None:
 def test_continuous_targets_take_the_smaller_critic_and_the_entropy() -> None:
     algorithm, batch = make(), minibatch(4)
     next_obs, alpha = batch["next", "observation"], torch.tensor(0.5)
-    algorithm.generator.manual_seed(1)
-    state = algorithm.generator.get_state()
+    algorithm.draw_noise(batch)
     with torch.no_grad():
         found = algorithm.value_target(batch, algorithm.policy.encoder(next_obs), alpha)[:, 0]
-        algorithm.generator.set_state(state)
-        action, log_prob = algorithm.sample(algorithm.policy(next_obs))
+        action, log_prob = algorithm.sample(algorithm.policy(next_obs), batch["next_noise"])
         q = algorithm.target(next_obs, action)[..., 0].min(0).values
     discount = torch.tensor([0.0, 0.9, 0.9, 0.9])
     torch.testing.assert_close(found, batch["next", "reward"] + discount * (q - 0.5 * log_prob))
@@ -198,7 +192,7 @@ def test_continuous_targets_take_the_smaller_critic_and_the_entropy() -> None:
 def test_the_policys_gradient_raises_value_and_entropy() -> None:
     algorithm, batch = make(spec=DISCRETE), minibatch(discrete=True)
     obs, feature = batch["observation"], algorithm.policy.features(batch)
-    loss, log_prob = algorithm.actor_loss(feature, obs, obs, torch.tensor(0.3))
+    loss, log_prob = algorithm.actor_loss(batch, feature, obs, torch.tensor(0.3))
     log_probs = torch.log_softmax(algorithm.policy(obs), -1)
     q = algorithm.critics(obs).min(0).values
     expected = (log_probs.exp() * (0.3 * log_probs - q)).sum(-1)
