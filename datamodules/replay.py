@@ -114,13 +114,13 @@ class ReplayDataModule(EnvDataModule):
             started = time.perf_counter()
             device = algorithm.device.type  # this is inside of the learner's training_step
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                self._collect(end)
+                self._collect(algorithm, end)
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             self.sample_s = stream.waited_s  # here, since whoever takes minibatches may stop at any
             while self._owed > 1 - ROUNDING:
                 self._owed -= 1
-                minibatch = self._draw()
+                minibatch = self._draw(algorithm)
                 yield minibatch
                 if "priority" in minibatch.keys():  # noqa: SIM118
                     self._full_buffer.update_priorities(minibatch["index"], minibatch["priority"])
@@ -129,9 +129,9 @@ class ReplayDataModule(EnvDataModule):
         if self._budget_left(self._env_steps) < self._max_rows:
             self.stop_at_budget()
 
-    def _collect(self, end: int) -> None:
+    def _collect(self, algorithm: OffPolicy, end: int) -> None:
         """Take env steps of the runners into the buffer, up to `end` in all."""
-        algorithm, num_envs = self._off_policy, self.num_envs_per_env_runner
+        num_envs, world_size = self.num_envs_per_env_runner, distributed.world_size()
         length = algorithm.sequence_length
         if length is not None and self.replay.batch_size < length:
             raise OptionError(
@@ -142,7 +142,7 @@ class ReplayDataModule(EnvDataModule):
             self.buffer = self._make_buffer()
         env_steps, rows = self._env_steps, self._max_rows
         warming_up = env_steps < self.replay.learning_starts
-        times = self._times_at_once(end)
+        times = self._times_at_once(rows, end)
         if warming_up and self.replay.random_warmup:
             epsilons = [1.0] * times
         else:
@@ -161,23 +161,22 @@ class ReplayDataModule(EnvDataModule):
             envs = range(runner * num_envs, (runner + 1) * num_envs)
             taken += self.buffer.extend(arrays, envs, self.rollout_length)
         self.took(fragments, times)
-        if distributed.world_size() > 1:
+        if world_size > 1:
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
         self._env_steps += taken
         self._stored += taken
-        if not warming_up and self._stored >= self.replay.batch_size * distributed.world_size():
-            self._owed += taken / distributed.world_size() * self.replay.update_to_data
+        if not warming_up and self._stored >= self.replay.batch_size * world_size:
+            self._owed += taken / world_size * self.replay.update_to_data
 
-    def _times_at_once(self, end: int) -> int:
-        """How often `rollout_length` env steps can be taken in one fragment: until an update is due, or `end` reached.
+    def _times_at_once(self, rows: int, end: int) -> int:
+        """How often `rows` env steps can be taken in one fragment: until an update is due, or `end` is reached.
 
         The buffer and the policy's actions are then as if each had been a fragment of its own. In this process alone,
         and where every step is a transition.
         """
         if self.num_env_runners or self.env.vectorization != "sync":
             return 1
-        env_steps, rows, replay = self._env_steps, self._max_rows, self.replay
-        num_envs, length = self.rollout_shape
+        env_steps, replay, length = self._env_steps, self.replay, self.rollout_length
         world_size = distributed.world_size()
         enough = replay.batch_size * world_size
         if env_steps < replay.learning_starts:
@@ -186,12 +185,12 @@ class ReplayDataModule(EnvDataModule):
             most = (enough - 1 - self._stored) // rows
         else:
             most = int((1 - ROUNDING - self._owed) / (rows / world_size * replay.update_to_data)) + 1
-        room = replay.buffer_size // (8 * num_envs * (length + 1))  # what a fragment continues is never overwritten by it
+        room = replay.buffer_size // (16 * rows)  # what a fragment continues is never overwritten by it
         left = min(self._budget_left(env_steps) // rows, -(-(end - env_steps) // rows))
         return int(max(1, min(most, left, room, MOST_AT_ONCE // length)))
 
-    def _draw(self) -> TensorDict:
-        algorithm, buffer = self._off_policy, self._full_buffer
+    def _draw(self, algorithm: OffPolicy) -> TensorDict:
+        buffer = self._full_buffer
         length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, self.num_steps, self.beta
         if length is None:
             minibatch = buffer.sample(self.replay.batch_size, gamma=gamma, num_steps=steps, beta=beta)

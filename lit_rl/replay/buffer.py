@@ -119,8 +119,8 @@ class ReplayBuffer:
         done = rows["terminated"] | rows["truncated"]
         final_b, final_f = (rows["final_step"] >= 0).nonzero()
         final_t = rows["final_step"][final_b, final_f]
-        if rollout_length < length:  # those of the first `rollout_length` steps come first
-            order = np.argsort(final_t // rollout_length, kind="stable")
+        if rollout_length < length and len(final_t) > 1:  # those of the first `rollout_length` steps come first
+            order = (final_t // rollout_length).argsort(kind="stable")
             final_b, final_f, final_t = final_b[order], final_f[order], final_t[order]
         numbers, new_heads, finals = self._allocate(rows, list(envs), final_t, rollout_length)
         position, finals = numbers % self.capacity, finals % self.capacity
@@ -128,7 +128,7 @@ class ReplayBuffer:
 
         for path in self._obs_paths:
             column, values = self._columns[path], rows[path]
-            if new_heads.any():
+            if np.count_nonzero(new_heads):
                 column[position[new_heads, 0]] = values[new_heads, 0]
             if length > 1:
                 column[position[:, 1:length]] = values[:, 1:]
@@ -237,17 +237,17 @@ class ReplayBuffer:
             wanted = self.rng.integers(low, high + 1, num) if high > low else np.full(num, high)
             last, rewards, steps = self._follow(index, wanted, high)
             reward, discount = n_step(rewards, steps, gamma)
-        at, at_next = torch.from_numpy(index), torch.from_numpy(self._next[last].astype(np.int64))
-        columns = {path: tensor[at] for path, tensor in self._tensors.items() if not path.startswith("state")}
-        next_ = {path: self._tensors[path][at_next] for path in columns if path.startswith("observation")}
+        at, at_next = torch.from_numpy(index), torch.from_numpy(self._next[last])
+        columns = {path: x.index_select(0, at) for path, x in self._tensors.items() if not path.startswith("state")}
+        columns |= {"index": at, "discount": torch.as_tensor(discount)}
+        if weight is not None:
+            columns["weight"] = torch.from_numpy(weight)
+        next_ = {path: self._tensors[path].index_select(0, at_next) for path in self._obs_paths}
         next_ |= {
             "reward": torch.as_tensor(reward),
             "terminated": torch.from_numpy((self._flags[last] & TERMINATED) != 0),
         }
-        batch = {**nest(columns), "index": at, "discount": torch.as_tensor(discount), "next": nest(next_)}
-        if weight is not None:
-            batch["weight"] = torch.from_numpy(weight)
-        return TensorDict(batch, [num])
+        return TensorDict({**nest(columns), "next": nest(next_)}, [num])
 
     def _follow(self, index: np.ndarray, wanted: np.ndarray, most: int) -> tuple[np.ndarray, Tensor, Tensor]:
         """The last row of each chain of at most `wanted` transitions, their rewards [M, most] and their number."""
@@ -374,7 +374,7 @@ class ReplayBuffer:
         size = min(self._written, self.capacity)
         index = self.rng.integers(size, size=num)
         missed = self._flags[index] & TRANSITION == 0
-        while missed.any():
+        while np.count_nonzero(missed):
             index[missed] = self.rng.integers(size, size=int(missed.sum()))
             missed = self._flags[index] & TRANSITION == 0
         return index, None
