@@ -91,9 +91,7 @@ class ReplayBuffer:
 
     # --- writing ------------------------------------------------------------------------------------------------
 
-    def extend(
-        self, rows: Mapping[str, np.ndarray], envs: Iterable[int], rollout_length: int | None = None
-    ) -> int:
+    def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int], rollout_length: int | None = None) -> int:
         """Append a fragment [B, T] of an env runner; returns how many transitions that were.
 
         Where its time lines have a `length` [B], an environment goes on after step `length - 1`; one of length 0 is

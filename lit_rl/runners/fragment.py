@@ -82,7 +82,9 @@ class FragmentLayout:
             else:
                 self._once[path] = (array.dtype.str, array.shape)
         self._rows |= {"action_log_prob": ("<f4", ()), "reward": ("<f4", ())}
-        self._rows |= dict.fromkeys(["terminated", "truncated", "is_init", *(["mask"] if has_mask else [])], ("|b1", ()))
+        self._rows |= dict.fromkeys(
+            ["terminated", "truncated", "is_init", *(["mask"] if has_mask else [])], ("|b1", ())
+        )
         self._layouts: dict[int, tuple[int, Layout]] = {}  # size in bytes and layout of fragments of each length
         self._finals = space_leaves(spec.observation_space, "final_observation")
         self._no_finals = self._packed([], [], 1)
