@@ -6,6 +6,7 @@
 Each system runs in a process of its own, in turns, with the same settings and one torch thread. SAC: one environment,
 one update per env step, 2x256 networks, batch 256. DQN: one environment, an update every four env steps, 2x64 network,
 batch 64. The time begins when learning has gone on for a while. Read the ratios: these machines are noisy.
+`--sb3-python` runs SB3 in a virtual environment of its own.
 
 Of SAC it is also printed how many updates a second the matrix products of an update alone would allow.
 """
@@ -50,7 +51,7 @@ def lit_rl(task: str, compile: bool = False) -> float:
         algorithm = SAC(lr=3e-4, compile=compile)
     else:
         data = ReplayDataModule(
-            "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=4, update_to_data=0.25, **options
+            "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=1, update_to_data=0.25, **options
         )
         algorithm = DQN(
             lr=1e-3, epsilon=0.05, double=False, target_update_interval=250, compile=compile,
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", choices=list(TIMED), default=list(TIMED))
     parser.add_argument("--write", action="store_true", help=f"write {OUT.name}")
+    parser.add_argument("--sb3-python", default=sys.executable, help="interpreter that has stable-baselines3")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "TASK"), help="run one system in this process")
     args = parser.parse_args()
     if args.one:
@@ -136,8 +138,9 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in SYSTEMS if task == "sac" or name != PRODUCTS}
         for number in range(args.rounds):
             for name in speeds:
+                python = args.sb3_python if name == "SB3" else sys.executable
                 done = subprocess.run(
-                    [sys.executable, __file__, "--one", name, task], capture_output=True, text=True, check=True,
+                    [python, __file__, "--one", name, task], capture_output=True, text=True, check=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 speeds[name].append(json.loads(done.stdout.splitlines()[-1])["env_steps_per_s"])

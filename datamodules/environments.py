@@ -129,7 +129,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
         self._runner_states: list[dict[str, Any]] = []
-        self._collected = 0  # times fragments came since the run began, over resumes: part of the runners' seeds
+        self._collected = (
+            0  # times `rollout_length` env steps came since the run began, over resumes: part of the runners' seeds
+        )
         self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
         self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
@@ -308,16 +310,20 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._runner_states = self._saved_runners = state["runners"]
         self._resume = state
 
-    def start_runners(self, epsilon: float = 0.0) -> None:
-        """Have the runners that wait begin to collect, with the weights the policy has now."""
+    def start_runners(self, epsilons: Sequence[float] = (0.0,)) -> None:
+        """Have the runners that wait begin to collect, with the weights the policy has now.
+
+        Args:
+            epsilons: see `EnvRunner.set_version`.
+        """
         if self._pool is None:
             self._pool = self._make_pool()
         algorithm = self.algorithm
-        self._pool.start(algorithm.policy, algorithm.updates_done, epsilon)
+        self._pool.start(algorithm.policy, algorithm.updates_done, epsilons)
 
-    def took(self, fragments: Sequence[tuple[int, Fragment]]) -> None:
-        """Count what runners collected, and say what they survived."""
-        self._collected += 1
+    def took(self, fragments: Sequence[tuple[int, Fragment]], times: int = 1) -> None:
+        """Count what runners collected, `times` their `rollout_length`, and say what they survived."""
+        self._collected += times
         for runner, fragment in fragments:
             self._episodes.extend(fragment.episodes)
             for failure in fragment.failures:

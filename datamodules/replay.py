@@ -23,6 +23,7 @@ from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.trees import iterate
 
 ROUNDING = 1e-6  # of an update
+MOST_AT_ONCE = 128  # env steps per environment of a fragment, unless `rollout_length` is more
 REPLAY = 2  # what a seed is for: see datamodules.environments
 
 
@@ -113,13 +114,13 @@ class ReplayDataModule(EnvDataModule):
             started = time.perf_counter()
             device = algorithm.device.type  # this is inside of the learner's training_step
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                self._collect()
+                self._collect(algorithm, end)
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             self.sample_s = stream.waited_s  # here, since whoever takes minibatches may stop at any
             while self._owed > 1 - ROUNDING:
                 self._owed -= 1
-                minibatch = self._draw()
+                minibatch = self._draw(algorithm)
                 yield minibatch
                 if "priority" in minibatch.keys():  # noqa: SIM118
                     self._full_buffer.update_priorities(minibatch["index"], minibatch["priority"])
@@ -128,9 +129,9 @@ class ReplayDataModule(EnvDataModule):
         if self._budget_left(self._env_steps) < self._max_rows:
             self.stop_at_budget()
 
-    def _collect(self) -> None:
-        """Take env steps of the runners into the buffer."""
-        algorithm, num_envs = self._off_policy, self.num_envs_per_env_runner
+    def _collect(self, algorithm: OffPolicy, end: int) -> None:
+        """Take env steps of the runners into the buffer, up to `end` in all."""
+        num_envs, world_size = self.num_envs_per_env_runner, distributed.world_size()
         length = algorithm.sequence_length
         if length is not None and self.replay.batch_size < length:
             raise OptionError(
@@ -139,31 +140,57 @@ class ReplayDataModule(EnvDataModule):
             )
         if self.buffer is None:
             self.buffer = self._make_buffer()
-        env_steps = self._env_steps
+        env_steps, rows = self._env_steps, self._max_rows
         warming_up = env_steps < self.replay.learning_starts
-        epsilon = 1.0 if warming_up and self.replay.random_warmup else algorithm.epsilon_at(env_steps)
-        self.start_runners(epsilon)
+        times = self._times_at_once(rows, end)
+        if warming_up and self.replay.random_warmup:
+            epsilons = [1.0] * times
+        else:
+            epsilons = [algorithm.epsilon_at(env_steps + k * rows) for k in range(times)]
+        self.start_runners(epsilons)
         if self.prefetch:
             assert isinstance(self._pool, RunnerPool)
             fragments = distributed.together(self._pool.finish_any, algorithm.device)
-            self.start_runners(epsilon)
+            self.start_runners(epsilons)
         else:
             assert self._pool is not None
             fragments = distributed.together(self._pool.finish, algorithm.device)
         taken = 0
         for runner, fragment in fragments:
-            rows = fragment.rows.views() | fragment.finals.views()
-            taken += self.buffer.extend(rows, range(runner * num_envs, (runner + 1) * num_envs))
-        self.took(fragments)
-        if distributed.world_size() > 1:
+            arrays = fragment.rows.views() | fragment.finals.views()
+            envs = range(runner * num_envs, (runner + 1) * num_envs)
+            taken += self.buffer.extend(arrays, envs, self.rollout_length)
+        self.took(fragments, times)
+        if world_size > 1:
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
         self._env_steps += taken
         self._stored += taken
-        if not warming_up and self._stored >= self.replay.batch_size * distributed.world_size():
-            self._owed += taken / distributed.world_size() * self.replay.update_to_data
+        if not warming_up and self._stored >= self.replay.batch_size * world_size:
+            self._owed += taken / world_size * self.replay.update_to_data
 
-    def _draw(self) -> TensorDict:
-        algorithm, buffer = self._off_policy, self._full_buffer
+    def _times_at_once(self, rows: int, end: int) -> int:
+        """How often `rows` env steps can be taken in one fragment: until an update is due, or `end` is reached.
+
+        The buffer and the policy's actions are then as if each had been a fragment of its own. In this process alone,
+        and where every step is a transition.
+        """
+        if self.num_env_runners or self.env.vectorization != "sync":
+            return 1
+        env_steps, replay, length = self._env_steps, self.replay, self.rollout_length
+        world_size = distributed.world_size()
+        enough = replay.batch_size * world_size
+        if env_steps < replay.learning_starts:
+            most = -(-(replay.learning_starts - env_steps) // rows)
+        elif self._stored < enough:  # in a resumed run that began with an empty buffer
+            most = (enough - 1 - self._stored) // rows
+        else:
+            most = int((1 - ROUNDING - self._owed) / (rows / world_size * replay.update_to_data)) + 1
+        room = replay.buffer_size // (16 * rows)  # what a fragment continues is never overwritten by it
+        left = min(self._budget_left(env_steps) // rows, -(-(end - env_steps) // rows))
+        return int(max(1, min(most, left, room, MOST_AT_ONCE // length)))
+
+    def _draw(self, algorithm: OffPolicy) -> TensorDict:
+        buffer = self._full_buffer
         length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, self.num_steps, self.beta
         if length is None:
             minibatch = buffer.sample(self.replay.batch_size, gamma=gamma, num_steps=steps, beta=beta)

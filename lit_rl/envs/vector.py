@@ -67,6 +67,7 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
         self._began: list[int] = []  # environments whose last observation is of a reset
         self.begins = [Begin(None, None)] * self.num_envs
         self._batch: Any = self._observations if isinstance(self._observations, np.ndarray) else None  # None: nested
+        self._takes_numbers = isinstance(self.single_action_space, gym.spaces.Discrete)
         self._usual_types = INTEGERS if isinstance(self.single_observation_space, gym.spaces.Discrete) else {ARRAY}
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
@@ -191,7 +192,7 @@ class SyncVectorEnv(GathersInfo, gym.vector.SyncVectorEnv):
 
     def _each(self, actions: Any) -> Iterable[Any]:
         """A batch's actions one by one, as an environment takes them."""
-        if isinstance(self.single_action_space, gym.spaces.Discrete):
+        if self._takes_numbers:
             return np.asarray(actions).tolist()
         return actions if isinstance(actions, np.ndarray) else iterate(self.action_space, actions)
 

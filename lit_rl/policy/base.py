@@ -227,7 +227,7 @@ class Policy(nn.Module):
         self, distribution: ActionDistribution, parameters: Tensor | np.ndarray, deterministic: bool
     ) -> tuple[Tree, np.ndarray]:
         """Actions and log-probabilities by the policy's own generator; deterministic ones have log-probability 0."""
-        array: np.ndarray = to_numpy(parameters)
+        array = parameters if isinstance(parameters, np.ndarray) else parameters.detach().cpu().numpy()
         if deterministic:
             return distribution.mode(array), np.zeros(len(array), np.float32)
         return distribution.sample(array, self.rng)
@@ -411,7 +411,7 @@ class Policy(nn.Module):
     def _explore(self, action: Tree, obs: Tree, batch: int) -> Tree:
         """Some of the actions [B, *action], each with probability `epsilon`, replaced by random legal ones."""
         chosen = self.rng.random(batch) < self.epsilon
-        if not chosen.any():
+        if not np.count_nonzero(chosen):
             return action
         legal = np.zeros((batch, self.distribution.num_outputs), np.float32)
         if self.masks is not None:

@@ -26,7 +26,7 @@ from lit_rl.returns import n_step, n_step_in_sequences
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import nest, row_dtype, space_leaves
 
-TRANSITION, TERMINATED, DONE, IS_INIT = 1, 2, 4, 8  # bits of a row's flags
+TRANSITION, TERMINATED, DONE, IS_INIT = np.array([1, 2, 4, 8], np.uint8)  # bits of a row's flags
 NOT_YET = -1
 SMALLEST_PRIORITY = 1e-6  # added to every TD error, so that no transition is out of reach
 
@@ -68,6 +68,8 @@ class ReplayBuffer:
             path: columns[path] if self._disk else np.zeros((capacity, *shape), dtype)
             for path, (dtype, shape) in fields.items()
         }
+        self._obs_paths = [path for path in fields if path.startswith("observation")]
+        self._other_paths = [path for path in fields if not path.startswith("observation")]
         self._tensors = {path: torch.from_numpy(column) for path, column in self._columns.items()}
         self._reward = np.zeros(capacity, np.float32)
         self._flags = np.zeros(capacity, np.uint8)
@@ -89,7 +91,7 @@ class ReplayBuffer:
 
     # --- writing ------------------------------------------------------------------------------------------------
 
-    def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int]) -> int:
+    def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int], rollout_length: int | None = None) -> int:
         """Append a fragment [B, T] of an env runner; returns how many transitions that were.
 
         Where its time lines have a `length` [B], an environment goes on after step `length - 1`; one of length 0 is
@@ -100,6 +102,8 @@ class ReplayBuffer:
                 are kept.
             envs: a number for each of the B environments, the same in each call. One that does not go on where it
                 was (because its runner was replaced) begins a new chain of rows.
+            rollout_length: of which T is a multiple. The rows lie as if every so many steps had been appended by
+                themselves. None: T.
 
         Raises:
             ReplayError: if a file of `storage_dir` cannot grow.
@@ -108,34 +112,40 @@ class ReplayBuffer:
             parts = _of_equal_length(rows, np.asarray(list(envs)))
             return sum(self.extend(part, numbers) for part, numbers in parts)
         batch, length = rows["reward"].shape
+        rollout_length = rollout_length or length
         mask = rows.get("mask")
         done = rows["terminated"] | rows["truncated"]
         final_b, final_f = (rows["final_step"] >= 0).nonzero()
         final_t = rows["final_step"][final_b, final_f]
-        numbers, new_heads, finals = self._allocate(rows, list(envs), length, len(final_b))
-        position = numbers % self.capacity
-        now, after = position[:, :length], position[:, 1:]
+        if rollout_length < length and len(final_t) > 1:  # those of the first `rollout_length` steps come first
+            order = (final_t // rollout_length).argsort(kind="stable")
+            final_b, final_f, final_t = final_b[order], final_f[order], final_t[order]
+        numbers, new_heads, finals = self._allocate(rows, list(envs), final_t, rollout_length)
+        position, finals = numbers % self.capacity, finals % self.capacity
+        now, links = position[:, :length], position[:, 1:]
 
-        for path, column in self._columns.items():
-            if path.startswith("observation"):
-                values, last = rows[path], rows[f"last_{path}"]
-                if new_heads.any():
-                    column[position[new_heads, 0]] = values[new_heads, 0]
-                if length > 1:
-                    column[position[:, 1:length]] = values[:, 1:]
-                column[position[:, length]] = last
-                if len(finals):
-                    column[finals] = rows[f"final_{path}"][final_b, final_f]
-            else:
-                column[now] = rows[path]
+        for path in self._obs_paths:
+            column, values = self._columns[path], rows[path]
+            if np.count_nonzero(new_heads):
+                column[position[new_heads, 0]] = values[new_heads, 0]
+            if length > 1:
+                column[position[:, 1:length]] = values[:, 1:]
+            column[position[:, length]] = rows[f"last_{path}"]
+            if len(finals):
+                column[finals] = rows[f"final_{path}"][final_b, final_f]
+        for path in self._other_paths:
+            self._columns[path][now] = rows[path]
         self._reward[now] = rows["reward"]
-        links = after.copy()
-        links[final_b, final_t] = finals
+        if len(finals):
+            links = links.copy()
+            links[final_b, final_t] = finals
         self._next[now] = links
         if self._previous is not None:
             self._previous[links] = now
-        flags = rows["terminated"] * np.uint8(TERMINATED)
-        flags |= done * np.uint8(DONE) | rows["is_init"] * np.uint8(IS_INIT) | np.uint8(TRANSITION)
+        flags = rows["terminated"] * TERMINATED
+        flags |= done * DONE
+        flags |= rows["is_init"] * IS_INIT
+        flags |= TRANSITION
         if mask is not None:
             flags *= mask
         self._flags[now] = flags
@@ -145,17 +155,21 @@ class ReplayBuffer:
         if self._tree is not None:
             # A new transition is drawn soon: it has the greatest priority of all.
             self._tree.set((now if mask is None else now[mask]).reshape(-1), self._max_priority**self._alpha)
-        begins = done[:, -1].copy() if mask is None else ~mask[:, -1]
-        begins[final_b[final_t == length - 1]] = True
+        begins = done[:, -1] if mask is None else ~mask[:, -1]
+        if len(finals):
+            begins[final_b[final_t == length - 1]] = True
         self._open.update(zip(envs, zip(numbers[:, -1].tolist(), begins.tolist())))
         self._snapshots.touch(position, finals)
         return count
 
     def _allocate(
-        self, rows: Mapping[str, np.ndarray], envs: list[int], length: int, num_finals: int
+        self, rows: Mapping[str, np.ndarray], envs: list[int], final_t: np.ndarray, rollout_length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row numbers [B, T + 1] of a fragment's observations, which environments' first are new, finals' positions."""
-        batch = len(envs)
+        """Row numbers [B, T + 1] of a fragment's observations, which environments' first are new, numbers of finals.
+
+        Of every `rollout_length` steps come all environments' observations, then the finals.
+        """
+        (batch, length), num_finals = rows["reward"].shape, len(final_t)
         most = batch * (length + 1) + num_finals
         if most > self.capacity:
             raise ReplayError(
@@ -163,34 +177,37 @@ class ReplayBuffer:
                 "shorten rollout_length."
             )
         numbers = np.empty((batch, length + 1), np.int64)
-        new_heads = np.zeros(batch, np.bool_)
+        heads, begin = zip(*[self._open.get(env, (NOT_YET, False)) for env in envs])
+        numbers[:, 0] = heads
         oldest = self._written + most - self.capacity  # what is older will have been overwritten
-        for b, env in enumerate(envs):
-            number, begins = self._open.get(env, (NOT_YET, False))
-            goes_on = number >= max(oldest, 0) and begins == rows["is_init"][b, 0] and self._holds(number, rows, b)
-            new_heads[b] = not goes_on
-            numbers[b, 0] = number
-        num_heads = int(new_heads.sum())
-        start = self._written
-        numbers[new_heads, 0] = start + np.arange(num_heads)
-        numbers[:, 1:] = start + num_heads + np.arange(batch * length).reshape(length, batch).T
-        end = start + num_heads + batch * length + num_finals
-        taken = np.arange(start, end) % self.capacity
+        goes_on = (numbers[:, 0] >= max(oldest, 0)) & (rows["is_init"][:, 0] == begin)
+        for path in self._obs_paths:  # and the row has the observation with which the fragment begins
+            same = self._columns[path][numbers[:, 0] % self.capacity] == rows[path][:, 0]
+            goes_on &= same.reshape(batch, -1).all(1)
+        new_heads = ~goes_on
+        num_heads = batch - int(np.count_nonzero(goes_on))
+        start, first = self._written, self._written + num_heads
+        if num_heads:
+            numbers[new_heads, 0] = np.arange(start, first)
+        numbers[:, 1:] = np.arange(first, first + batch * length).reshape(length, batch).T
+        finals = np.arange(first, first + num_finals)
+        if num_finals:
+            parts = final_t // rollout_length  # in rising order
+            numbers[:, 1:] += parts.searchsorted(np.arange(length) // rollout_length)
+            finals += (parts + 1) * (batch * rollout_length)
+        end = first + batch * length + num_finals
         if self._disk is not None:
             self._disk.reserve(min(end, self.capacity))
-        self._num_transitions -= int(np.count_nonzero(self._flags[taken] & TRANSITION))
-        self._flags[taken] = 0
-        if self._previous is not None:
-            self._previous[taken] = NOT_YET
-        if self._tree is not None and end > self.capacity:
-            self._tree.set(taken, 0.0)
+        if end > self.capacity:  # there were others
+            taken = np.arange(start, end) % self.capacity
+            self._num_transitions -= int(np.count_nonzero(self._flags[taken] & TRANSITION))
+            self._flags[taken] = 0
+            if self._previous is not None:
+                self._previous[taken] = NOT_YET
+            if self._tree is not None:
+                self._tree.set(taken, 0.0)
         self._written = end
-        return numbers, new_heads, taken[len(taken) - num_finals :]
-
-    def _holds(self, number: int, rows: Mapping[str, np.ndarray], b: int) -> bool:
-        """Whether a row has the observation with which environment b's fragment begins."""
-        paths = [path for path in self._columns if path.startswith("observation")]
-        return all(np.array_equal(self._columns[path][number % self.capacity], rows[path][b, 0]) for path in paths)
+        return numbers, new_heads, finals
 
     # --- drawing ------------------------------------------------------------------------------------------------
 
@@ -218,17 +235,17 @@ class ReplayBuffer:
             wanted = self.rng.integers(low, high + 1, num) if high > low else np.full(num, high)
             last, rewards, steps = self._follow(index, wanted, high)
             reward, discount = n_step(rewards, steps, gamma)
-        at, at_next = torch.from_numpy(index), torch.from_numpy(self._next[last].astype(np.int64))
-        columns = {path: tensor[at] for path, tensor in self._tensors.items() if not path.startswith("state")}
-        next_ = {path: self._tensors[path][at_next] for path in columns if path.startswith("observation")}
+        at, at_next = torch.from_numpy(index), torch.from_numpy(self._next[last])
+        columns = {path: x.index_select(0, at) for path, x in self._tensors.items() if not path.startswith("state")}
+        columns |= {"index": at, "discount": torch.as_tensor(discount)}
+        if weight is not None:
+            columns["weight"] = torch.from_numpy(weight)
+        next_ = {path: self._tensors[path].index_select(0, at_next) for path in self._obs_paths}
         next_ |= {
             "reward": torch.as_tensor(reward),
             "terminated": torch.from_numpy((self._flags[last] & TERMINATED) != 0),
         }
-        batch = {**nest(columns), "index": at, "discount": torch.as_tensor(discount), "next": nest(next_)}
-        if weight is not None:
-            batch["weight"] = torch.from_numpy(weight)
-        return TensorDict(batch, [num])
+        return TensorDict({**nest(columns), "next": nest(next_)}, [num])
 
     def _follow(self, index: np.ndarray, wanted: np.ndarray, most: int) -> tuple[np.ndarray, Tensor, Tensor]:
         """The last row of each chain of at most `wanted` transitions, their rewards [M, most] and their number."""
@@ -355,7 +372,7 @@ class ReplayBuffer:
         size = min(self._written, self.capacity)
         index = self.rng.integers(size, size=num)
         missed = self._flags[index] & TRANSITION == 0
-        while missed.any():
+        while np.count_nonzero(missed):
             index[missed] = self.rng.integers(size, size=int(missed.sum()))
             missed = self._flags[index] & TRANSITION == 0
         return index, None

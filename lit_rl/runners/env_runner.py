@@ -25,7 +25,7 @@ from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
 
 class EnvRunner:
-    """Collects fragments [B, T] from `num_envs` environments.
+    """Collects fragments [B, T] from `num_envs` environments, T a multiple of `rollout_length`.
 
     An environment that raises is rebuilt alone, with a seed of its own; the others' episodes go on. Its episode ends by
     truncation before the step that failed, whose row is masked. (With vectorization "async" or "native" all are
@@ -35,7 +35,7 @@ class EnvRunner:
         env: how to make the environments.
         policy: what acts; the runner's own copy, on the CPU.
         num_envs: B.
-        rollout_length: T, env steps per environment and fragment.
+        rollout_length: the least T, env steps per environment and fragment.
         seed: of the environments' first resets and of the actions.
         info_metrics: keys of `info` to report for each episode.
         keep_states: keep the state before every step, [B, T, ...], instead of the first alone.
@@ -64,6 +64,7 @@ class EnvRunner:
     ):
         self.policy = policy.eval()
         self.policy_version = 0
+        self._epsilons = [0.0] * rollout_length  # of each env step of the next fragment
         self._env = env
         self._num_envs = num_envs
         self._rollout_length = rollout_length
@@ -96,7 +97,6 @@ class EnvRunner:
         self._layout = FragmentLayout(
             policy.spec,
             num_envs,
-            rollout_length,
             state=self._state,
             keep_states=self._keep_states,
             has_mask=self._mode is AutoresetMode.NEXT_STEP,
@@ -109,14 +109,20 @@ class EnvRunner:
         """Env steps so far."""
         return self._watchdog.executed
 
-    def set_version(self, version: int, epsilon: float = 0.0) -> None:
-        """Say that the policy's weights are now of this version; act at random with probability `epsilon`."""
+    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+        """Say what the next fragments are collected with.
+
+        Args:
+            version: of the policy's weights, which are now these.
+            epsilons: probabilities of random actions, one for each `rollout_length` env steps: a fragment has as many
+                times that length.
+        """
         self.policy.see_weights()
-        self.policy.epsilon = epsilon
         self.policy_version = version
+        self._epsilons = [epsilon for epsilon in epsilons for _ in range(self._rollout_length)]
 
     def sample(self) -> Fragment:
-        """Step every environment `rollout_length` times.
+        """Step every environment `rollout_length` times for each of `epsilons`.
 
         Raises:
             EnvError: if environments raise more often than is survived, or give a reward or an observation that is not
@@ -133,8 +139,8 @@ class EnvRunner:
                 self._watchdog.enter(Phase.IDLE)
 
     def _collect(self) -> Fragment:
-        length, policy, envs = self._rollout_length, self.policy, self._envs
-        rows = self._layout.allocate()
+        length, policy, envs = len(self._epsilons), self.policy, self._envs
+        rows = self._layout.allocate(length)
         view = rows.views()
         columns = nest(view)
         obs_rows, action_rows = columns["observation"], columns["action"]
@@ -149,8 +155,10 @@ class EnvRunner:
         obs, state = self._obs, self._state
         if state is not None and not self._keep_states:
             map_tree(np.copyto, columns["state"], state)
-        for t in range(length):
-            if state is not None and self._is_init.any():
+        for t, epsilon in enumerate(self._epsilons):
+            if policy.epsilon != epsilon:  # to set it takes longer
+                policy.epsilon = epsilon
+            if state is not None and np.count_nonzero(self._is_init):
                 state = policy.reset_state(state, self._is_init)
             if self._keep_states:
                 write_step(columns["state"], t, state)
@@ -178,7 +186,7 @@ class EnvRunner:
                 failed += [(b, t) for b in envs.failed]
             if self._unproven:
                 self._unproven = self._unproven.intersection(envs.failed) if sync else set()
-            if done.any():
+            if np.count_nonzero(done):  # several times as fast as `any`
                 ended = np.flatnonzero(done)
                 episodes += self._finish(ended, info)
                 if mask_rows is None:
@@ -187,7 +195,7 @@ class EnvRunner:
         self._obs, self._state = obs, state
         self._begun += is_init_rows.sum(1)
         map_tree(np.copyto, columns["last_observation"], obs)
-        packed_finals = self._layout.pack_finals(finals, failed)
+        packed_finals = self._layout.pack_finals(finals, failed, length)
         finals_view = packed_finals.views() if finals or failed else {}
         check_finite(self._env.env_id, view | finals_view, begun, lengths, self._is_init)
         if self._reward_scale != 1.0:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_rl.runners.ledger import Entry
-from lit_rl.runners.transport import Packed, allocate, pack
+from lit_rl.runners.transport import Layout, Packed, allocate, pack
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree, is_leaf, iterate, leaves, row_dtype, space_leaves
 
@@ -56,58 +56,65 @@ class Fragment(NamedTuple):
 
 
 class FragmentLayout:
-    """Where a runner's fragments have their arrays: the same for all of them.
+    """Where a runner's fragments have their arrays: the same for all of one length.
 
     Args:
         spec: the environment's spaces.
         num_envs: B.
-        rollout_length: T.
         state: what the policy carries at an episode's start, [B, ...]; None without memory.
         keep_states: `state` before every step, [B, T, ...], instead of the first alone.
         has_mask: whether rows have a `mask`.
     """
 
-    def __init__(
-        self, spec: EnvSpec, num_envs: int, rollout_length: int, *, state: Tree, keep_states: bool, has_mask: bool
-    ):
-        self._batch = batch = (num_envs, rollout_length)
-        fields: dict[str, tuple[str, tuple[int, ...]]] = {}
+    def __init__(self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool):
+        self._num_envs = num_envs
+        # dtype and shape of each array: of one row, [...], and of those that there are once per environment, [B, ...].
+        self._rows: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._once: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, space in space_leaves(spec.observation_space, "observation").items():
-            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
-            fields[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
+            self._rows[path] = (row_dtype(space), space.shape or ())
+            self._once[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
         for path, space in space_leaves(spec.action_space, "action").items():
-            fields[path] = (row_dtype(space), (*batch, *(space.shape or ())))
+            self._rows[path] = (row_dtype(space), space.shape or ())
         for path, array in iterate(state, "state") if state is not None else ():
-            fields[path] = (array.dtype.str, (*batch, *array.shape[1:]) if keep_states else array.shape)
-        fields |= {
-            "action_log_prob": ("<f4", batch),
-            "reward": ("<f4", batch),
-            "terminated": ("|b1", batch),
-            "truncated": ("|b1", batch),
-            "is_init": ("|b1", batch),
-        }
-        if has_mask:
-            fields["mask"] = ("|b1", batch)
-        packed = allocate(fields)
-        self._num_bytes, self._layout = len(packed.buffer), packed.layout
+            if keep_states:
+                self._rows[path] = (array.dtype.str, array.shape[1:])
+            else:
+                self._once[path] = (array.dtype.str, array.shape)
+        self._rows |= {"action_log_prob": ("<f4", ()), "reward": ("<f4", ())}
+        self._rows |= dict.fromkeys(
+            ["terminated", "truncated", "is_init", *(["mask"] if has_mask else [])], ("|b1", ())
+        )
+        self._layouts: dict[int, tuple[int, Layout]] = {}  # size in bytes and layout of fragments of each length
         self._finals = space_leaves(spec.observation_space, "final_observation")
-        self._no_finals = self._packed([], [])
+        self._no_finals = self._packed([], [], 1)
 
-    def allocate(self) -> Packed:
-        """Uninitialised memory for a fragment's rows."""
-        return Packed(np.empty(self._num_bytes, np.uint8), self._layout)
+    def allocate(self, length: int) -> Packed:
+        """Uninitialised memory for the rows of a fragment of `length` env steps per environment."""
+        if length not in self._layouts:
+            batch = self._num_envs, length
+            rows = {path: (dtype, (*batch, *shape)) for path, (dtype, shape) in self._rows.items()}
+            packed = allocate(rows | self._once)
+            self._layouts[length] = len(packed.buffer), packed.layout
+        num_bytes, layout = self._layouts[length]
+        return Packed(np.empty(num_bytes, np.uint8), layout)
 
-    def pack_finals(self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]]) -> Packed:
+    def pack_finals(
+        self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]], length: int
+    ) -> Packed:
         """A fragment's `finals`.
 
         Args:
             finals: (b, t, observation [*obs]) of each row that ended an episode, those of one environment in order.
             failed: (b, t) of each row that is no transition, since the environment failed.
+            length: T.
         """
-        return self._packed(finals, failed) if finals or failed else self._no_finals
+        return self._packed(finals, failed, length) if finals or failed else self._no_finals
 
-    def _packed(self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]]) -> Packed:
-        num_envs = self._batch[0]
+    def _packed(
+        self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]], length: int
+    ) -> Packed:
+        num_envs = self._num_envs
         counts = np.bincount([b for b, _, _ in finals], minlength=num_envs)
         shape = (num_envs, int(counts.max()))
         steps = np.full(shape, -1, np.int64)
@@ -119,7 +126,7 @@ class FragmentLayout:
                 column[b, filled[b]] = value
             filled[b] += 1
         if failed:
-            columns["mask"] = np.ones(self._batch, np.bool_)
+            columns["mask"] = np.ones((num_envs, length), np.bool_)
             columns["mask"][tuple(zip(*failed))] = False
         return pack({"final_step": steps, **columns})
 

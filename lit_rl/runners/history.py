@@ -28,18 +28,17 @@ class ActionHistory:
             ended: whether an episode begins after the last row, [B].
             lengths: env steps of the episodes under way, [B].
         """
-        paths = [path for path in view if path.split("/")[0] == "action"]
-        is_init = view["is_init"]
-        began = np.any(is_init, 1)
-        first = np.where(began, is_init.shape[1] - 1 - is_init[:, ::-1].argmax(1), 0)
-        for b in range(len(is_init)):
-            pieces = [] if began[b] else self._pieces[b]
+        paths = [path for path in view if path == "action" or path.startswith("action/")]
+        for b, is_init in enumerate(view["is_init"]):
+            begun = is_init.nonzero()[0].tolist()
+            pieces = [] if begun else self._pieces[b]
             if ended[b]:
                 pieces = []
             elif pieces is None or lengths[b] > LONGEST:
                 pieces = None
             else:
-                pieces.append({path: view[path][b, first[b] :].copy() for path in paths})
+                first = begun[-1] if begun else 0
+                pieces.append({path: view[path][b, first:].copy() for path in paths})
             self._pieces[b] = pieces
 
     def state(self) -> list[dict[str, torch.Tensor] | None]:

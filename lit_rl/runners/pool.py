@@ -1,6 +1,6 @@
 """This rank's env runners: what a datamodule asks of them, and the one that needs no Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +29,13 @@ class Pool(Protocol):
     @property
     def num_runners(self) -> int: ...
 
-    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
         """Have every runner that has nothing to do collect one fragment.
 
         Args:
             policy: by whose weights, as they are now.
             version: of these weights.
-            epsilon: probability of random actions instead.
+            epsilons: see `EnvRunner.set_version`.
         """
 
     def finish(self) -> list[tuple[int, Fragment]]:
@@ -58,13 +58,13 @@ class LocalPool:
         self._runner = make_runner(0, 0, Watchdog())
         self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
-    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
         if self._weights is None or self._weights[0] is not policy:
             tensors = ([*module.parameters(), *module.buffers()] for module in (self._runner.policy, policy))
             self._weights = policy, *tensors
         with torch.no_grad():
             torch._foreach_copy_(*self._weights[1:])
-        self._runner.set_version(version, epsilon)
+        self._runner.set_version(version, epsilons)
 
     def finish(self) -> list[tuple[int, Fragment]]:
         try:

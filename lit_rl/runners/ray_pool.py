@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ class RunnerPool:
             self._slots.append(_Slot(Restarts(self._faults), incarnation=incarnation))
             self._restart_due()
 
-    def start(self, policy: Policy, version: int, epsilon: float = 0.0) -> None:
+    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
         self._restart_due()
         self._welcome()
         idle = [slot for slot in self._slots if slot.actor is not None and slot.ready is None and slot.fragment is None]
@@ -120,7 +121,7 @@ class RunnerPool:
             return
         # One copy for all of them, and for those that join while no other is left.
         try:
-            self._reference = self._ray.put((pack_weights(policy), version, epsilon))
+            self._reference = self._ray.put((pack_weights(policy), version, epsilons))
         except store_errors(self._ray) as error:
             raise store_is_full("the policy's weights", error) from None
         for slot in idle:
@@ -355,10 +356,10 @@ class _RunnerActor:
         if self._error is not None:
             raise self._error
 
-    def sample(self, acts_by: tuple[Packed, int, float]) -> Fragment:
-        weights, version, epsilon = acts_by
+    def sample(self, acts_by: tuple[Packed, int, Sequence[float]]) -> Fragment:
+        weights, version, epsilons = acts_by
         load_weights(self._runner.policy, weights)
-        self._runner.set_version(version, epsilon)
+        self._runner.set_version(version, epsilons)
         return self._runner.sample()
 
     def pid(self) -> int:

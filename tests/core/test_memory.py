@@ -1,7 +1,7 @@
 """Policies with memory: what the learner computes is what the runner did, and memory ends with its episode."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -118,7 +118,7 @@ class SeveralActors:
     def __init__(self, makers: dict[str, MakeRunner]):
         self._actors = {name: _RunnerActor(maker, 0, 0, FaultTolerance(), "") for name, maker in makers.items()}
 
-    def sample(self, name: str, acts_by: tuple[Packed, int, float]) -> Fragment:
+    def sample(self, name: str, acts_by: tuple[Packed, int, Sequence[float]]) -> Fragment:
         return self._actors[name].sample(acts_by)
 
 
@@ -134,7 +134,7 @@ def test_the_learner_computes_the_log_probs_of_runners_in_ray(ray_session: None)
 
     actors = ray.remote(SeveralActors).remote({name: maker(name) for name in NETWORKS})
     for version in range(2):
-        weights = {name: ray.put((pack_weights(policy), version, 0.0)) for name, policy in policies.items()}
+        weights = {name: ray.put((pack_weights(policy), version, (0.0,))) for name, policy in policies.items()}
         fragments = {name: actors.sample.remote(name, weights[name]) for name in NETWORKS}
         for name, policy in policies.items():
             rollout = to_rollout([ray.get(fragments[name])], copy=True)

@@ -79,6 +79,25 @@ def test_every_transition_drawn_is_one_that_happened(mode: str, capacity: int, l
             assert not terminated or start // 100 % 2 == 0  # odd episodes are truncated
 
 
+@pytest.mark.parametrize("mode", ["SameStep", "Disabled"])
+@pytest.mark.parametrize("rollout_length", [1, 2])
+@pytest.mark.parametrize("capacity", [1000, 60])
+def test_rows_of_a_long_fragment_lie_as_those_of_several_short_ones(
+    mode: str, rollout_length: int, capacity: int
+) -> None:
+    long, short = make_buffer(capacity, priority_alpha=0.5), make_buffer(capacity, priority_alpha=0.5)
+    runner, same = make_runner(mode, rollout_length), make_runner(mode, rollout_length)
+    for times in (1, 4, 2, 6):
+        fill(short, same, times)
+        runner.set_version(0, [0.0] * times)
+        fragment = runner.sample()
+        arrays = fragment.rows.views() | fragment.finals.views()
+        assert long.extend(arrays, range(ENVS), rollout_length) == ENVS * rollout_length * times
+        assert (long._open, len(long)) == (short._open, len(short))
+        for name, column in (long._saved() | long._priorities()).items():
+            np.testing.assert_array_equal(column, (short._saved() | short._priorities())[name], name)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_transition_is_drawn_equally_often(mode: str) -> None:
     buffer, runner = make_buffer(), make_runner(mode)

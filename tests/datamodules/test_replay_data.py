@@ -3,6 +3,7 @@
 import csv
 import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +96,16 @@ def test_masked_rows_are_not_counted_and_not_stored(make_trainer) -> None:
 
 
 def test_actions_are_random_until_learning_starts_and_follow_epsilon_then(make_trainer) -> None:
-    epsilons = []
-
     class Spy(ReplayDataModule):
-        def start_runners(self, epsilon: float = 0.0) -> None:
-            epsilons.append((self._env_steps, epsilon))
-            super().start_runners(epsilon)
+        def start_runners(self, epsilons: Sequence[float] = (0.0,)) -> None:
+            found.update(enumerate(epsilons, start=self._env_steps))
+            super().start_runners(epsilons)
 
     for warm_up in (True, False):
-        epsilons.clear()
-        data = Spy(CycleEnv, max_env_steps=100, random_warmup=warm_up, **SMALL)
+        found: dict[int, float] = {}
+        data = Spy(CycleEnv, max_env_steps=100, random_warmup=warm_up, **SMALL | {"update_to_data": 0.25})
         make_trainer(limit_val_batches=0).fit(DQN(epsilon_schedule=[[40, 0.5], [90, 0.0]]), data)
-        found = dict(epsilons)
+        assert list(found) == list(range(100))
         assert all(found[step] == (1.0 if warm_up else 0.5) for step in range(40))
         assert [found[step] for step in (40, 65, 90, 99)] == pytest.approx([0.5, 0.25, 0.0, 0.0])
 
@@ -115,13 +114,91 @@ def test_env_steps_are_taken_with_the_newest_weights(make_trainer) -> None:
     matches = []
 
     class Spy(ReplayDataModule):
-        def start_runners(self, epsilon: float = 0.0) -> None:
-            super().start_runners(epsilon)
+        def start_runners(self, epsilons: Sequence[float] = (0.0,)) -> None:
+            super().start_runners(epsilons)
             mine, theirs = self.algorithm.policy.state_dict(), self._pool._runner.policy.state_dict()
             matches.append(all(torch.equal(mine[name], theirs[name]) for name in mine))
 
     make_trainer(limit_val_batches=0).fit(Rainbow(), Spy(CycleEnv, max_env_steps=100, **SMALL))
-    assert len(matches) == 100 and all(matches)
+    assert len(matches) > 60 and all(matches)  # 60 updates, one after each env step
+
+
+# --- as many env steps in one fragment as no update is due for --------------------------------------------------------
+
+
+class OneAtATime(ReplayDataModule):
+    """Takes `rollout_length` env steps at a time, whether an update is due or not."""
+
+    def _times_at_once(self, rows: int, end: int) -> int:
+        return 1
+
+
+class Lengths(ReplayDataModule):
+    """Notes how many env steps each fragment has."""
+
+    def took(self, fragments: Any, times: int = 1) -> None:
+        self.lengths = [*getattr(self, "lengths", []), *(len(f.rows.views()["reward"][0]) for _, f in fragments)]
+        super().took(fragments, times)
+
+
+SHORT: dict[str, Any] = {"max_env_steps": 403, "update_to_data": 0.25, "learning_starts": 43, "env_steps_per_batch": 45}
+EPSILON = [[0, 1.0], [300, 0.1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: DQN(epsilon_schedule=EPSILON), {}),
+        (lambda: DQN(epsilon_schedule=EPSILON), {"random_warmup": False}),
+        (lambda: DQN(epsilon=0.1), {"update_to_data": 0.07, "num_envs_per_env_runner": 3}),
+        (lambda: DQN(epsilon_schedule=EPSILON), {"update_to_data": 0.05, "rollout_length": 4}),
+        (lambda: DQN(epsilon_schedule=EPSILON), {"buffer_size": 150, "n_step": [1, 3], "prioritized": True}),
+        (lambda: DQN(network=LSTMNetwork, sequence_length=4, burn_in=2), {"update_to_data": 0.1}),
+        (lambda: Rainbow(num_atoms=5), {"env": "CartPole-v1"}),
+        (lambda: SAC(), {"env": "Pendulum-v1", "num_envs_per_env_runner": 2}),
+    ],
+)
+def test_env_steps_taken_at_once_are_those_taken_one_by_one(make: Any, options: dict, make_trainer) -> None:
+    env = options.get("env", "CartPole-v1")
+    options = SMALL | SHORT | {name: value for name, value in options.items() if name != "env"}
+    states = []
+    for data_class in (OneAtATime, Lengths):
+        rows: list[dict] = []
+
+        class Keep(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: object, rows: list = rows) -> None:
+                values = trainer.callback_metrics.items()
+                rows.append({name: float(value) for name, value in values if not name.startswith("time/")})
+
+        data, algorithm = data_class(env, **options), make()
+        make_trainer(limit_val_batches=0, callbacks=[Keep()]).fit(algorithm, data)
+        buffer = data.buffer
+        columns = {name: torch.from_numpy(np.array(column)) for name, column in buffer._saved().items()}
+        states.append({
+            "weights": dict(algorithm.state_dict()), "metrics": rows, "buffer": columns, "open": buffer._open,
+            "drawn": buffer.rng.bit_generator.state, "runner": data._runner_states, "collected": data._collected,
+        })  # fmt: skip
+    assert_same(states[1], states[0])
+    assert max(data.lengths) >= 3 * options.get("rollout_length", 1)
+
+
+def test_a_fragment_ends_where_an_update_is_due_or_learning_starts_or_a_batch_ends(make_trainer) -> None:
+    data = Lengths("CartPole-v1", **SMALL | SHORT | {"buffer_size": 1000})
+    make_trainer(limit_val_batches=0).fit(DQN(), data)
+    ends = np.cumsum(data.lengths).tolist()
+    assert ends[:4] == [43, 45, 47, 51]  # learning starts at 43, the first batch ends at 45, updates are due every 4
+    assert {45 * k for k in range(1, 9)} <= set(ends) and ends[-1] == 403
+    assert {43 + 4 * k for k in range(1, 91)} <= set(ends)
+
+
+def test_fragments_of_other_vector_environments_stay_short(make_trainer) -> None:
+    """Where an environment fails they are discarded, and not every row is a transition."""
+    options = SMALL | SHORT | {"max_env_steps": 80}
+    data = Lengths(
+        counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", num_envs_per_env_runner=2, **options
+    )
+    make_trainer(limit_val_batches=0).fit(DQN(), data)
+    assert set(data.lengths) == {1}
 
 
 def test_training_ends_with_an_evaluation_and_a_checkpoint(make_trainer, tmp_path: Path) -> None:

@@ -96,6 +96,23 @@ def check_episodes(fragments: list[Fragment], offsets: list[int]) -> None:
     assert found == sorted(expected)
 
 
+def test_a_fragment_has_a_rollout_length_for_each_epsilon() -> None:
+    whole, parts = (make_runner(EnvConfig("CartPole-v1"), num_envs=2, length=3) for _ in range(2))
+    epsilons = [1.0, 0.0, 0.5, 0.0, 1.0]
+    whole.set_version(7, epsilons)
+    fragment, pieces = whole.sample(), []
+    for epsilon in epsilons:
+        parts.set_version(7, [epsilon])
+        pieces.append(parts.sample())
+    found = fragment.rows.views()
+    assert fragment.policy_version == 7 and found["reward"].shape == (2, 15)
+    for name in ("observation", "action", "action_log_prob", "reward", "terminated", "truncated", "is_init"):
+        expected = np.concatenate([piece.rows.views()[name] for piece in pieces], 1)
+        np.testing.assert_array_equal(found[name], expected, name)
+    assert fragment.episodes == [episode for piece in pieces for episode in piece.episodes]
+    assert (fragment.entry.start, fragment.entry.end, fragment.entry.delivered) == (0, 30, 30)
+
+
 def test_masked_rows_are_exactly_the_reset_rows_of_next_step_mode() -> None:
     runner = make_runner(CONFIGS["NextStep"], num_envs=1, length=9)
     mask = runner.sample().rows.views()["mask"][0]
