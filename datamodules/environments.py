@@ -99,7 +99,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         vectorization: Vectorization = "sync",
         num_env_runners: CountOrZero = 0,
         num_envs_per_env_runner: Count = 8,
-        rollout_length: Count = 128,
+        rollout_length: Count = 256,
         max_env_steps: Count | None = None,
         prefetch: CountOrZero = 0,
         reward_scale: Positive = 1.0,
@@ -129,9 +129,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
         self._runner_states: list[dict[str, Any]] = []
-        self._collected = (
-            0  # times `rollout_length` env steps came since the run began, over resumes: part of the runners' seeds
-        )
+        self._collected = 0  # times `rollout_length` env steps came, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
         self._resume: dict[str, Any] | None = None
         self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside

@@ -18,7 +18,7 @@ from lit_rl.files.checkpoint import files_beside
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
 from lit_rl.replay import ReplayBuffer, ReplayStream
-from lit_rl.replay.options import Replay
+from lit_rl.replay.options import CompleteReplay, Replay
 from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.trees import iterate
 
@@ -53,6 +53,7 @@ class ReplayDataModule(EnvDataModule):
         **options: Any,
     ):
         self.replay = taken(Replay, options)
+        self._complete: CompleteReplay | None = None  # with the attached algorithm's defaults
         super().__init__(env, num_envs_per_env_runner=num_envs_per_env_runner, rollout_length=rollout_length, **options)
         self.take_options()
         batch, length = self.rollout_shape
@@ -80,6 +81,7 @@ class ReplayDataModule(EnvDataModule):
                 f"model={type(self.algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
                 "SAC. Use RolloutDataModule."
             )
+        self._complete = self.replay.completed(self.algorithm.REPLAY)
         budget = self.max_env_steps
         if budget is not None and self.replay.learning_starts >= budget:
             raise OptionError(
@@ -133,9 +135,9 @@ class ReplayDataModule(EnvDataModule):
         """Take env steps of the runners into the buffer, up to `end` in all."""
         num_envs, world_size = self.num_envs_per_env_runner, distributed.world_size()
         length = algorithm.sequence_length
-        if length is not None and self.replay.batch_size < length:
+        if length is not None and self._replay.batch_size < length:
             raise OptionError(
-                f"batch_size={self.replay.batch_size}: expected at least one sequence, sequence_length={length} rows. "
+                f"batch_size={self._replay.batch_size}: expected at least one sequence, sequence_length={length} rows. "
                 "Raise it."
             )
         if self.buffer is None:
@@ -165,8 +167,8 @@ class ReplayDataModule(EnvDataModule):
             taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
         self._env_steps += taken
         self._stored += taken
-        if not warming_up and self._stored >= self.replay.batch_size * world_size:
-            self._owed += taken / world_size * self.replay.update_to_data
+        if not warming_up and self._stored >= self._replay.batch_size * world_size:
+            self._owed += taken / world_size * self._replay.update_to_data
 
     def _times_at_once(self, rows: int, end: int) -> int:
         """How often `rows` env steps can be taken in one fragment: until an update is due, or `end` is reached.
@@ -176,7 +178,7 @@ class ReplayDataModule(EnvDataModule):
         """
         if self.num_env_runners or self.env.vectorization != "sync":
             return 1
-        env_steps, replay, length = self._env_steps, self.replay, self.rollout_length
+        env_steps, replay, length = self._env_steps, self._replay, self.rollout_length
         world_size = distributed.world_size()
         enough = replay.batch_size * world_size
         if env_steps < replay.learning_starts:
@@ -193,10 +195,10 @@ class ReplayDataModule(EnvDataModule):
         buffer = self._full_buffer
         length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, self.num_steps, self.beta
         if length is None:
-            minibatch = buffer.sample(self.replay.batch_size, gamma=gamma, num_steps=steps, beta=beta)
+            minibatch = buffer.sample(self._replay.batch_size, gamma=gamma, num_steps=steps, beta=beta)
         else:
             minibatch = buffer.sample_sequences(
-                self.replay.batch_size // length,
+                self._replay.batch_size // length,
                 length=length,
                 burn_in=algorithm.burn_in,
                 gamma=gamma,
@@ -208,7 +210,7 @@ class ReplayDataModule(EnvDataModule):
     @property
     def num_steps(self) -> tuple[int, int]:
         """The least and the most rewards to sum."""
-        return self.replay.num_steps or (self._off_policy.NUM_STEPS,) * 2
+        return self._replay.num_steps
 
     @property
     def beta(self) -> float:
@@ -223,7 +225,7 @@ class ReplayDataModule(EnvDataModule):
         metrics = super().rollout_metrics()
         if self.buffer is not None:
             metrics["replay/transitions"] = float(len(self.buffer))
-        return metrics | ({"replay/beta": self.beta} if self._prioritizes else {})
+        return metrics | ({"replay/beta": self.beta} if self._replay.prioritized else {})
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -270,7 +272,7 @@ class ReplayDataModule(EnvDataModule):
                 self.spec,
                 self.replay.buffer_size,
                 state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
-                priority_alpha=self.replay.priority_alpha if self._prioritizes else None,
+                priority_alpha=self.replay.priority_alpha if self._replay.prioritized else None,
                 storage_dir=self.replay.storage_dir,
                 seed=self._seed_sequence(REPLAY, rank),
             )
@@ -287,8 +289,9 @@ class ReplayDataModule(EnvDataModule):
         return buffer
 
     @property
-    def _prioritizes(self) -> bool:
-        return self._off_policy.PRIORITIZED if self.replay.prioritized is None else self.replay.prioritized
+    def _replay(self) -> CompleteReplay:
+        assert self._complete is not None  # see setup
+        return self._complete
 
     @property
     def _off_policy(self) -> OffPolicy:

@@ -1,6 +1,6 @@
 """The contract of algorithms that learn from a replay buffer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -24,12 +24,10 @@ class OffPolicy(Algorithm):
         burn_in: steps before each sequence that refresh the memory first, without gradients.
 
     Attributes:
-        NUM_STEPS: the datamodule's `n_step` where that is not set.
-        PRIORITIZED: its `prioritized` where that is not set.
+        REPLAY: the datamodule's options that have this value where they are not set.
     """
 
-    NUM_STEPS: int = 1
-    PRIORITIZED: bool = False
+    REPLAY: Mapping[str, Any] = {"batch_size": 256, "update_to_data": 1.0, "n_step": 1, "prioritized": False}
 
     def __init__(
         self,

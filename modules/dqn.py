@@ -3,6 +3,7 @@
 Shapes: *N rows, [M] or sequences [S, L]; F features, A actions, Z atoms or quantiles of an action's value, else 1.
 """
 
+import functools
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from lit_rl.errors import OptionError
 from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import categorical_td_loss, project, quantile_huber_loss, td_loss
-from lit_rl.networks import check_same_in_training
+from lit_rl.networks import MLP, NetworkFactory, check_same_in_training
 from lit_rl.networks.q import set_noise
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, Counts, OneOf, Positive, PositiveFraction, TwoOrMore, UnitInterval
@@ -21,7 +22,7 @@ from lit_rl.policy import Policy
 from lit_rl.policy.q import DISTRIBUTIONAL, QPolicy
 from lit_rl.rollout import means_of_rows
 from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, has_images
 from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
 
 EPSILON = [[0, 1.0], [10_000, 0.05]]  # its schedule where neither it nor one is set
@@ -37,8 +38,8 @@ class DQN(OffPolicy):
     distributions of returns (`distributional`) and noisy networks (`noisy`) are options here; summed rewards (`n_step`)
     and prioritised replay (`prioritized`) are options of the `ReplayDataModule`.
 
-    Deviations from the paper: Adam instead of RMSProp, the Huber loss instead of clipped gradients of the error, and
-    the target network follows by gradient updates, not env steps.
+    Deviations from the paper: Adam instead of RMSProp, the squared error instead of the Huber loss, and the target
+    network follows softly at every gradient update, instead of being copied after many env steps.
 
     Reads minibatches [M] of `observation, action, discount` and `("next", "observation" | "reward" | "terminated")`,
     with `weight` if the replay is prioritised, to which it then adds `priority`; with memory sequences [S, L]: see
@@ -52,9 +53,10 @@ class DQN(OffPolicy):
         epsilon: probability of a random action while training. None: 0 with `noisy`, which explores by itself; else 1
             to 0.05 over 10,000 env steps, or from 1 as `epsilon_schedule` says.
         epsilon_schedule: of `epsilon`, as `lr_schedule` is of `lr`.
-        target_update_interval: gradient updates between those of the target network.
-        tau: how far the target network then moves to the network: 1 copies it, 0.005 follows it slowly.
-        loss: "huber" or "mse", of the TD error; unused with `distributional`.
+        target_update_interval: gradient updates between those of the target network; the paper's 10,000 with `tau=1`.
+        tau: how far the target network then moves to the network: 1 copies it, 0.01 follows it slowly.
+        loss: "mse" or "huber", of the TD error; unused with `distributional`. "huber" suits rewards that are clipped to
+            ±1: of errors above 1 it fits the median, and misses ends of episodes that are rare.
         double: choose the next action by the network, value it by the target network: van Hasselt et al. 2016,
             arXiv:1509.06461.
         dueling: separate streams for the state's value and the actions' advantages: Wang et al. 2016, arXiv:1511.06581.
@@ -66,11 +68,14 @@ class DQN(OffPolicy):
         noisy: explore by noise on the head's weights: Fortunato et al. 2018, arXiv:1706.10295.
         sigma0: of that noise, when training begins: the sigmas are sigma0 / sqrt(inputs).
         head_hidden_sizes: layers (with ReLU) of the head, or of each of its streams, after the network.
+        network: callable `(observation_space) -> nn.Module` with an `output_size`; None is two hidden layers of 128
+            ReLU units with layer normalisation, or the default network for images.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
     """
 
     POLICY: type[Policy] = QPolicy
+    REPLAY = {**OffPolicy.REPLAY, "batch_size": 64, "update_to_data": 0.25}
 
     policy: QPolicy
     target: QPolicy
@@ -83,9 +88,9 @@ class DQN(OffPolicy):
         adam_eps: Positive = 1e-8,
         epsilon: UnitInterval | None = None,
         epsilon_schedule: UnitSchedule = "constant",
-        target_update_interval: Count = 500,
-        tau: PositiveFraction = 1.0,
-        loss: Loss = "huber",
+        target_update_interval: Count = 1,
+        tau: PositiveFraction = 0.01,
+        loss: Loss = "mse",
         double: bool = True,
         dueling: bool = False,
         distributional: Distributional = None,
@@ -95,7 +100,7 @@ class DQN(OffPolicy):
         noisy: bool = False,
         sigma0: Positive = 0.5,
         head_hidden_sizes: Counts = (),
-        max_grad_norm: Positive | None = 10.0,
+        max_grad_norm: Positive | None = None,
         compile: bool = False,
         **options: Any,
     ):
@@ -108,6 +113,11 @@ class DQN(OffPolicy):
             epsilon = 0.0 if noisy else 1.0
             epsilon_schedule = EPSILON if epsilon_schedule == "constant" and not noisy else epsilon_schedule
         self.epsilon = Scheduled("epsilon", epsilon, epsilon_schedule)
+
+    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
+        if has_images(spec.observation_space):
+            return None
+        return functools.partial(MLP, hidden_sizes=[128, 128], activation="relu", layer_norm=True)
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
@@ -207,7 +217,7 @@ class Rainbow(DQN):
     Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
     """
 
-    NUM_STEPS, PRIORITIZED = 3, True
+    REPLAY = {**DQN.REPLAY, "n_step": 3, "prioritized": True}
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class PPO(Algorithm):
         kl_target: the KL divergence the penalty aims at.
         target_kl: an update ends after the gradient step whose minibatch exceeds this KL divergence, usually 0.01 to
             0.05; None: never.
-        num_epochs: passes over each rollout; 3 to 20.
+        num_epochs: passes over each rollout; 3 to 20. Fewer passes and larger minibatches are faster per env step.
         minibatch_size: rows per gradient step and rank; at most the B T rows of a rollout.
         normalize_advantage: shift and scale the rollout's advantages to mean 0 and standard deviation 1.
         normalize_observations: shift and scale observations, but for images, by the mean and variance of all seen so
@@ -113,12 +113,12 @@ class PPO(Algorithm):
         kl_coef: NonNegative = 0.0,
         kl_target: Positive = 0.01,
         target_kl: Positive | None = None,
-        num_epochs: Count = 4,
-        minibatch_size: Count = 256,
+        num_epochs: Count = 10,
+        minibatch_size: Count = 64,
         max_grad_norm: Positive | None = 0.5,
         normalize_advantage: bool = True,
         normalize_observations: bool = False,
-        normalize_returns: bool = False,
+        normalize_returns: bool = True,
         share_encoder: bool | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,

@@ -1,7 +1,7 @@
 """The options of a replay buffer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from lit_rl.errors import OptionError
@@ -41,10 +41,11 @@ class Replay:
         buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
             of each episode another.
         batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
-            sequence_length` sequences.
+            sequence_length` sequences. None takes the algorithm's own: 64 for DQN, 256 for SAC.
         learning_starts: env steps, over all learner processes, before the first update.
         random_warmup: whether actions are random until then, instead of the policy's.
-        update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four.
+        update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
+            algorithm's own: 0.25 for DQN, 1 for SAC.
         n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
             what the algorithm's paper does: 1, or 3 for Rainbow.
         prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
@@ -59,10 +60,10 @@ class Replay:
     """
 
     buffer_size: Count = 100_000
-    batch_size: Count = 256
+    batch_size: Count | None = None
     learning_starts: Count = 1000
     random_warmup: bool = True
-    update_to_data: Positive = 1.0
+    update_to_data: Positive | None = None
     n_step: Steps | None = None
     prioritized: bool | None = None
     priority_alpha: UnitInterval = 0.6
@@ -73,6 +74,8 @@ class Replay:
     def __post_init__(self) -> None:
         check_fields(self)
         batch_size = self.batch_size
+        if batch_size is None:
+            return
         if batch_size > self.buffer_size:
             raise OptionError(f"buffer_size={self.buffer_size}: expected at least batch_size={batch_size}. Raise it.")
         if batch_size > self.learning_starts:
@@ -81,10 +84,27 @@ class Replay:
                 "it."
             )
 
+    def completed(self, defaults: Mapping[str, Any]) -> "CompleteReplay":
+        """With an algorithm's defaults, its `OffPolicy.REPLAY`, where nothing is set.
+
+        Raises:
+            OptionError: if they do not go together with what is set.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CompleteReplay(**given | {name: value for name, value in defaults.items() if given[name] is None})
+
+
+@dataclass(frozen=True)
+class CompleteReplay(Replay):
+    """A `Replay` that leaves nothing to the algorithm."""
+
+    batch_size: Count = 256
+    update_to_data: Positive = 1.0
+    n_step: Steps = 1
+    prioritized: bool = False
+
     @property
-    def num_steps(self) -> tuple[int, int] | None:
+    def num_steps(self) -> tuple[int, int]:
         """`n_step` as the least and the most number of steps."""
-        if self.n_step is None:
-            return None
         low, high = (self.n_step, self.n_step) if isinstance(self.n_step, int) else self.n_step
         return low, high
