@@ -38,8 +38,9 @@ class DQN(OffPolicy):
     distributions of returns (`distributional`) and noisy networks (`noisy`) are options here; summed rewards (`n_step`)
     and prioritised replay (`prioritized`) are options of the `ReplayDataModule`.
 
-    Deviations from the paper: Adam instead of RMSProp, the squared error instead of the Huber loss, and the target
-    network follows softly at every gradient update, instead of being copied after many env steps.
+    Deviations from the paper, which keep small tasks stable: Adam instead of RMSProp, the squared error, a target
+    network that follows softly at every gradient update instead of being copied after many env steps, layer
+    normalisation, and three summed rewards.
 
     Reads minibatches [M] of `observation, action, discount` and `("next", "observation" | "reward" | "terminated")`,
     with `weight` if the replay is prioritised, to which it then adds `priority`; with memory sequences [S, L]: see
@@ -75,7 +76,7 @@ class DQN(OffPolicy):
     """
 
     POLICY: type[Policy] = QPolicy
-    REPLAY = {**OffPolicy.REPLAY, "batch_size": 64, "update_to_data": 0.25}
+    REPLAY = {**OffPolicy.REPLAY, "batch_size": 64, "update_to_data": 0.25, "n_step": 3}
 
     policy: QPolicy
     target: QPolicy
@@ -210,14 +211,14 @@ class DQN(OffPolicy):
 class Rainbow(DQN):
     """DQN with all six parts on: Hessel et al. 2018, arXiv:1710.02298.
 
-    The `ReplayDataModule` sums 3 rewards and draws by priority unless it is told otherwise. Deviations from the paper:
+    The `ReplayDataModule` draws by priority unless it is told otherwise. Deviations from the paper:
     those of `DQN`, and smaller defaults than Atari's, where the paper has `lr=6.25e-5`, `adam_eps=1.5e-4`,
     `head_hidden_sizes=[512]`.
 
     Set `v_min` and `v_max` to the least and the greatest discounted return there can be.
     """
 
-    REPLAY = {**DQN.REPLAY, "n_step": 3, "prioritized": True}
+    REPLAY = {**DQN.REPLAY, "prioritized": True}
 
     def __init__(
         self,

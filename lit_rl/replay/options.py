@@ -47,9 +47,9 @@ class Replay:
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
             algorithm's own: 0.25 for DQN, 1 for SAC.
         n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
-            what the algorithm's paper does: 1, or 3 for Rainbow.
-        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes what the
-            algorithm's paper does: False, or True for Rainbow.
+            the algorithm's own: 3 for DQN and Rainbow, 1 for SAC.
+        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes the
+            algorithm's own: False, or True for Rainbow.
         priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
         priority_beta: exponent of the importance weights when training begins. It grows linearly to 1, which makes up
             for the priorities in full, at `max_env_steps`; without `max_env_steps` it stays.
@@ -61,7 +61,7 @@ class Replay:
 
     buffer_size: Count = 100_000
     batch_size: Count | None = None
-    learning_starts: Count = 1000
+    learning_starts: Count = 256
     random_warmup: bool = True
     update_to_data: Positive | None = None
     n_step: Steps | None = None

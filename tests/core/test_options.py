@@ -417,7 +417,7 @@ def test_a_class_takes_the_fields_of_a_dataclass_as_its_own_options() -> None:
 def test_replay_options_are_kept_in_one_place() -> None:
     data = ReplayDataModule("CartPole-v1", batch_size=8, n_step=[1, 3], learning_starts=8)
     assert data.replay == Replay(batch_size=8, n_step=[1, 3], learning_starts=8)
-    assert data.replay.num_steps == (1, 3) and not hasattr(data, "batch_size")
+    assert data.replay.n_step == (1, 3) and not hasattr(data, "batch_size")
 
 
 # --- hyper-parameters -----------------------------------------------------------------------------------------------

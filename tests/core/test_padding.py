@@ -17,7 +17,7 @@ from lit_rl.runners.gathering import padded, to_rollout
 def test_policy_lag_leaves_out_environments_that_are_padding(monkeypatch) -> None:
     config = EnvConfig(CounterEnv)
     runner = EnvRunner(config, Policy(config.spec()), num_envs=1, rollout_length=4, seed=np.random.SeedSequence(0))
-    runner.set_version(1000, 0.0)
+    runner.set_version(1000)
     rollout = padded(to_rollout([runner.sample()], copy=False), 2, masked=True)
     rollout.env_steps = 4
     algorithm = PPO(spec=config.spec().to_dict())

@@ -121,7 +121,7 @@ def test_epsilon_takes_random_legal_actions_at_its_rate() -> None:
 def test_no_illegal_action_is_taken(part: str, epsilon: float) -> None:
     config = EnvConfig(MaskedEnv, {"action_space": spaces.Discrete(4)}, (), "sync")  # raises at an illegal action
     runner = make_runner(config, QPolicy(config.spec(), **PARTS[part]), 4, 500)
-    runner.set_version(0, epsilon)
+    runner.set_version(0, [epsilon])
     assert runner.sample().failures == ()
 
 

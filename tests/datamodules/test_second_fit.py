@@ -20,9 +20,9 @@ def make(kind: str):
         data, algorithm = ReplayDataModule("CartPole-v1", **REPLAY), DQN()
     seen, took = [], data.took
 
-    def watch(fragments) -> None:
+    def watch(fragments, *times) -> None:
         seen.append(fragments[0][1].rows.views()["observation"][:, 0].copy())
-        took(fragments)
+        took(fragments, *times)
 
     data.took = watch
     return algorithm, data, seen

@@ -142,7 +142,7 @@ def test_the_next_action_is_a_legal_one() -> None:
 
 
 def test_the_target_network_follows_when_it_is_told_to() -> None:
-    hard, soft = linear_q([1.0, 3.0], target_update_interval=3), linear_q([1.0, 3.0], target_update_interval=1, tau=0.1)
+    hard, soft = linear_q([1.0, 3.0], target_update_interval=3, tau=1.0), linear_q([1.0, 3.0], tau=0.1)
     for algorithm in (hard, soft):
         algorithm.optimize = lambda loss: True  # the network stays
     moved = []
@@ -314,4 +314,4 @@ def test_the_policy_in_a_checkpoint_acts_as_in_evaluation(make_trainer, tmp_path
 
 def test_the_wrong_datamodule_is_refused(make_trainer) -> None:
     with pytest.raises(OptionError, match=r"model=DQN: RolloutDataModule .* Use ReplayDataModule"):
-        make_trainer().fit(DQN(), RolloutDataModule("CartPole-v1", max_env_steps=2000))
+        make_trainer().fit(DQN(), RolloutDataModule("CartPole-v1", max_env_steps=5000))

@@ -17,7 +17,7 @@ from lit_rl.modules.ppo import explained_variance
 def train(env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, RolloutDataModule, float]:
     """Train, then play: the algorithm, its datamodule, and the mean greedy return."""
     module = RolloutDataModule(env, max_env_steps=steps, **{"seed": 0, "evaluation": Evaluation(episodes=20)} | data)
-    algorithm = PPO(**model)
+    algorithm = PPO(**{"num_epochs": 4, "normalize_returns": False} | model)
     return algorithm, module, greedy_return(algorithm, module, **trainer)
 
 
@@ -120,7 +120,7 @@ def test_masked_rows_change_no_gradient_no_statistic_and_no_metric(make_trainer)
 
 def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) -> None:
     data = {"env_kwargs": {"mode": "NextStep"}, "vectorization": "native", "num_envs_per_env_runner": 1}
-    model = {"minibatch_size": 24, "num_epochs": 1}
+    model = {"minibatch_size": 24, "num_epochs": 1, "normalize_returns": False}
     algorithm, rollout = collect(make_trainer, counter_vector, data | {"rollout_length": 24}, model)
     algorithm.update(rollout)
     masked = algorithm.gradients
@@ -147,7 +147,7 @@ def test_next_step_mode_gives_the_gradient_of_its_real_rows_alone(make_trainer) 
 
 def weights_of_a_run(**model) -> torch.Tensor:
     data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL | {"rollout_length": 32})
-    algorithm = PPO(**{"minibatch_size": 64, "lr": 1e-2} | model)
+    algorithm = PPO(**{"minibatch_size": 64, "num_epochs": 4, "normalize_returns": False, "lr": 1e-2} | model)
     quiet_trainer(limit_val_batches=0).fit(algorithm, data)
     return torch.cat([p.flatten() for p in algorithm.parameters()])
 
@@ -227,7 +227,7 @@ def test_a_bad_option_is_named_with_its_value(options: dict, words: str) -> None
 
 def test_a_minibatch_larger_than_the_rollout_is_refused() -> None:
     with pytest.raises(OptionError, match="minibatch_size=256: expected at most the 128 rows"):
-        train(CounterEnv, 256, {}, SMALL)
+        train(CounterEnv, 256, {"minibatch_size": 256}, SMALL)
 
 
 def test_observation_normalisation_of_a_discrete_space_is_refused() -> None:
@@ -248,7 +248,10 @@ def test_trainer_options_that_do_not_apply_name_the_algorithms_own(trainer: dict
 
 
 def test_advantages_and_targets_of_a_rollout_by_hand(make_trainer) -> None:
-    model = {"minibatch_size": 8, "gamma": 0.5, "gae_lambda": 1.0, "normalize_advantage": False, "num_epochs": 1}
+    model = {
+        "minibatch_size": 8, "gamma": 0.5, "gae_lambda": 1.0, "normalize_advantage": False, "normalize_returns": False,
+        "num_epochs": 1,
+    }  # fmt: skip
     algorithm, rollout = collect(make_trainer, CounterEnv, {"num_envs_per_env_runner": 1, "rollout_length": 8}, model)
     for parameter in algorithm.critic.parameters():
         parameter.data.zero_()
@@ -313,7 +316,7 @@ def test_an_update_ends_after_the_step_that_went_too_far(make_trainer) -> None:
     def steps(**model) -> tuple[int, dict]:
         data = RolloutDataModule("CartPole-v1", max_env_steps=512, seed=0, **SMALL)
         trainer = make_trainer(limit_val_batches=0)
-        trainer.fit(PPO(minibatch_size=64, lr=1e-2, **model), data)
+        trainer.fit(PPO(minibatch_size=64, num_epochs=4, lr=1e-2, **model), data)
         return trainer.global_step, trainer.callback_metrics
 
     whole, metrics = steps()
