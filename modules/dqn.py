@@ -84,7 +84,7 @@ class DQN(OffPolicy):
     def __init__(
         self,
         *,
-        lr: Positive = 5e-4,
+        lr: Positive = 1e-3,
         lr_schedule: Schedule = "constant",
         adam_eps: Positive = 1e-8,
         epsilon: UnitInterval | None = None,

@@ -16,7 +16,7 @@ from lit_rl.policy import POLICIES, Policy
 log = logging.getLogger(__name__)
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
-SECTION, FORMAT = "lit_rl", 3
+SECTION, FORMAT = "lit_rl", 4
 POLICY_PREFIX = "policy."
 
 
@@ -152,7 +152,14 @@ def _from_2(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
         options["epsilon_schedule"], options["epsilon"] = options["epsilon"], None
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Any]], None]] = {1: _from_1, 2: _from_2}
+def _from_3(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
+    """Where DQN was given no network it had every policy's default one."""
+    options = checkpoint.get("hyper_parameters", {})
+    if found["algorithm"] in ("DQN", "Rainbow") and options.get("network") is None:
+        options["network"] = {"name": "default_network"}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Any]], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 
 def section(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree
 NetworkFactory = Callable[[gym.Space], nn.Module]
 
 # Which names a checkpoint may ask for. A file never makes lit_rl import anything.
-NETWORKS: dict[str, type[nn.Module]] = {}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def built_in(network: type[nn.Module]) -> type[nn.Module]:
@@ -55,6 +55,9 @@ def default_network(observation_space: gym.Space) -> nn.Module:
         small = sorted(observation_space.shape or ())[-2] < nature.SMALLEST
         return NETWORKS["ImpalaResNet" if small else "NatureCNN"](observation_space)
     return NETWORKS["MLP"](observation_space)
+
+
+NETWORKS["default_network"] = default_network
 
 
 def as_input(space: gym.Space, obs: Tree) -> Tree:

@@ -235,6 +235,7 @@ def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
     data = RolloutDataModule(
         SampleEnv,
         env_kwargs={"observation_space": OBSERVATIONS["tuple"], "action_space": ACTIONS["tuple"]},
+        rollout_length=128,
         max_env_steps=1024,
         evaluation=Evaluation(episodes=3),
         seed=0,

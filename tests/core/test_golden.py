@@ -12,6 +12,7 @@ from helpers import TESTS
 
 from lit_rl import DQN, PPO, load_policy
 from lit_rl.files.loading import FORMAT
+from lit_rl.networks.build import default_network
 
 GOLDEN = TESTS / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -19,6 +20,7 @@ sys.path.insert(0, str(GOLDEN))
 from make import OBS, digest, runs  # noqa: E402
 
 OLD_PPO = {"minibatch_size": 32, "num_epochs": 1, "normalize_observations": True, "normalize_returns": True}
+OLD_DQN = {"lr": 5e-4, "target_update_interval": 500, "tau": 1.0, "loss": "huber", "max_grad_norm": 10.0}
 FILES = sorted(GOLDEN.glob("format_*/*.ckpt"))
 
 
@@ -40,9 +42,15 @@ def test_options_of_format_2_are_read_under_their_names_of_today(tmp_path: Path)
     assert ppo.hparams == PPO(**OLD_PPO, entropy_coef_schedule=points, lr_schedule="linear").hparams
     assert ppo.entropy_coef.at(50, None) == pytest.approx(0.3)
     dqn = load("dqn", DQN, epsilon=points)
-    assert dqn.hparams == DQN(epsilon_schedule=points).hparams and dqn.epsilon_at(50) == pytest.approx(0.3)
-    assert load("dqn", DQN, epsilon=0.2).hparams == DQN(epsilon=0.2).hparams
-    assert load("dqn", DQN).hparams == DQN().hparams
+    assert dqn.hparams == DQN(**OLD_DQN, epsilon_schedule=points).hparams and dqn.epsilon_at(50) == pytest.approx(0.3)
+    assert load("dqn", DQN, epsilon=0.2).hparams == DQN(**OLD_DQN, epsilon=0.2).hparams
+    assert load("dqn", DQN).hparams == DQN(**OLD_DQN).hparams
+
+
+@pytest.mark.parametrize("name", [2, 3])
+def test_dqn_without_a_network_had_every_policys_default_one_up_to_format_3(name: int) -> None:
+    encoder = DQN.load_from_checkpoint(GOLDEN / f"format_{name}" / "dqn.ckpt").policy.encoder
+    assert [type(layer).__name__ for layer in encoder.layers] == ["Linear", "Tanh"] * 2
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -51,6 +59,8 @@ def test_a_kept_checkpoint_acts_loads_and_goes_on(path: Path, make_trainer: Any,
     policy = load_policy(path)
     assert [int(policy.act(obs)[0]) for obs in OBS] == expected["actions"]
     algorithm, data = runs(256)[path.stem]
+    if path.stem == "dqn" and path.parent.name < "format_4":
+        algorithm = DQN(network=default_network)
     restored = type(algorithm).load_from_checkpoint(path)
     assert digest(restored.state_dict()) == expected["weights"]
     assert (restored.env_steps_done, restored.updates_done > 0) == (128, True)

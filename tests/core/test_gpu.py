@@ -224,8 +224,8 @@ def test_priorities_come_back_from_there(accelerator: str, make_trainer: Callabl
     module, data = Rainbow(), ReplayDataModule("CartPole-v1", **REPLAY)
     draw, last = data._draw, []
 
-    def watched() -> TensorDict:
-        last[:] = [draw()]
+    def watched(algorithm: Any) -> TensorDict:
+        last[:] = [draw(algorithm)]
         return last[0]
 
     data._draw = watched

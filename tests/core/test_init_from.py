@@ -60,7 +60,7 @@ def test_what_only_one_of_the_runs_has_is_left_and_named(
     make_trainer: Any, source: tuple[Path, dict[str, torch.Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     path, weights = source
-    new = PPO(minibatch_size=64, normalize_observations=True, share_encoder=True)  # whose critic is a head
+    new = PPO(normalize_observations=True, normalize_returns=False, share_encoder=True)  # whose critic is a head
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         found = begun(make_trainer, path, new)
     for name in found:

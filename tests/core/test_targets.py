@@ -67,7 +67,7 @@ def test_a_network_without_buffers_follows() -> None:
 
 
 def test_the_copy_of_a_network_with_spectral_norm_gives_what_it_gives(make_trainer) -> None:
-    algorithm = DQN(network=Normed, target_update_interval=1, lr=1e-2)
+    algorithm = DQN(network=Normed, tau=1.0, lr=1e-2)
     data = ReplayDataModule(
         "CartPole-v1", max_env_steps=120, learning_starts=20, batch_size=16, buffer_size=200, env_steps_per_batch=60,
         batches_per_epoch=1, seed=0,

@@ -259,7 +259,9 @@ class Illegal(Policy):
 
 def test_a_fault_of_ours_that_a_test_environment_finds_is_never_survived(make_trainer: Callable) -> None:
     kwargs = {"observation_space": SPEC.observation_space, "action_space": SPEC.action_space}
-    data = RolloutDataModule(SampleEnv, env_kwargs=kwargs, fault_tolerance=MANY, max_env_steps=1024, seed=0)
+    data = RolloutDataModule(
+        SampleEnv, env_kwargs=kwargs, fault_tolerance=MANY, rollout_length=128, max_env_steps=1024, seed=0
+    )
     algorithm = PPO(spec=data.env.spec().to_dict(), policy_class=Illegal)
     for act in (
         make_runner(data.env, Illegal(SPEC), faults=MANY).sample,

@@ -103,7 +103,7 @@ def test_ppo_learns_to_tell_pictures_apart(channels_first: bool) -> None:
         evaluation=Evaluation(episodes=40),
         seed=0,
     )
-    assert greedy_return(PPO(lr=1e-3, network=small_resnet, minibatch_size=64), data) > 0.95
+    assert greedy_return(PPO(lr=1e-3, network=small_resnet, num_epochs=4), data) > 0.95
 
 
 def small_resnet(observation_space: gym.Space) -> ImpalaResNet:

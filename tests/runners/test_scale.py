@@ -47,7 +47,7 @@ def test_what_cannot_be_is_refused(make_trainer) -> None:
         ScaleEnvRunners(min_env_runners=2, max_env_runners=1)
     trainer = make_trainer(callbacks=[ScaleEnvRunners()])
     with pytest.raises(OptionError, match="expected a datamodule with num_env_runners of at least 1"):
-        trainer.fit(PPO(minibatch_size=8), RolloutDataModule("CartPole-v1", max_env_steps=1024))
+        trainer.fit(PPO(minibatch_size=8), RolloutDataModule("CartPole-v1", max_env_steps=2048))
 
 
 @pytest.mark.ray
