@@ -69,7 +69,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     Optimisation is manual: `update(batch)` is the paper's update, top to bottom. It takes each gradient step by
     `gradient_step(batch)`, which minimises `self.loss(batch)` and can be compiled, or by `optimize(loss)`. Eager steps
     go through Lightning's optimizer wrapper, so `global_step`, `on_before_optimizer_step` and precision plugins mean
-    what they mean elsewhere.
+    what they mean elsewhere; where nobody listens, its hooks are left out (see `way_of_steps`).
 
     Args:
         max_grad_norm: bound of the gradient; None leaves it as it is.

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_rl.files import rescue
 from lit_rl.learner.clipping import Clipping
 from lit_rl.learner.compiled import CompiledStep
+from lit_rl.learner.direct import way_of_steps
 from lit_rl.learner.steps import GradientSteps
 from lit_rl.source import Source
 
@@ -54,9 +55,11 @@ def make_host(
     """
     trainer = module.trainer
     clipping = Clipping(algorithm.hp.max_grad_norm, algorithm.hp.grad_clip_by)
+    backward, step = way_of_steps(module)
     steps = GradientSteps(
         optimizers,
-        module.manual_backward,
+        backward,
+        step,
         {parameter: name for name, parameter in algorithm.named_parameters()},
         clipping,
         no_sync=trainer.model.no_sync if isinstance(trainer.model, DistributedDataParallel) else nullcontext,

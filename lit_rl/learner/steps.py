@@ -31,8 +31,9 @@ class GradientSteps:
     the skipped steps too. An optimizer that cannot decide on the device (torch's fused ones can) is waited for.
 
     Args:
-        optimizers: Lightning's wrappers of those the algorithm configured, whose `step` calls Lightning's hooks.
-        backward: of a loss, `LightningModule.manual_backward`.
+        optimizers: Lightning's wrappers of those the algorithm configured.
+        backward: of a loss, as `LightningModule.manual_backward` does it.
+        step: of one of the optimizers, as its own `step` does it.
         names: of parameters, for messages.
         clipping: of gradients.
         no_sync: inside of which backward leaves gradients alone.
@@ -48,6 +49,7 @@ class GradientSteps:
         self,
         optimizers: Sequence[LightningOptimizer],
         backward: Callable[..., None],
+        step: Callable[[LightningOptimizer], Any],
         names: Mapping[nn.Parameter, str],
         clipping: Clipping,
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -57,7 +59,7 @@ class GradientSteps:
         self.skipped = 0
         self.not_finite = ""
         self.norms: list[Tensor] = []
-        self._backward, self._no_sync = backward, no_sync
+        self._backward, self._step, self._no_sync = backward, step, no_sync
         self._names = names
         self._clipping = clipping
         self._compiled = compiled
@@ -135,10 +137,10 @@ class GradientSteps:
         if self._clipping.bound is not None:
             clip_gradients(grads, norms, norm, self._clipping.bound, self._clipping.by)
         if taken is True:
-            optimizer.step()
+            self._step(optimizer)
             return True
         inner.found_inf = (~taken).float()
-        optimizer.step()
+        self._step(optimizer)
         del inner.found_inf
         return taken
 
