@@ -131,7 +131,13 @@ def nan(out: Path) -> None:
         "CartPole-v1", num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048, rollouts_per_epoch=4, seed=0
     )
     try:
-        fit(NaNOnRank1(minibatch_size=32, num_epochs=2), data, 2, callbacks=[Keep()], default_root_dir=out)
+        fit(
+            NaNOnRank1(minibatch_size=32, num_epochs=2, normalize_returns=False),
+            data,
+            2,
+            callbacks=[Keep()],
+            default_root_dir=out,
+        )
     except DivergedError as caught:
         error = str(caught)
     torch.save({"kept": kept, "error": error}, out / f"nan-{data.trainer.global_rank}.pt")

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac hav
 
 SMALL: dict[str, Any] = {
     "learning_starts": 40, "batch_size": 16, "buffer_size": 500, "env_steps_per_batch": 50, "seed": 0,
+    "update_to_data": 1.0, "n_step": 1,
 }  # fmt: skip
 
 
@@ -259,12 +260,19 @@ def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> N
     assert all(batch["weight"].max() == 1 for batch in algorithm.batches)
 
 
-def test_the_algorithm_says_what_its_paper_does_and_options_come_first(make_trainer) -> None:
-    data = run(make_trainer, Rainbow())
+def test_the_algorithm_says_what_is_drawn_and_options_come_first(make_trainer) -> None:
+    own = {"n_step": None, "update_to_data": None, "batch_size": None, "learning_starts": 80}
+    data = run(make_trainer, algorithm := Rainbow(), **own)
+    assert algorithm.updates_done == 30 and len(data._draw(algorithm)) == 64  # an update for four of 120 env steps
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
     data = run(make_trainer, Rainbow(), n_step=[2, 4], prioritized=False)
     assert data.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
-    assert run(make_trainer, DQN()).num_steps == (1, 1)
+    data = run(make_trainer, algorithm := DQN(), **own)
+    assert data.num_steps == (3, 3) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
+    data = run(make_trainer, algorithm := SAC(), "Pendulum-v1", **own | {"learning_starts": 190, "batch_size": 8})
+    assert data.num_steps == (1, 1) and algorithm.updates_done == 10
+    with pytest.raises(OptionError, match="learning_starts=80: expected at least batch_size=256 env steps"):
+        run(make_trainer, SAC(), "Pendulum-v1", **own)
 
 
 def test_rewards_are_discounted_by_the_algorithms_gamma(make_trainer) -> None:
@@ -465,7 +473,7 @@ def test_a_resumed_run_with_nothing_to_do_keeps_the_buffer(make_trainer) -> None
 def test_another_ratio_on_resume_counts_from_there(ratio: float, updates: int, make_trainer) -> None:
     save(make_trainer)
     algorithm = DQN()
-    data = ReplayDataModule(CycleEnv, update_to_data=ratio, **SMALL | {"max_env_steps": 220})
+    data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 220, "update_to_data": ratio})
     make_trainer(limit_val_batches=0).fit(algorithm, data, ckpt_path="run.ckpt")
     assert algorithm.updates_done == 160 + updates
 
@@ -494,7 +502,7 @@ def test_max_steps_ends_in_the_middle_of_a_batch(make_trainer) -> None:
 
 def test_loggers_get_every_batch_that_is_due(make_trainer, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="log")
-    data = ReplayDataModule(CycleEnv, max_env_steps=300, update_to_data=0.3, **SMALL)
+    data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 300, "update_to_data": 0.3})
     make_trainer(limit_val_batches=0, logger=logger, log_every_n_steps=2).fit(DQN(), data)
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
     assert [float(row["env_steps"]) for row in rows] == [100.0, 200.0, 300.0]

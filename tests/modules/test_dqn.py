@@ -10,7 +10,17 @@ from gymnasium import spaces
 from helpers import check_padding, greedy_return
 from tensordict import TensorDict
 
-from lit_rl import DQN, Evaluation, GRUNetwork, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import (
+    DQN,
+    MLP,
+    Evaluation,
+    GRUNetwork,
+    LSTMNetwork,
+    Rainbow,
+    ReplayDataModule,
+    RolloutDataModule,
+    load_policy,
+)
 from lit_rl.errors import OptionError
 from lit_rl.spec import EnvSpec
 
@@ -295,7 +305,7 @@ def test_memory_solves_what_needs_memory(network: type, options: dict) -> None:
 def test_values_bootstrap_after_truncation(n_step: int, make_trainer) -> None:
     """Reward 1 for ever, cut at 5 steps: the value is 1 / (1 - gamma), not a sum of five rewards."""
     data = ReplayDataModule(ClockEnv, max_env_steps=2000, n_step=n_step, update_to_data=0.5, seed=0, **QUICK)
-    algorithm = DQN(lr=5e-3, gamma=0.9, target_update_interval=1, tau=0.2)
+    algorithm = DQN(lr=5e-3, gamma=0.9, target_update_interval=1, tau=0.2, loss="huber", network=MLP)
     make_trainer(limit_val_batches=0).fit(algorithm, data)
     value = algorithm.policy(torch.zeros(1, 1)).mean()
     assert abs(float(value) - 10) < 0.7
