@@ -93,7 +93,7 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
     """
     if network is None:
         return default_network(observation_space)
-    if isinstance(network, dict):
+    if isinstance(network, dict) and "name" in network:
         return named_network(network)(observation_space)
     if isinstance(network, nn.Module) or not callable(network):
         given = f"a {type(network).__name__} object" if isinstance(network, nn.Module) else repr(network)

@@ -215,6 +215,7 @@ class WrongSize(nn.Linear):
         (wrong(lambda self, obs, state: state, initial_state=start), r"must return \(features, state\)"),
         (lambda space: 1 / 0, "network=<lambda> fails for Box.*ZeroDivisionError"),
         ("MLP", "network='MLP': expected a callable"),
+        ({"class_path": "lit_rl.MLP"}, "network={'class_path': 'lit_rl.MLP'}: expected a callable"),
     ],
 )
 def test_an_own_network_is_tried_out(network: object, words: str) -> None:
