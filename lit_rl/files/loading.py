@@ -155,7 +155,7 @@ def _from_2(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
 def _from_3(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
     """Where DQN was given no network it had every policy's default one."""
     options = checkpoint.get("hyper_parameters", {})
-    if found["algorithm"] in ("DQN", "Rainbow") and options.get("network") is None:
+    if found.get("algorithm") in ("DQN", "Rainbow") and options.get("network") is None:
         options["network"] = {"name": "default_network"}
 
 
