@@ -44,7 +44,10 @@ def lit_rl() -> dict[str, float]:
         accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Tick()],
     )  # fmt: skip
-    algorithm = PPO(lr=2.5e-4, clip=0.1, num_epochs=4, minibatch_size=256, entropy_coef=0.01, share_encoder=True)
+    algorithm = PPO(
+        lr=2.5e-4, clip=0.1, num_epochs=4, minibatch_size=256, entropy_coef=0.01, share_encoder=True,
+        normalize_returns=False,
+    )  # fmt: skip
     trainer.fit(algorithm, data)
     return watch.result()
 

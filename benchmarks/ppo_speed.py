@@ -76,7 +76,10 @@ def lit_rl(
         accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Tick()],
     )  # fmt: skip
-    algorithm = PPO(lr=2.5e-4, num_epochs=EPOCHS, minibatch_size=MINIBATCH, entropy_coef=0.01, compile=compile)
+    algorithm = PPO(
+        lr=2.5e-4, num_epochs=EPOCHS, minibatch_size=MINIBATCH, entropy_coef=0.01, normalize_returns=False,
+        compile=compile,
+    )  # fmt: skip
     trainer.fit(algorithm, data)
     compilation = {"compilation_s": updates[0] - statistics.median(updates)} if compile else {}
     return watch.result() | compilation

@@ -45,7 +45,9 @@ def update_s(network: Any, num_updates: int) -> float:
         accelerator="cpu", devices=1, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[times],
     )  # fmt: skip
-    trainer.fit(PPO(network=network, sequence_length=16, num_epochs=4, minibatch_size=256), data)
+    trainer.fit(
+        PPO(network=network, sequence_length=16, num_epochs=4, minibatch_size=256, normalize_returns=False), data
+    )
     return statistics.median(times.seconds)
 
 

@@ -22,7 +22,14 @@ from pathlib import Path
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "time_to_solve_cartpole.json"
 GOAL, EPISODES, MOST_STEPS = 475.0, 100, 400_000
-LIT_RL = {"lr": 3e-3, "gamma": 0.98, "gae_lambda": 0.8, "num_epochs": 6, "minibatch_size": 256}
+LIT_RL = {
+    "lr": 3e-3,
+    "gamma": 0.98,
+    "gae_lambda": 0.8,
+    "num_epochs": 6,
+    "minibatch_size": 256,
+    "normalize_returns": False,
+}
 ROLLOUT_LENGTH = 128
 
 

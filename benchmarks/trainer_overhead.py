@@ -58,10 +58,10 @@ def main() -> None:
                 enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
                 limit_val_batches=0, callbacks=[Clock()],
             )  # fmt: skip
-            trainer.fit(PPO(lr=2.5e-4), data)
+            trainer.fit(PPO(lr=2.5e-4, num_epochs=4, minibatch_size=256), data)
         trainer_times.append(trainer.callbacks[0].seconds / UPDATES)
 
-        bare = BarePPO(lr=2.5e-4, spec=data.spec.to_dict())
+        bare = BarePPO(lr=2.5e-4, num_epochs=4, minibatch_size=256, spec=data.spec.to_dict())
         bare.build(data.spec)
         bare.bare_optimizer = bare.configure_optimizers()
         bare.parameters_list = list(bare.parameters())
