@@ -29,10 +29,11 @@ PRODUCTS = "products alone"
 TIMED = {"sac": 1_500, "dqn": 16_000}
 
 
-def lit_rl(task: str, compile: bool = False) -> float:
+def lit_rl(task: str, compile: bool = False, continuous: str = "SAC") -> float:
     import lightning as L
 
-    from lit_rl import DQN, MLP, SAC, ReplayDataModule
+    import lit_rl
+    from lit_rl import DQN, MLP, ReplayDataModule
 
     begun: list[float] = []
     warm_up, timed = WARM_UP[task], TIMED[task]
@@ -48,13 +49,15 @@ def lit_rl(task: str, compile: bool = False) -> float:
     }  # fmt: skip
     if task == "sac":
         data = ReplayDataModule("Pendulum-v1", buffer_size=1_000_000, batch_size=256, **options)
-        algorithm = SAC(lr=3e-4, compile=compile)
+        algorithm = getattr(lit_rl, continuous)(lr=3e-4, compile=compile)
     else:
         data = ReplayDataModule(
-            "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=1, update_to_data=0.25, **options
-        )
+            "CartPole-v1", buffer_size=1_000_000, batch_size=64, rollout_length=1, update_to_data=0.25, n_step=1,
+            **options,
+        )  # fmt: skip
         algorithm = DQN(
-            lr=1e-3, epsilon=0.05, double=False, target_update_interval=250, compile=compile,
+            lr=1e-3, epsilon=0.05, double=False, target_update_interval=250, tau=1.0, loss="huber", max_grad_norm=10.0,
+            compile=compile,
             network=functools.partial(MLP, hidden_sizes=[64, 64], activation="relu"),
         )  # fmt: skip
     trainer = L.Trainer(

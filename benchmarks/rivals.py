@@ -37,33 +37,6 @@ PACKAGES = {"SB3": "stable_baselines3", "sbx": "sbx", "rlox": "rlox"}  # what `-
 VERSIONS = ("torch", "stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "rlox")
 
 
-def lit_rl_continuous(name: str, compile: bool = False) -> float:
-    """SAC or TQC on Pendulum-v1."""
-    import lightning as L
-
-    import lit_rl
-
-    begun: list[float] = []
-    warm_up, timed = WARM_UP["sac"], TIMED["sac"]
-
-    class Clock(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, algorithm: L.LightningModule, *_: object) -> None:
-            if algorithm.env_steps_done >= warm_up:
-                begun.append(time.perf_counter())
-
-    data = lit_rl.ReplayDataModule(
-        "Pendulum-v1", buffer_size=1_000_000, batch_size=256, max_env_steps=warm_up + timed,
-        learning_starts=RANDOM["sac"], env_steps_per_batch=100, torch_threads=1, seed=0,
-    )  # fmt: skip
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[Clock()],
-    )  # fmt: skip
-    options = {"compile": True} if compile else {}
-    trainer.fit(getattr(lit_rl, name)(lr=3e-4, **options), data)
-    return timed / (begun[-1] - begun[0])
-
-
 def sbx_ppo() -> float:
     import sbx
     from stable_baselines3.common.env_util import make_vec_env
@@ -152,8 +125,8 @@ TASKS: dict[str, tuple[str, dict[str, Callable[[], float]]]] = {
     "sac": (
         "SAC, Pendulum-v1: an update each env step, batches of 256, 2x256",
         {
-            "lit_rl": functools.partial(lit_rl_continuous, "SAC"),
-            "lit_rl, compiled": functools.partial(lit_rl_continuous, "SAC", compile=True),
+            "lit_rl": functools.partial(offpolicy_speed.lit_rl, "sac", continuous="SAC"),
+            "lit_rl, compiled": functools.partial(offpolicy_speed.lit_rl, "sac", compile=True, continuous="SAC"),
             "SB3": functools.partial(sb3_off_policy, "stable_baselines3", "SAC"),
             "sbx": functools.partial(sb3_off_policy, "sbx", "SAC"),
         },
@@ -161,8 +134,8 @@ TASKS: dict[str, tuple[str, dict[str, Callable[[], float]]]] = {
     "tqc": (
         "TQC, Pendulum-v1: an update each env step, batches of 256, 2x256, 2 critics of 25 quantiles",
         {
-            "lit_rl": functools.partial(lit_rl_continuous, "TQC"),
-            "lit_rl, compiled": functools.partial(lit_rl_continuous, "TQC", compile=True),
+            "lit_rl": functools.partial(offpolicy_speed.lit_rl, "sac", continuous="TQC"),
+            "lit_rl, compiled": functools.partial(offpolicy_speed.lit_rl, "sac", compile=True, continuous="TQC"),
             "SB3": functools.partial(sb3_off_policy, "sb3_contrib", "TQC"),
             "sbx": functools.partial(sb3_off_policy, "sbx", "TQC"),
         },

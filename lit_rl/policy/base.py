@@ -227,7 +227,7 @@ class Policy(nn.Module):
         self, distribution: ActionDistribution, parameters: Tensor | np.ndarray, deterministic: bool
     ) -> tuple[Tree, np.ndarray]:
         """Actions and log-probabilities by the policy's own generator; deterministic ones have log-probability 0."""
-        array = parameters if isinstance(parameters, np.ndarray) else parameters.detach().cpu().numpy()
+        array = parameters if isinstance(parameters, np.ndarray) else to_numpy(parameters)
         if deterministic:
             return distribution.mode(array), np.zeros(len(array), np.float32)
         return distribution.sample(array, self.rng)

@@ -94,14 +94,14 @@ class Replay:
         return CompleteReplay(**given | {name: value for name, value in defaults.items() if given[name] is None})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompleteReplay(Replay):
     """A `Replay` that leaves nothing to the algorithm."""
 
-    batch_size: Count = 256
-    update_to_data: Positive = 1.0
-    n_step: Steps = 1
-    prioritized: bool = False
+    batch_size: Count
+    update_to_data: Positive
+    n_step: Steps
+    prioritized: bool
 
     @property
     def num_steps(self) -> tuple[int, int]:
