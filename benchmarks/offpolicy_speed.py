@@ -13,6 +13,7 @@ Of SAC it is also printed how many updates a second the matrix products of an up
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_off_policy.json"
 WARM_UP = {"sac": 600, "dqn": 4_000}  # env steps, of which random: RANDOM
@@ -68,8 +70,8 @@ def lit_rl(task: str, compile: bool = False, continuous: str = "SAC") -> float:
     return timed / (begun[-1] - begun[0])
 
 
-def sb3(task: str) -> float:
-    import stable_baselines3
+def sb3(task: str, package: str = "stable_baselines3", algorithm: str | None = None) -> float:
+    """An algorithm of `package`, which has Stable-Baselines3's interface; None is the task's own."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -83,15 +85,18 @@ def sb3(task: str) -> float:
                 begun.append(time.perf_counter())
             return True
 
+    options: dict[str, Any] = {"learning_starts": RANDOM[task], "device": "cpu"}
     if task == "sac":
-        model = stable_baselines3.SAC(
-            "MlpPolicy", "Pendulum-v1", learning_starts=RANDOM[task], batch_size=256, train_freq=1, device="cpu"
-        )
+        options |= {
+            "env": "Pendulum-v1", "batch_size": 256, "train_freq": 1, "learning_rate": 3e-4,
+            "policy_kwargs": {"net_arch": [256, 256]},
+        }  # fmt: skip
     else:
-        model = stable_baselines3.DQN(
-            "MlpPolicy", "CartPole-v1", learning_starts=RANDOM[task], batch_size=64, train_freq=4, learning_rate=1e-3,
-            target_update_interval=1_000, exploration_fraction=0.01, device="cpu",
-        )  # fmt: skip
+        options |= {
+            "env": "CartPole-v1", "batch_size": 64, "train_freq": 4, "learning_rate": 1e-3,
+            "target_update_interval": 1_000, "exploration_fraction": 0.01, "policy_kwargs": {"net_arch": [64, 64]},
+        }  # fmt: skip
+    model = getattr(importlib.import_module(package), algorithm or task.upper())("MlpPolicy", **options)
     model.learn(warm_up + timed + 8, callback=Clock())
     return timed / (begun[1] - begun[0])
 

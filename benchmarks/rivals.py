@@ -11,14 +11,12 @@ while, so that no compilation is in it. `TASKS` names the settings. Read the rat
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,6 @@ from typing import Any
 
 import offpolicy_speed
 import ppo_speed
-from offpolicy_speed import RANDOM, TIMED, WARM_UP
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_rivals.json"
 ONE_THREAD = {
@@ -71,36 +68,6 @@ def rlox_ppo() -> float:
     return watch.result()["env_steps_per_s"]
 
 
-def sb3_off_policy(package: str, name: str) -> float:
-    """DQN on CartPole-v1, SAC or TQC on Pendulum-v1, with Stable-Baselines3's interface."""
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    task = "dqn" if name == "DQN" else "sac"
-    begun: list[float] = []
-    warm_up, timed = WARM_UP[task], TIMED[task]
-
-    class Clock(BaseCallback):
-        def _on_step(self) -> bool:
-            if self.num_timesteps in (warm_up, warm_up + timed):
-                begun.append(time.perf_counter())
-            return True
-
-    options: dict[str, Any] = {"learning_starts": RANDOM[task], "device": "cpu"}
-    if name == "DQN":
-        options |= {
-            "env": "CartPole-v1", "batch_size": 64, "train_freq": 4, "learning_rate": 1e-3,
-            "target_update_interval": 1_000, "exploration_fraction": 0.01, "policy_kwargs": {"net_arch": [64, 64]},
-        }  # fmt: skip
-    else:
-        options |= {
-            "env": "Pendulum-v1", "batch_size": 256, "train_freq": 1, "learning_rate": 3e-4,
-            "policy_kwargs": {"net_arch": [256, 256]},
-        }  # fmt: skip
-    model = getattr(importlib.import_module(package), name)("MlpPolicy", **options)
-    model.learn(warm_up + timed + 8, callback=Clock())
-    return timed / (begun[1] - begun[0])
-
-
 # Of each task the settings that all have, and the systems by name.
 TASKS: dict[str, tuple[str, dict[str, Callable[[], float]]]] = {
     "ppo": (
@@ -118,26 +85,26 @@ TASKS: dict[str, tuple[str, dict[str, Callable[[], float]]]] = {
         {
             "lit_rl": lambda: offpolicy_speed.lit_rl("dqn"),
             "lit_rl, compiled": lambda: offpolicy_speed.lit_rl("dqn", compile=True),
-            "SB3": functools.partial(sb3_off_policy, "stable_baselines3", "DQN"),
-            "sbx": functools.partial(sb3_off_policy, "sbx", "DQN"),
+            "SB3": lambda: offpolicy_speed.sb3("dqn"),
+            "sbx": lambda: offpolicy_speed.sb3("dqn", "sbx"),
         },
     ),
     "sac": (
         "SAC, Pendulum-v1: an update each env step, batches of 256, 2x256",
         {
-            "lit_rl": functools.partial(offpolicy_speed.lit_rl, "sac", continuous="SAC"),
-            "lit_rl, compiled": functools.partial(offpolicy_speed.lit_rl, "sac", compile=True, continuous="SAC"),
-            "SB3": functools.partial(sb3_off_policy, "stable_baselines3", "SAC"),
-            "sbx": functools.partial(sb3_off_policy, "sbx", "SAC"),
+            "lit_rl": lambda: offpolicy_speed.lit_rl("sac"),
+            "lit_rl, compiled": lambda: offpolicy_speed.lit_rl("sac", compile=True),
+            "SB3": lambda: offpolicy_speed.sb3("sac"),
+            "sbx": lambda: offpolicy_speed.sb3("sac", "sbx"),
         },
     ),
     "tqc": (
         "TQC, Pendulum-v1: an update each env step, batches of 256, 2x256, 2 critics of 25 quantiles",
         {
-            "lit_rl": functools.partial(offpolicy_speed.lit_rl, "sac", continuous="TQC"),
-            "lit_rl, compiled": functools.partial(offpolicy_speed.lit_rl, "sac", compile=True, continuous="TQC"),
-            "SB3": functools.partial(sb3_off_policy, "sb3_contrib", "TQC"),
-            "sbx": functools.partial(sb3_off_policy, "sbx", "TQC"),
+            "lit_rl": lambda: offpolicy_speed.lit_rl("sac", continuous="TQC"),
+            "lit_rl, compiled": lambda: offpolicy_speed.lit_rl("sac", compile=True, continuous="TQC"),
+            "SB3": lambda: offpolicy_speed.sb3("sac", "sb3_contrib", "TQC"),
+            "sbx": lambda: offpolicy_speed.sb3("sac", "sbx", "TQC"),
         },
     ),
 }
