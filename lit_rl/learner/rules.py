@@ -1,5 +1,6 @@
 """Optimizers' rules as pure functions on flat tensors: what a compiled step calls."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +46,10 @@ class Adam:
         (mean, square), (beta1, beta2) = state, self._betas
         mean = torch.lerp(mean, grad, 1 - beta1)
         square = beta2 * square + (1 - beta2) * grad * grad
-        denominator = (square / (1 - beta2**step)).sqrt() + self._eps
-        return flat - lr / (1 - beta1**step) * mean / denominator, [mean, square]
+        # beta**step, which the compiler would raise to a power again for every parameter
+        power1, power2 = (torch.exp(step * math.log(beta)) for beta in self._betas)
+        denominator = (square / (1 - power2)).sqrt() + self._eps
+        return flat - lr / (1 - power1) * mean / denominator, [mean, square]
 
 
 def rule_of(optimizer: Any) -> Rule:

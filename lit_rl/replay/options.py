@@ -41,7 +41,7 @@ class Replay:
         buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
             of each episode another.
         batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
-            sequence_length` sequences. None takes the algorithm's own: 64 for DQN, 256 for SAC.
+            sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC.
         learning_starts: env steps, over all learner processes, before the first update.
         random_warmup: whether actions are random until then, instead of the policy's.
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the

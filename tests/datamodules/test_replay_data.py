@@ -261,9 +261,9 @@ def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> N
 
 
 def test_the_algorithm_says_what_is_drawn_and_options_come_first(make_trainer) -> None:
-    own = {"n_step": None, "update_to_data": None, "batch_size": None, "learning_starts": 80}
+    own = {"n_step": None, "update_to_data": None, "batch_size": None, "learning_starts": 140}
     data = run(make_trainer, algorithm := Rainbow(), **own)
-    assert algorithm.updates_done == 30 and len(data._draw(algorithm)) == 64  # an update for four of 120 env steps
+    assert algorithm.updates_done == 15 and len(data._draw(algorithm)) == 128  # an update for four of 60 env steps
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
     data = run(make_trainer, Rainbow(), n_step=[2, 4], prioritized=False)
     assert data.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
@@ -271,7 +271,7 @@ def test_the_algorithm_says_what_is_drawn_and_options_come_first(make_trainer) -
     assert data.num_steps == (3, 3) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
     data = run(make_trainer, algorithm := SAC(), "Pendulum-v1", **own | {"learning_starts": 190, "batch_size": 8})
     assert data.num_steps == (1, 1) and algorithm.updates_done == 10
-    with pytest.raises(OptionError, match="learning_starts=80: expected at least batch_size=256 env steps"):
+    with pytest.raises(OptionError, match="learning_starts=140: expected at least batch_size=256 env steps"):
         run(make_trainer, SAC(), "Pendulum-v1", **own)
 
 
