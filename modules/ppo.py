@@ -103,7 +103,7 @@ class PPO(Algorithm):
         lr_schedule: Schedule = "constant",
         adam_eps: Positive = 1e-5,
         gamma: UnitInterval = 0.99,
-        gae_lambda: UnitInterval = 0.95,
+        gae_lambda: UnitInterval = 0.98,
         clip: Positive = 0.2,
         clip_schedule: Schedule = "constant",
         value_coef: NonNegative = 0.5,
