@@ -40,6 +40,63 @@ def gae(
     return advantage, target if length is None else torch.where(real_steps(length, target.shape[1]), target, 0.0)
 
 
+def vtrace(
+    log_ratio: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    *,
+    gamma: float,
+    lambda_: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    policy_rho_clip: float = 1.0,
+    length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """V-trace: advantages of the policy gradient and value targets, each [B, T], from actions of an older policy mu.
+
+    delta_t = min(rho_clip, r_t) (reward_t + gamma V(s_{t+1}) - V(s_t))            r_t = pi(a_t|s_t) / mu(a_t|s_t)
+    v_t     = V(s_t) + delta_t + gamma lambda min(c_clip, r_t) (v_{t+1} - V(s_{t+1}))
+    A_t     = min(policy_rho_clip, r_t) (reward_t + gamma v_{t+1} - V(s_t))
+
+    eq. 1 and section 4.2 of Espeholt et al. 2018, arXiv:1802.01561, with episode ends: after a termination V(s_{t+1})
+    and v_{t+1} are 0; after a truncation, and after the last step, v_{t+1} is V(s_{t+1}), of the true next observation.
+    The fixed point is the value of the policy proportional to min(rho_clip mu, pi). On data of pi itself, with the
+    bounds at 1, v is the n-step target to the end of the episode or of the time line.
+
+    Args:
+        log_ratio: log pi(a|s) - log mu(a|s), of all parts of the action together, [B, T].
+        reward, terminated, done, value, next_value, length: see `gae`.
+        gamma: discount per env step.
+        lambda_: shortens the traces, as `gae`'s does.
+        rho_clip: bound of the ratio in delta; decides which policy's value is learned.
+        c_clip: bound of the ratio in the traces; decides how fast.
+        policy_rho_clip: bound of the ratio in the advantage.
+
+    >>> one, false = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)
+    >>> next_value = torch.tensor([[0.0, 1.0]])
+    >>> vtrace(torch.tensor([[0.5, 2.0]]).log(), one, false, false, 0 * one, next_value, gamma=0.5)
+    (tensor([[0.8750, 1.5000]]), tensor([[0.8750, 1.5000]]))
+    """
+    ratio = log_ratio.exp()
+    next_value = next_value.masked_fill(terminated, 0.0)
+    delta = ratio.clamp(max=rho_clip) * (reward + gamma * next_value - value)
+    target = value + discounted_sum(delta, gamma * lambda_ * ratio.clamp(max=c_clip) * ~done, length)
+    ends = done.clone()
+    if length is None:
+        ends[:, -1] = True
+    else:
+        target = torch.where(real_steps(length, target.shape[1]), target, 0.0)
+        ends |= ~real_steps(length - 1, target.shape[1])
+    next_target = torch.where(ends, next_value, target.roll(-1, 1))
+    advantage = ratio.clamp(max=policy_rho_clip) * (reward + gamma * next_target - value)
+    if length is not None:
+        advantage = torch.where(real_steps(length, target.shape[1]), advantage, 0.0)
+    return advantage, target
+
+
 def discounted_sum(x: Tensor, discount: Tensor, length: Tensor | None = None) -> Tensor:
     """The sums y_t = x_t + discount_t y_{t+1} [B, T], where y_T = 0; with `length` [B], y is 0 from there on.
 
