@@ -71,6 +71,61 @@ def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[
     return value, _shift(rollout, value, last, values(_finals(rollout)))
 
 
+def bootstrap_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> Tensor:
+    """The critic's values of the true next observations of rows whose next row is none of theirs, [B, T]; 0 elsewhere.
+
+    These are rows that ended an episode, and the last one of each time line. For a critic whose values of the rows'
+    own observations are known, or will be.
+    """
+    length = length_of(rollout)
+    obs = map_tree(lambda x: x if length is None else x[length > 0], rollout["last_observation"])
+    found = critic(map_tree(lambda last, final: torch.cat([last, final]), obs, _finals(rollout)))
+    last = found.new_zeros(len(rollout))
+    count = len(leaves(obs)[0])
+    last[... if length is None else length > 0] = found[:count]
+    return _shift(rollout, found.new_zeros(rollout["next", "reward"].shape), last, found[count:])
+
+
+def time_lines(rollout: TensorDict, *keys: str) -> TensorDict:
+    """Some [B, T, ...] keys of a rollout as a batch [B] of whole time lines, for losses that look along them.
+
+    Where there is padding it repeats a real step, without its `mask`, so that a network may be given all of it. Keys
+    that are absent are left out; `mask` and `length` are there if the rollout has them.
+    """
+    batch = _without_padding(rollout, *keys, "mask")
+    length = length_of(rollout)
+    if length is not None:
+        batch["length"] = length
+    return batch
+
+
+def followed_by(value: Tensor, bootstrap: Tensor, done: Tensor, length: Tensor | None = None) -> Tensor:
+    """The values of the next observations [B, T]: of the next rows, and of `bootstrap_values` where time lines end.
+
+    >>> false = torch.zeros(1, 2, dtype=torch.bool)
+    >>> followed_by(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0]]), false)
+    tensor([[2., 3.]])
+    """
+    ends = done.clone()
+    if length is None:
+        ends[:, -1] = True
+    else:
+        ends |= ~real_steps(length - 1, value.shape[1])
+    return torch.where(ends, bootstrap, value.roll(-1, 1))
+
+
+def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
+    """Time lines [B, T] without their first `num_steps`, which become the `burn_in` part of `Policy.features`."""
+    length = length_of(batch)
+    found = _select(batch, [k for k in batch.keys() if k not in ("state", "length")], lambda x: x[:, num_steps:])
+    before = _select(batch, ("observation", "is_init"), lambda x: x[:, :num_steps])
+    before["state"], before["real"] = batch["state"], torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+    found |= {"burn_in": before, "state": batch["state"]}
+    if length is not None:
+        found["length"] = (length - num_steps).clamp(min=0)
+    return TensorDict(found, batch.batch_size)
+
+
 def next_values_with_memory(
     rollout: TensorDict,
     unroll: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]],

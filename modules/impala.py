@@ -1,0 +1,230 @@
+"""IMPALA: an actor-critic that learns from actions of older policies.
+
+Shapes: B envs, T steps.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import returns
+from lit_rl.algorithm import Algorithm
+from lit_rl.distributed import standardize
+from lit_rl.errors import OptionError
+from lit_rl.learner.refusals import check_memory
+from lit_rl.learner.rmsprop import RMSprop
+from lit_rl.losses import approximate_kl, value_loss
+from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
+from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
+from lit_rl.rollout import (
+    bootstrap_values,
+    burnt_in,
+    followed_by,
+    length_of,
+    mask_of,
+    mean_of_rows,
+    means_of_rows,
+    next_values_with_memory,
+    time_lines,
+)
+from lit_rl.schedules import Schedule
+from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree
+
+Optimizer = Annotated[str, OneOf("adam", "rmsprop")]
+TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "vtrace/rho_mean", "vtrace/rho_clipped")
+
+
+class IMPALA(Algorithm):
+    """Importance weighted actor-learner architecture: Espeholt et al. 2018, arXiv:1802.01561.
+
+    Policy gradient with V-trace targets, which correct for the versions that the policy moved on since its runners
+    acted. One gradient step per batch, on whole time lines.
+
+    Deviations from the paper: after a time limit the value of the final observation is bootstrapped; losses are means
+    over rows, not sums over time; Adam instead of RMSProp unless asked for; policy and critic are separate networks.
+
+    With memory (`network=LSTMNetwork`) policy and critic share the encoder, and gradients flow back through a time line
+    to its start, or to the start of its episode.
+
+    Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each
+    [B, T, ...], its last and final observations, and `mask` and `length` if there are.
+
+    Args:
+        lr: the optimizer's learning rate; usually 1e-4 to 1e-3.
+        lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
+            `[[env_step, lr], ...]`, which replace `lr`.
+        optimizer: "adam", or "rmsprop" as the paper has it, whose `epsilon` is inside the root.
+        adam_eps: what Adam adds to the root of the squared gradient.
+        rmsprop_decay: of the running mean of squared gradients.
+        rmsprop_eps: what is added to that mean; the paper's 0.1 suits its summed losses.
+        gamma: discount per env step; 0.9 to 0.999.
+        vtrace: correct for the policy's age. False takes the targets of `returns.gae`, and is right on-policy alone.
+        lambda_: 0 (one-step, biased) to 1 (to the end of the time line, noisy); the paper has 1.
+        vtrace_clip_rho_threshold: bound of the probability ratio in the temporal difference: it decides between which
+            policies the values are.
+        vtrace_clip_pg_rho_threshold: bound of the ratio that weighs the policy's gradient.
+        value_coef: weight of the value loss, which has a factor 1/2 of its own.
+        entropy_coef: weight of the entropy bonus; 0 to 0.02.
+        entropy_coef_schedule: of `entropy_coef`, as `lr_schedule` is of `lr`.
+        normalize_advantage: shift and scale the batch's advantages to mean 0 and standard deviation 1.
+        normalize_observations: shift and scale observations, but for images, by the mean and variance of all seen so
+            far, and clip them to ±10.
+        share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
+        state_dependent_std: whether the standard deviations of Box actions depend on the observation.
+        log_std_init: the log standard deviations of Box actions before training; -2 to 0.
+        squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
+            The entropy is then estimated from one sample.
+        burn_in: the first steps of each time line, which refresh the memory alone: they are not learned from.
+        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
+            ten seconds to a minute of compilation.
+    """
+
+    critic: ValueNetwork | ValueHead
+
+    def __init__(
+        self,
+        *,
+        lr: Positive = 5e-4,
+        lr_schedule: Schedule = "constant",
+        optimizer: Optimizer = "adam",
+        adam_eps: Positive = 1e-5,
+        rmsprop_decay: UnitInterval = 0.99,
+        rmsprop_eps: Positive = 0.1,
+        gamma: UnitInterval = 0.99,
+        vtrace: bool = True,
+        lambda_: UnitInterval = 1.0,
+        vtrace_clip_rho_threshold: Positive = 1.0,
+        vtrace_clip_pg_rho_threshold: Positive = 1.0,
+        value_coef: NonNegative = 0.5,
+        entropy_coef: NonNegative = 0.01,
+        entropy_coef_schedule: Schedule = "constant",
+        max_grad_norm: Positive | None = 40.0,
+        normalize_advantage: bool = False,
+        normalize_observations: bool = False,
+        share_encoder: bool | None = None,
+        state_dependent_std: bool = False,
+        log_std_init: float = 0.0,
+        squash_actions: bool = False,
+        burn_in: CountOrZero = 0,
+        compile: bool = False,
+        **options: Any,
+    ):
+        super().__init__(max_grad_norm=max_grad_norm, **options)
+        self.take_options()
+        self.lr, self.entropy_coef = self.scheduled("lr"), self.scheduled("entropy_coef")
+
+    def build(self, spec: EnvSpec) -> None:
+        hp = self.hp
+        self.policy = self.make_policy(
+            spec,
+            normalize_observations=hp.normalize_observations,
+            state_dependent_std=hp.state_dependent_std,
+            squash=hp.squash_actions,
+            log_std_init=hp.log_std_init,
+        )
+        check_same_in_training(self.policy)
+        check_memory(self)
+        if not self.policy.distribution.num_scales:
+            for name in ("squash_actions", "log_std_init"):
+                if hp[name]:
+                    raise OptionError(
+                        f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
+                    )
+        if self.shares_encoder:
+            self.critic = ValueHead(output_size(self.policy.encoder))
+        else:
+            self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        hp, parameters = self.hp, [*self.policy.parameters(), *self.critic.parameters()]
+        if hp.optimizer == "rmsprop":
+            return RMSprop(parameters, lr=hp.lr, decay=hp.rmsprop_decay, eps=hp.rmsprop_eps)
+        return torch.optim.Adam(parameters, lr=hp.lr, eps=hp.adam_eps, fused=True)
+
+    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
+        taken, terms = self.gradient_step(self.batch_of(rollout))
+        self.policy.update_normalizer(rollout["observation"], mask_of(rollout))
+        return dict(zip(TERMS, terms.unbind())) if taken else {}
+
+    def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch [B, T] of whole time lines, and the means of its terms, those of `TERMS`."""
+        hp = self.hp
+        log_prob, entropy, value = self.evaluate(batch)  # [B, T] each
+        log_ratio = log_prob.detach() - batch["action_log_prob"]
+        advantage, target = self.targets(batch, value.detach(), log_ratio)
+        policy_loss = -advantage * log_prob
+        critic_loss = value_loss(value, target)
+        row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef.value * entropy
+        rho = log_ratio.exp()
+        clipped = (rho > hp.vtrace_clip_rho_threshold).float()
+        with torch.no_grad():
+            kl = approximate_kl(log_ratio)
+            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, rho, clipped)
+        return mean_of_rows(row_loss, batch), terms
+
+    def evaluate(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of a batch's actions, the entropies, and the values of its observations, each [B, T]."""
+        features = self.policy.features(batch)
+        log_prob, entropy = self.policy.evaluate(batch, features)
+        value = self.critic(features) if self.shares_encoder else self.value(batch["observation"])
+        assert log_prob.shape == entropy.shape == value.shape == batch["action_log_prob"].shape
+        return log_prob, entropy, value
+
+    @torch.no_grad()
+    def targets(self, batch: TensorDict, value: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and value targets [B, T], corrected for actions that are `log_ratio` likelier now."""
+        hp, mask, length = self.hp, mask_of(batch), length_of(batch)
+        reward, terminated, done = (batch["next", key] for key in ("reward", "terminated", "done"))
+        next_value = followed_by(value, batch["bootstrap_value"], done, length)
+        if hp.vtrace:
+            advantage, target = returns.vtrace(
+                log_ratio,
+                reward,
+                terminated,
+                done,
+                value,
+                next_value,
+                gamma=hp.gamma,
+                lambda_=hp.lambda_,
+                rho_clip=hp.vtrace_clip_rho_threshold,
+                policy_rho_clip=hp.vtrace_clip_pg_rho_threshold,
+                length=length,
+            )
+        else:
+            advantage, target = returns.gae(
+                reward, terminated, done, value, next_value, gamma=hp.gamma, lambda_=hp.lambda_, length=length
+            )
+        return standardize(advantage, mask) if hp.normalize_advantage else advantage, target
+
+    def batch_of(self, rollout: TensorDict) -> TensorDict:
+        """What the loss needs of a rollout: its time lines [B, T], and what follows their ends, `bootstrap_value`."""
+        hp, policy = self.hp, self.policy
+        batch = time_lines(rollout, "observation", "action", "action_log_prob", "is_init")
+        batch["next"] = rollout["next"].select("reward", "terminated", "done")
+        with torch.no_grad():
+            if policy.has_memory:
+                _, batch["bootstrap_value"], _ = next_values_with_memory(rollout, policy.unroll, self.critic)
+            else:
+                batch["bootstrap_value"] = bootstrap_values(rollout, self.value)
+        if policy.has_memory:
+            batch["state"] = rollout["state"]
+        if hp.burn_in:
+            batch = burnt_in(batch, hp.burn_in)
+        if policy.distribution.num_noise:
+            shape = (*batch["action_log_prob"].shape, policy.distribution.num_noise)
+            batch["entropy_noise"] = torch.randn(shape, generator=self.generator).to(rollout.device)
+        return batch
+
+    def value(self, obs: Tree) -> Tensor:
+        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory."""
+        inputs = self.policy.inputs(obs)
+        return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether the critic is a head on the policy's features."""
+        shared = self.hp.share_encoder
+        return self.policy.has_memory if shared is None else shared
