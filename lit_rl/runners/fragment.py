@@ -45,6 +45,8 @@ class Fragment(NamedTuple):
         policy_version: version of the weights that acted.
         entry: where its env steps went.
         failures: what environments raised, and was survived.
+        busy_s: seconds it took, of a runner in a process of its own.
+        idle_s: seconds that this was idle before it.
     """
 
     rows: Packed
@@ -53,6 +55,8 @@ class Fragment(NamedTuple):
     policy_version: int
     entry: Entry
     failures: Sequence[str] = ()
+    busy_s: float = 0.0
+    idle_s: float = 0.0
 
 
 class FragmentLayout:

@@ -1,11 +1,13 @@
 """This rank's env runners as Ray actors, which are replaced when they die or stall."""
 
 import logging
+import math
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ class _Slot:
         incarnation: how many came before in this place.
         heartbeat: what its process writes, if that is on this machine.
         ready: Ray's reference to its being made; None once it is.
-        fragment: that of the fragment under way.
-        since: when `ready` or `fragment` began.
+        fragments: those of the fragments it was asked for, in its order: it is at the first that is not ready.
+        since: when `ready` or the first of `fragments` began.
         size: env steps of its last fragment.
         restart_at: when it may be replaced.
         given_up: why it is not replaced any more.
@@ -47,11 +49,15 @@ class _Slot:
     incarnation: int = 0
     heartbeat: Heartbeat | None = None
     ready: Any = None
-    fragment: Any = None
+    fragments: deque[Any] = field(default_factory=deque)
     since: float = 0.0
     size: int = 0
     restart_at: float = field(default_factory=time.monotonic)
     given_up: str = ""
+
+    @property
+    def can_collect(self) -> bool:
+        return self.actor is not None and self.ready is None
 
 
 class RunnerPool:
@@ -88,7 +94,8 @@ class RunnerPool:
         self._make_runner = make_runner
         self._faults = faults
         self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
-        self._reference: Any = None
+        self._reference: Any = None  # Ray's, to the weights that were sent last
+        self._sent_version = -math.inf  # of these; so they are too old for any runner
         self._slots: list[_Slot] = []
         self._incarnations: dict[int, int] = {}  # of runners that were taken away, should they come back
         self.resize(num_env_runners)
@@ -113,32 +120,67 @@ class RunnerPool:
             self._slots.append(_Slot(Restarts(self._faults), incarnation=incarnation))
             self._restart_due()
 
-    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+    def start(
+        self,
+        policy: Policy,
+        version: int,
+        epsilons: Sequence[float] = (0.0,),
+        *,
+        ahead: int = 1,
+        most: int | None = None,
+        interval: int = 0,
+    ) -> None:
+        """See `Pool.start`. A runner may be asked for several fragments, which it collects one after the other.
+
+        Args:
+            policy, version, epsilons: see `Pool.start`; the fragments that are asked for now are collected with these.
+            ahead: how many fragments each runner is to have been asked for that were not taken yet.
+            most: how many all of them together; those that have the fewest are asked first.
+            interval: versions between the weights that are sent: of newer ones the last that were sent are taken.
+        """
         self._restart_due()
         self._welcome()
-        idle = [slot for slot in self._slots if slot.actor is not None and slot.ready is None and slot.fragment is None]
-        if not idle and self._reference is not None and any(slot.fragment for slot in self._slots):
+        asked = self._to_be_asked(ahead, most)
+        if not asked and self._reference is not None and self.num_asked:
             return
-        # One copy for all of them, and for those that join while no other is left.
-        try:
-            self._reference = self._ray.put((pack_weights(policy), version, epsilons))
-        except store_errors(self._ray) as error:
-            raise store_is_full("the policy's weights", error) from None
-        for slot in idle:
-            self._begin_fragment(slot)
+        sent = self._reference is not None and version - self._sent_version < interval
+        if not sent:  # one copy for all of them, and for those that join while no other is left
+            try:
+                self._reference = self._ray.put((pack_weights(policy), version, epsilons))
+            except store_errors(self._ray) as error:
+                raise store_is_full("the policy's weights", error) from None
+            self._sent_version = version
+        for slot in asked:
+            self._ask(slot)
 
     def finish(self) -> list[tuple[int, Fragment]]:
-        found: list[tuple[int, Fragment]] = []
-        while not found or self._under_way():
-            found += self._collect(num_returns=max(1, len(self._under_way())))
-        return sorted(found, key=lambda pair: pair[0])
+        """The oldest fragment of every runner that was asked for one, each after its runner's number."""
+        found: dict[int, Fragment] = {}
+        while not found or self._under_way(found):
+            found |= self._collect(max(1, len(self._under_way(found))), without=found)
+        return sorted(found.items(), key=lambda pair: pair[0])
 
-    def finish_any(self) -> list[tuple[int, Fragment]]:
-        """The fragment that is ready first, of those under way longest if there are several, after its runner."""
-        found: list[tuple[int, Fragment]] = []
-        while not found:
-            found = self._collect(num_returns=1)
-        return found
+    def finish_any(self, timeout_s: float = math.inf) -> list[tuple[int, Fragment]]:
+        """The fragment that is ready first, of those under way longest if there are several, after its runner.
+
+        None if there is none within `timeout_s`.
+        """
+        found: dict[int, Fragment] = {}
+        until = time.monotonic() + timeout_s
+        while not found and (left := until - time.monotonic()) > 0:
+            found = self._collect(1, timeout_s=left)
+        return list(found.items())
+
+    @property
+    def num_asked(self) -> int:
+        """Fragments that runners were asked for, and that were not taken."""
+        return sum(len(slot.fragments) for slot in self._slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Those of them that are ready."""
+        asked = [fragment for slot in self._slots for fragment in slot.fragments]
+        return len(self._ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else 0
 
     def get_state(self) -> list[dict[str, Any]]:
         """Nothing: a resumed run starts its runners' episodes and action noise afresh, with seeds of their own."""
@@ -155,32 +197,49 @@ class RunnerPool:
 
     # --- fragments ----------------------------------------------------------------------------------------------
 
-    def _under_way(self) -> dict[Any, int]:
-        """References to fragments under way and their runners, the oldest first."""
-        slots = [(slot.since, runner, slot) for runner, slot in enumerate(self._slots) if slot.fragment is not None]
-        return {slot.fragment: runner for _, runner, slot in sorted(slots, key=lambda entry: entry[:2])}
+    def _to_be_asked(self, ahead: int, most: int | None) -> list[_Slot]:
+        """The runners that are to be asked for a fragment, as often as they are."""
+        ready = [slot for slot in self._slots if slot.can_collect]
+        asked = [slot for level in range(ahead) for slot in ready if len(slot.fragments) <= level]
+        return asked if most is None else asked[: max(0, most - self.num_asked)]
 
-    def _begin_fragment(self, slot: _Slot) -> None:
-        slot.fragment, slot.since = slot.actor.sample.remote(self._reference), time.monotonic()
+    def _ask(self, slot: _Slot) -> None:
+        if not slot.fragments:
+            slot.since = time.monotonic()
+        slot.fragments.append(slot.actor.sample.remote(self._reference))
 
-    def _collect(self, num_returns: int) -> list[tuple[int, Fragment]]:
-        """Fragments that became ready, waiting for `num_returns` of them or until a runner's time is over."""
-        under_way = self._under_way()
+    def _under_way(self, without: Container[int] = ()) -> dict[Any, int]:
+        """References to the first fragment of each runner and their runners, the oldest first."""
+        slots = [
+            (slot.since, runner, slot)
+            for runner, slot in enumerate(self._slots)
+            if slot.fragments and runner not in without
+        ]
+        return {slot.fragments[0]: runner for _, runner, slot in sorted(slots, key=lambda entry: entry[:2])}
+
+    def _collect(
+        self, num_returns: int, *, without: Container[int] = (), timeout_s: float = math.inf
+    ) -> dict[int, Fragment]:
+        """The first fragments of runners that became ready, at most one of each, after the runners.
+
+        Waits for `num_returns` of them, or until a runner's time is over, or `timeout_s`.
+        """
+        under_way = self._under_way(without)
         if not under_way:
-            self._wait(all_of=False)
-            return []
+            self._wait(all_of=False, timeout_s=timeout_s)
+            return {}
         slots = self._slots
         left = min(slots[runner].since for runner in under_way.values()) + self._faults.sample_timeout_s
-        timeout = max(left - time.monotonic(), 0.0)
+        timeout = min(max(left - time.monotonic(), 0.0), timeout_s)
         ready, _ = self._ray.wait(list(under_way), num_returns=num_returns, timeout=timeout)
-        found = []
+        found = {}
         for reference in ready:
             runner = under_way[reference]
             fragment = self._take(runner)
             if fragment is not None:
-                found.append((runner, fragment))
+                found[runner] = fragment
         now = time.monotonic()
-        for reference, runner in self._under_way().items():
+        for reference, runner in self._under_way(without).items():
             late = now - slots[runner].since > self._faults.sample_timeout_s
             if late and not self._ray.wait([reference], timeout=0)[0]:  # it may have lain there for long
                 limit = f"sample_timeout_s={self._faults.sample_timeout_s:g}"
@@ -191,14 +250,14 @@ class RunnerPool:
         """A runner's fragment that is ready; None if the runner failed."""
         slot, exceptions = self._slots[runner], self._ray.exceptions
         try:
-            fragment: Fragment = self._ray.get(slot.fragment)
+            fragment: Fragment = self._ray.get(slot.fragments[0])
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, store_errors(self._ray)):
                 raise store_is_full(f"a fragment of env runner {runner}", error.cause) from None
             cause = cause_of(error)
             if not isinstance(cause, EnvFailure):
                 raise type(cause)(f"Env runner {runner}: {cause}") from None
-            slot.fragment = None
+            slot.fragments.clear()
             self._give_up(runner, "env_error", f"failed: {str(cause).rstrip('.')}")
             return None
         except store_errors(self._ray) as error:
@@ -206,7 +265,8 @@ class RunnerPool:
         except exceptions.RayError as error:  # died, unreachable, or its fragment was lost with its node
             self._failed(runner, *self._why(runner, error))
             return None
-        slot.fragment, slot.size = None, fragment.entry.end - fragment.entry.start
+        slot.fragments.popleft()
+        slot.since, slot.size = time.monotonic(), fragment.entry.end - fragment.entry.start
         slot.restarts.went_well()
         self.ledger.deliver(runner, slot.incarnation, fragment.entry)
         self.ledger.restarts += len(fragment.failures)
@@ -214,9 +274,10 @@ class RunnerPool:
 
     # --- life and death -----------------------------------------------------------------------------------------
 
-    def _wait(self, all_of: bool) -> None:
+    def _wait(self, all_of: bool, timeout_s: float = math.inf) -> None:
         """Wait until a runner, or all of them, is ready, and have it collect if there are weights to collect with."""
-        while True:
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
             self._restart_due()
             references = [slot.ready for slot in self._slots if slot.ready is not None]
             if references:
@@ -225,11 +286,11 @@ class RunnerPool:
             else:
                 time.sleep(BACKOFF_S / 10)
             waiting = [slot for slot in self._slots if not slot.given_up and (slot.actor is None or slot.ready)]
-            ready = [slot for slot in self._slots if slot.actor is not None and slot.ready is None]
+            ready = [slot for slot in self._slots if slot.can_collect]
             if ready and (not all_of or not waiting):
                 for slot in ready if self._reference is not None else ():
-                    if slot.fragment is None:
-                        self._begin_fragment(slot)
+                    if not slot.fragments:
+                        self._ask(slot)
                 return
 
     def _welcome(self) -> None:
@@ -256,6 +317,7 @@ class RunnerPool:
                 self._failed(runner, *self._why(runner, error))
             else:
                 slot.ready = None
+                self._sent_version = -math.inf  # it begins with the newest
 
     def _failed(self, runner: int, reason: str, what: str) -> None:
         """A runner is of no use any more: replace it later, or give it up."""
@@ -302,16 +364,17 @@ class RunnerPool:
         if slot.actor is None:
             return
         self._ray.kill(slot.actor)
-        if slot.fragment is not None:
-            self._ray.wait([slot.fragment], timeout=KILL_S)  # until then it may go on stepping
+        if slot.fragments:
+            self._ray.wait([slot.fragments[-1]], timeout=KILL_S)  # until then it may go on stepping
         incarnation, heartbeat = slot.incarnation, slot.heartbeat
         accounted = self.ledger.accounted(runner, incarnation)
         executed = 0 if heartbeat is None else heartbeat.executed
         if executed < accounted:  # on another machine, where nobody can ask any more
-            executed, reason = accounted + (slot.size if slot.fragment is not None else 0), "unknown"
+            executed, reason = accounted + slot.size * len(slot.fragments), "unknown"
         self.ledger.discard(runner, incarnation, executed, reason)
         (Path(self._folder.name) / f"{runner}.{incarnation}").unlink(missing_ok=True)
-        slot.actor = slot.ready = slot.fragment = slot.heartbeat = None
+        slot.actor = slot.ready = slot.heartbeat = None
+        slot.fragments.clear()
 
     def _why(self, runner: int, error: Exception) -> tuple[str, str]:
         """The reason for the ledger, and in words, why Ray lost a runner."""
@@ -351,16 +414,21 @@ class _RunnerActor:
             self._runner = make_runner(runner, incarnation, watchdog)
         except LitRLError as error:
             self._error = error
+        self._ended: float | None = None  # when the last fragment was complete
 
     def ready(self) -> None:
         if self._error is not None:
             raise self._error
 
     def sample(self, acts_by: tuple[Packed, int, Sequence[float]]) -> Fragment:
+        begun = time.perf_counter()
         weights, version, epsilons = acts_by
         load_weights(self._runner.policy, weights)
         self._runner.set_version(version, epsilons)
-        return self._runner.sample()
+        fragment = self._runner.sample()
+        idle_s = 0.0 if self._ended is None else begun - self._ended
+        self._ended = time.perf_counter()
+        return fragment._replace(busy_s=self._ended - begun, idle_s=idle_s)
 
     def pid(self) -> int:
         return os.getpid()

@@ -58,7 +58,7 @@ def collect(pool: RunnerPool, policy: Policy, version: int = 0) -> list[tuple[in
 
 def wait_for_fragments(pool: RunnerPool) -> None:
     """Until every runner's fragment lies there."""
-    fragments = [slot.fragment for slot in pool._slots]
+    fragments = [slot.fragments[0] for slot in pool._slots]
     assert len(ray.wait(fragments, num_returns=len(fragments), timeout=60)[0]) == len(fragments)
 
 
