@@ -53,7 +53,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         rollout_length: T, env steps per environment that are collected at a time.
         max_env_steps: the budget, summed over learner processes; never exceeded. None: the Trainer's limits alone.
         prefetch: 0: env runners wait while the learner updates. 1: they collect meanwhile, with weights one version
-            behind (needs num_env_runners >= 1).
+            behind (needs num_env_runners >= 1). More, with a `RolloutDataModule` alone: they never wait, and so many
+            fragments may wait for the learner.
         reward_scale: rewards are multiplied by it before the learner sees them. Returns that are logged stay the
             environment's own.
         reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; 1.0 is usual
@@ -115,8 +116,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     ):
         super().__init__()
         self.take_options()
-        if prefetch > 1:
-            raise OptionError(f"prefetch={prefetch}: expected 0 (newest weights) or 1 (one version behind).")
         if prefetch and not num_env_runners:
             raise OptionError(
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
@@ -259,13 +258,19 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
         present = ~table.isnan()
-        discarded = torch.tensor([self.ledger.discarded.total()], dtype=torch.float64)
-        found = torch.cat([table.nan_to_num().sum(0), present.sum(0), discarded])
+        lost = self.lost_steps()
+        found = torch.cat(
+            [table.nan_to_num().sum(0), present.sum(0), torch.tensor(list(lost.values()), dtype=torch.float64)]
+        )
         if distributed.world_size() > 1:  # NCCL takes no tensors of the CPU
             found = distributed.all_reduce_sum(found.to(self.algorithm.device))
         sums = found.tolist()
         means = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
-        return means | {"rollout/discarded_steps": sums[-1]}
+        return means | dict(zip(lost, sums[-len(lost) :]))
+
+    def lost_steps(self) -> dict[str, float]:
+        """This rank's env steps that were not learned from, by the names of the metrics."""
+        return {"rollout/discarded_steps": float(self.ledger.discarded.total())}
 
     def restart(self) -> None:
         self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
@@ -343,7 +348,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             )
         num_env_runners = check("num_env_runners", num_env_runners, Count)
         if num_env_runners > self.num_env_runners and self._pool is not None:  # no more than the budget has room for
-            of_each = self._max_rows // self.num_env_runners
+            of_each = self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
             room = self._budget_left(self.algorithm.env_steps_done) // of_each
             num_env_runners = int(max(self.num_env_runners, min(num_env_runners, room)))
         self.num_env_runners = num_env_runners
@@ -434,7 +439,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             num_env_runners=self.num_env_runners,
             num_envs=self.num_envs_per_env_runner,
             rollout_length=self.rollout_length,
-            seed=self._seed_sequence(RUNNERS, self.attached_trainer.global_rank),
+            seed=self._seed_sequence(RUNNERS),
+            rank=self.attached_trainer.global_rank,
+            world_size=self.attached_trainer.world_size,
             collected=self._collected,
             ledger=self.ledger,
             faults=self.fault_tolerance,

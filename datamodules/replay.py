@@ -56,6 +56,8 @@ class ReplayDataModule(EnvDataModule):
         self._complete: CompleteReplay | None = None  # with the attached algorithm's defaults
         super().__init__(env, num_envs_per_env_runner=num_envs_per_env_runner, rollout_length=rollout_length, **options)
         self.take_options()
+        if self.prefetch > 1:
+            raise OptionError(f"prefetch={self.prefetch}: expected 0 (newest weights) or 1 (one version behind).")
         batch, length = self.rollout_shape
         if self.replay.buffer_size < 2 * batch * (length + 1):
             raise OptionError(

@@ -1,60 +1,387 @@
-"""On-policy rollouts."""
+"""On-policy rollouts, and those of slightly older policies."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Count
-from lit_rl.rollout import Rollout
-from lit_rl.runners.gathering import evened, to_rollout
+from lit_rl.options import Count, CountOrZero, Fraction, Positive
+from lit_rl.rollout import Rollout, mask_of
+from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.free_running import FreeRunning
+from lit_rl.runners.gathering import evened, nothing_like, to_rollout
+from lit_rl.runners.ray_pool import RunnerPool
+from lit_rl.runners.reuse import CircularBuffer, FragmentReplay
+
+REPLAY = 3  # what a seed is for: see datamodules.environments
+OLD = 30  # gradient steps of lag from which on learning suffers: Petrenko et al. 2020, arXiv:2006.11751, section 3.4
+IDLE = 0.2  # share of the time from which on something is idle
 
 
 class RolloutDataModule(EnvDataModule):
-    """Rollouts [B, T] collected with the policy that is being trained, for on-policy algorithms.
+    """Rollouts [B, T] collected with the policy that is being trained, for PPO, APPO and IMPALA.
+
+    Without `prefetch`, or with 1, and with `fixed_lag`, a rollout is one fragment of every runner. With `prefetch` of 2
+    and more the runners are free-running: a rollout is the `fragments_per_batch` fragments that are ready first.
 
     Args:
-        rollouts_per_epoch: batches in a Lightning epoch: how often evaluation and checkpoints can happen.
+        rollouts_per_epoch: new rollouts in a Lightning epoch: how often evaluation and checkpoints can happen.
+        fixed_lag: k: a rollout is collected with the weights after all but the last k rollouts before it were learned,
+            so that results do not depend on how fast the runners are. `prefetch=1` is `fixed_lag=1`.
+        fragments_per_batch: fragments that free-running runners give at a time, per learner process; None takes as many
+            as there are runners.
+        max_policy_lag: updates that a fragment's weights may be behind when it is learned from; older ones of
+            free-running runners are left out. None learns from all.
+        broadcast_interval: updates between the weights that free-running runners are sent.
+        stream_timeout_s: how long a learner process waits for its free-running runners, if others have theirs; it then
+            joins without rows.
+        num_reuses: how often each rollout is learned from, with APPO or IMPALA. The repeats come from a circular buffer
+            of the last rollouts, and are no new env steps.
+        circular_buffer_batches: rollouts in that buffer: with more, another one comes before a repeat.
+        replay_fraction: share of each batch that past fragments are, at least 0 and below 1, with APPO or IMPALA.
+        replay_buffer_fragments: past fragments that are kept for it.
     """
 
     rollouts_per_epoch: int
+    fixed_lag: int | None
+    fragments_per_batch: int | None
+    max_policy_lag: int | None
+    broadcast_interval: int
+    stream_timeout_s: float
+    num_reuses: int
+    circular_buffer_batches: int
+    replay_fraction: float
+    replay_buffer_fragments: int
 
-    def __init__(self, env: Env, *, rollouts_per_epoch: Count = 10, **options: Any):
+    def __init__(
+        self,
+        env: Env,
+        *,
+        rollouts_per_epoch: Count = 10,
+        fixed_lag: CountOrZero | None = None,
+        fragments_per_batch: Count | None = None,
+        max_policy_lag: CountOrZero | None = None,
+        broadcast_interval: Count = 1,
+        stream_timeout_s: Positive = 60.0,
+        num_reuses: Count = 1,
+        circular_buffer_batches: Count = 1,
+        replay_fraction: Fraction = 0.0,
+        replay_buffer_fragments: Count = 64,
+        **options: Any,
+    ):
         super().__init__(env, **options)
         self.take_options()
+        self._check_stream()
+        self._stream = FreeRunning(self.prefetch, self.broadcast_interval, self.max_policy_lag)
+        self._buffer = CircularBuffer(self.circular_buffer_batches, self.num_reuses)
+        self._replay: FragmentReplay | None = None
+        self._template: Rollout | None = None  # of the form of this rank's rollouts
+        self._is_last = False  # whether the budget has no room for another rollout
+        self._restarts = 0  # of runners, before the last rollout
+        self._begun: float | None = None  # when the first batch was asked for
+        self._waited_s = 0.0  # of the time since, by the learner
+        self._said_old = False
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and isinstance(self.algorithm, OffPolicy):
+        if stage != "fit":
+            return
+        algorithm = self.algorithm
+        name = type(algorithm).__name__
+        if isinstance(algorithm, OffPolicy):
             raise OptionError(
-                f"model={type(self.algorithm).__name__}: RolloutDataModule feeds on-policy algorithms such as PPO. Use "
-                "ReplayDataModule."
+                f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule."
             )
+        for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
+            if getattr(self, option) != nothing and not algorithm.LEARNS_AGAIN:
+                raise OptionError(
+                    f"{option}={getattr(self, option)}: {name} learns from each rollout once. Use APPO or IMPALA, or "
+                    "leave it out."
+                )
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if stage == "fit":
+            self._advise()
 
     def train_dataloader(self) -> "RolloutLoader":
         self.set_threads()
         self.say_if_done()
         return RolloutLoader(self)
 
+    # --- batches ------------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Rollout:
+        """The next rollout to learn from, new or not, with as many environments on every rank."""
+        started = time.perf_counter()
+        if self._begun is None:
+            self._begun = started
+        if self.max_policy_lag is not None:
+            self._buffer.drop_older(self.algorithm.updates_done - self.max_policy_lag)
+        if self._buffer.is_due:
+            batch = self._buffer.repeat()
+        else:
+            batch = self._new_batch()
+            self._is_last = not self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
+            self._buffer.add(batch)
+            if not self.is_free_running and self.policy_lag and not self._is_last:
+                self._start_ahead(batch)
+        if self._is_last and not self._buffer.is_due:
+            self.stop_at_budget()
+        self._watch_age(batch)
+        self.sample_s = time.perf_counter() - started
+        self._waited_s += self.sample_s
+        return batch
+
+    def _new_batch(self) -> Rollout:
+        if self.is_free_running:
+            return self._free_batch()
+        if not (isinstance(self._pool, RunnerPool) and self._pool.num_asked):
+            self.start_rollout()
+        return evened(self.finish_rollout(), self.algorithm.device)
+
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
         self.start_runners()
 
     def finish_rollout(self) -> Rollout:
-        """The rollout that was begun, this rank's."""
+        """The rollout that was begun first, this rank's."""
         assert self._pool is not None
         fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
-        return to_rollout([fragment for _, fragment in fragments], copy=bool(self.num_env_runners))
+        self._watch_restarts()
+        return self._rollout_of(fragments)
+
+    def _start_ahead(self, batch: Rollout) -> None:
+        """Have runners collect while the learner is at `batch`, with the weights of before."""
+        left = self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
+        self._ask(ahead=min(self.lag, left))
+
+    def _ask(self, *, ahead: int, most: int | None = None, interval: int = 0) -> None:
+        """Ask runners for fragments with the weights of now, see `RunnerPool.start`."""
+        algorithm = self.algorithm
+        self._runners.start(algorithm.policy, algorithm.updates_done, ahead=ahead, most=most, interval=interval)
+
+    @property
+    def _runners(self) -> RunnerPool:
+        """Those that can be asked for several fragments ahead."""
+        if self._pool is None:
+            self._pool = self._make_pool()
+        assert isinstance(self._pool, RunnerPool)
+        return self._pool
+
+    def _free_batch(self) -> Rollout:
+        """The next fragments of free-running runners; a rank that has none in time joins the others without rows."""
+        algorithm, dropped_steps = self.algorithm, 0
+        while True:
+            taken, dropped = distributed.together(self._take, algorithm.device)
+            self.took([*taken, *dropped])
+            steps = sum(fragment.entry.delivered for _, fragment in dropped)
+            self.ledger.dropped += steps
+            dropped_steps += steps
+            if taken:
+                rollout = self._rollout_of(taken)
+                self._template = nothing_like(rollout) if self._template is None else self._template
+            else:
+                assert self._template is not None  # see _take
+                rollout = nothing_like(self._template)
+            rollout.env_steps += dropped_steps
+            batch = evened(rollout, algorithm.device)
+            if mask_of(batch) is None or distributed.greatest([len(taken)], algorithm.device) != [0]:
+                return batch
+
+    def _take(self) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
+        """See `FreeRunning.take`. It is waited for as long as it takes where no other rank has fragments meanwhile."""
+        algorithm = self.algorithm
+        alone = distributed.world_size() == 1 or self._template is None
+        return self._stream.take(
+            self._runners,
+            self._ask,
+            self._num_fragments,
+            version=algorithm.updates_done,
+            room=int(min(self._budget_left(algorithm.env_steps_done) // self._fragment_rows, 2**31)),
+            timeout_s=math.inf if alone else self.stream_timeout_s,
+        )
+
+    def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout:
+        """A rollout of new fragments, and of past ones if they are replayed."""
+        new = [fragment for _, fragment in fragments]
+        if not self.replay_fraction:
+            return to_rollout(new, copy=bool(self.num_env_runners))
+        if self._replay is None:
+            seed = self._seed_sequence(REPLAY, self.attached_trainer.global_rank, self._collected)
+            self._replay = FragmentReplay(self.replay_fraction, self.replay_buffer_fragments, seed)
+        oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
+        rollout = to_rollout([*new, *self._replay.draw(len(new), oldest)], copy=True)
+        self._replay.add(new)
+        num_new = len(new) * self.num_envs_per_env_runner
+        rollout["is_new"] = torch.arange(len(rollout)) < num_new
+        rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
+        return rollout
 
     def rollouts_left(self, env_steps: int) -> int:
         """How many whole rollouts the budget still has room for."""
         left = self._budget_left(env_steps)
         return int(left // self._max_rows) if left != float("inf") else 2**31
+
+    # --- how old they are ---------------------------------------------------------------------------------------
+
+    @property
+    def is_free_running(self) -> bool:
+        return self.prefetch > 1
+
+    @property
+    def lag(self) -> int:
+        """Rollouts that are collected ahead, where runners are not free-running."""
+        return self.prefetch if self.fixed_lag is None else self.fixed_lag
+
+    @property
+    def policy_lag(self) -> int:
+        """Updates between the weights that acted and those that learn, where all runners are as fast as each other."""
+        if not self.is_free_running:
+            return self.lag * self.num_reuses + self.num_reuses - 1
+        ahead = -(-(self.prefetch + self.num_env_runners) // self._num_fragments)
+        return ahead * self.num_reuses + self.broadcast_interval - 1
+
+    def _check_stream(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.fixed_lag is not None:
+            for name, value in (("prefetch", self.prefetch), ("max_policy_lag", self.max_policy_lag)):
+                if value:
+                    raise OptionError(
+                        f"fixed_lag={self.fixed_lag}: expected neither prefetch nor max_policy_lag beside it, got "
+                        f"{name}={value}. Leave one out."
+                    )
+            if self.fixed_lag and not self.num_env_runners:
+                raise OptionError(
+                    f"fixed_lag={self.fixed_lag}: collecting ahead of the learner needs num_env_runners of at least 1, "
+                    "got 0."
+                )
+        if not self.is_free_running:
+            for name, nothing in (("fragments_per_batch", None), ("max_policy_lag", None), ("broadcast_interval", 1)):
+                if getattr(self, name) != nothing:
+                    raise OptionError(
+                        f"{name}={getattr(self, name)}: it is for free-running runners, prefetch of at least 2, got "
+                        f"{self.prefetch}. Leave it out."
+                    )
+        if self.replay_fraction and self.num_reuses > 1:
+            raise OptionError(
+                f"replay_fraction={self.replay_fraction}: expected num_reuses=1 beside it, got {self.num_reuses}. "
+                "Leave one out."
+            )
+        if self.circular_buffer_batches > 1 and self.num_reuses == 1:
+            raise OptionError(
+                f"circular_buffer_batches={self.circular_buffer_batches}: nothing is taken from the buffer with "
+                "num_reuses=1. Leave it out, or raise num_reuses."
+            )
+        if self.max_policy_lag is not None and self.max_policy_lag < self.policy_lag:
+            raise OptionError(
+                f"max_policy_lag={self.max_policy_lag}: expected at least {self.policy_lag}, by which fragments are "
+                f"behind if all runners are equally fast (prefetch={self.prefetch} and num_env_runners="
+                f"{self.num_env_runners} fragments under way, {self._num_fragments} per batch, "
+                f"num_reuses={self.num_reuses}, "
+                f"broadcast_interval={self.broadcast_interval}). Raise it, or lower prefetch."
+            )
+
+    def _watch_age(self, batch: Rollout) -> None:
+        """Warn once of rows that were collected long before, in gradient steps."""
+        updates = self.algorithm.updates_done
+        if self._said_old or not updates or not self.policy_lag:
+            return
+        lag = updates - float(batch["policy_version"].double().mean())
+        steps = lag * self.attached_trainer.global_step / updates
+        if steps >= OLD:
+            self._said_old = True
+            rank_zero_warn(
+                f"Rows are {steps:.0f} gradient steps old when they are learned from: from about {OLD} on learning "
+                "suffers. Lower prefetch or fixed_lag, or give more fragments_per_batch."
+            )
+
+    def _watch_restarts(self) -> None:
+        restarts, self._restarts = self._restarts, self.ledger.restarts
+        if self.fixed_lag and self.ledger.restarts > restarts:
+            rank_zero_warn(
+                f"fixed_lag={self.fixed_lag}: an env runner or an environment was replaced. From here on results "
+                "depend on when it came back."
+            )
+
+    # --- metrics ------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        found = super().metrics()
+        if not self.is_free_running:
+            return found
+        stream, device = self._stream, self.algorithm.device
+        found["rollout/policy_lag_max"] = float(distributed.greatest([stream.lag], device)[0])
+        found["rollout/queue_length"] = float(self._pool.num_waiting) if isinstance(self._pool, RunnerPool) else 0.0
+        found["rollout/runner_idle"] = self._runner_idle()
+        rows = [stream.rows[runner] for runner in range(self.num_env_runners)]
+        total = max(1, sum(rows))
+        return found | {"rollout/least_share": min(rows) / total, "rollout/greatest_share": max(rows) / total}
+
+    def lost_steps(self) -> dict[str, float]:
+        lost = super().lost_steps()
+        return lost | {"rollout/dropped_steps": float(self.ledger.dropped)} if self.is_free_running else lost
+
+    def _runner_idle(self) -> float:
+        return self._stream.idle_s / max(self._stream.idle_s + self._stream.busy_s, 1e-9)
+
+    def _advise(self) -> None:
+        """Say whether runners or the learner waited, once training with free-running runners is over."""
+        if not self.is_free_running or self._begun is None:
+            return
+        learner, runners = self._waited_s / (time.perf_counter() - self._begun), self._runner_idle()
+        self._begun = None
+        if learner > IDLE:
+            advice = "add env runners, or environments to each"
+        elif runners > IDLE:
+            advice = "fewer of them, or prefetch=1, are as good"
+        else:
+            advice = "neither waits for the other"
+        rank_zero_info(
+            f"The learner was idle for {learner:.0%} of the time, the env runners for {runners:.0%}: {advice}."
+        )
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        super().restart()
+        self._forget()
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        super().load_rank_state(state)
+        self._forget()
+        if self.num_reuses > 1 or self.replay_fraction:
+            rank_zero_info("Resumed: past rollouts are in no checkpoint; those that come are learned from again.")
+
+    def _forget(self) -> None:
+        """Begin without past rollouts."""
+        self._buffer.clear()
+        self._replay = self._template = None
+        self._stream = FreeRunning(self.prefetch, self.broadcast_interval, self.max_policy_lag)
+        self._is_last, self._begun, self._waited_s, self._restarts = False, None, 0.0, self.ledger.restarts
+
+    @property
+    def rollout_shape(self) -> tuple[int, int]:
+        return self._num_fragments * self.num_envs_per_env_runner, self.rollout_length
+
+    @property
+    def _num_fragments(self) -> int:
+        """Of a new rollout, this rank's."""
+        return self.fragments_per_batch or max(1, self.num_env_runners)
+
+    @property
+    def _fragment_rows(self) -> int:
+        """Env steps of one fragment of every rank."""
+        return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
 
     @property
     def _rows_per_epoch(self) -> int:
@@ -62,7 +389,7 @@ class RolloutDataModule(EnvDataModule):
 
 
 class RolloutLoader:
-    """A sized, stateful iterable over one epoch's rollouts.
+    """A sized, stateful iterable over one epoch's rollouts, new ones and repeats.
 
     Sized, because Lightning fetches one batch ahead from an iterable without a length: training would silently be one
     policy behind.
@@ -70,29 +397,14 @@ class RolloutLoader:
 
     def __init__(self, data: RolloutDataModule):
         self._data = data
-        self._in_flight = False
 
     def __len__(self) -> int:
-        return self._data.rollouts_per_epoch
+        return self._data.rollouts_per_epoch * self._data.num_reuses
 
     def __iter__(self) -> Iterator[Rollout]:
-        data = self._data
-        algorithm, trainer = data.algorithm, data.attached_trainer
-        first = trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
+        first = self._data.attached_trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
         for _ in range(first, len(self)):
-            started = time.perf_counter()
-            if not self._in_flight:
-                data.start_rollout()
-            rollout = evened(data.finish_rollout(), algorithm.device)
-            self._in_flight = False
-            data.sample_s = time.perf_counter() - started
-            left = data.rollouts_left(algorithm.env_steps_done + rollout.env_steps)
-            if not left:
-                data.stop_at_budget()
-            elif data.prefetch:
-                data.start_rollout()
-                self._in_flight = True
-            yield rollout
+            yield self._data.next_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Algorithm": "lit_rl.algorithm",
+    "APPO": "lit_rl.modules",
     "Diagnostics": "lit_rl.callbacks",
     "DQN": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
+    "IMPALA": "lit_rl.modules",
     "ImpalaResNet": "lit_rl.networks",
     "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
@@ -52,7 +54,9 @@ if TYPE_CHECKING:
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.files.loading import load_policy as load_policy
+    from lit_rl.modules import APPO as APPO
     from lit_rl.modules import DQN as DQN
+    from lit_rl.modules import IMPALA as IMPALA
     from lit_rl.modules import PPO as PPO
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC

@@ -91,6 +91,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     """
 
     POLICY: type[Policy] = Policy
+    LEARNS_AGAIN = False  # whether `update` may be given a rollout again, some of which is not new: see `Rollout`
     OF_ONE_RANK: tuple[str, ...] = ()  # the parts of `rank_state` that a new rank does not take from the first
 
     policy: Policy

@@ -53,25 +53,27 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Within(Limit):
-    """Finite numbers in [low, high], or in (low, high] with `open_low`; with `whole` only whole numbers."""
+    """Finite numbers in [low, high], without an end that is open; with `whole` only whole numbers."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
+    open_high: bool = False
     whole: bool = False
 
     def accepts(self, value: Any) -> bool:
         is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
         if not (is_number and math.isfinite(value)):
             return False
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
 
     def kept(self, value: Any) -> float:
         return int(value) if self.whole else float(value)
 
     def __repr__(self) -> str:
         low = f"{'above' if self.open_low else 'at least'} {self.low:g}" if math.isfinite(self.low) else ""
-        high = f"at most {self.high:g}" if math.isfinite(self.high) else ""
+        high = f"{'below' if self.open_high else 'at most'} {self.high:g}" if math.isfinite(self.high) else ""
         bounds = " and ".join(bound for bound in (low, high) if bound)
         if self.whole:
             return f"a whole number of {bounds}" if bounds else "a whole number"
@@ -152,6 +154,7 @@ class ListOfNames(Limit):
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
+Fraction = Annotated[float, Within(0.0, 1.0, open_high=True)]
 PositiveFraction = Annotated[float, Within(0.0, 1.0, open_low=True)]
 Count = Annotated[int, Within(1, whole=True)]
 CountOrZero = Annotated[int, Within(0, whole=True)]

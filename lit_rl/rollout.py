@@ -14,6 +14,8 @@ Where time lines differ in length they are padded on the right and there is `len
 `length[b] - 1`, whose next observation is `last_observation[b]`; one of length 0 has nothing. `mask` is False in
 padding, which may hold anything else. It never goes through a network.
 
+Where some of it was learned from before, `is_new` [B] says which time lines were not.
+
 Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of each, N rows, D features.
 """
 
@@ -117,7 +119,9 @@ def followed_by(value: Tensor, bootstrap: Tensor, done: Tensor, length: Tensor |
 def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
     """Time lines [B, T] without their first `num_steps`, which become the `burn_in` part of `Policy.features`."""
     length = length_of(batch)
-    found = _select(batch, [k for k in batch.keys() if k not in ("state", "length")], lambda x: x[:, num_steps:])
+    found = _select(
+        batch, [key for key, _ in batch.items() if key not in ("state", "length")], lambda x: x[:, num_steps:]
+    )
     before = _select(batch, ("observation", "is_init"), lambda x: x[:, :num_steps])
     before["state"], before["real"] = batch["state"], torch.ones(len(batch), dtype=torch.bool, device=batch.device)
     found |= {"burn_in": before, "state": batch["state"]}
@@ -224,6 +228,15 @@ def mask_of(batch: TensorDict) -> Tensor | None:
 def length_of(rollout: TensorDict) -> Tensor | None:
     """How many steps each time line has, [B], or None if none is padded."""
     return rollout.get("length", None)
+
+
+def new_rows(rollout: TensorDict) -> Tensor | None:
+    """Which rows [B, T] are real and come for the first time, or None if all do."""
+    mask, is_new = mask_of(rollout), rollout.get("is_new", None)
+    if is_new is None:
+        return mask
+    is_new = is_new.unsqueeze(1).expand_as(rollout["is_init"])
+    return is_new if mask is None else mask & is_new
 
 
 def mean_of_rows(x: Tensor, batch: TensorDict) -> Tensor:

@@ -17,6 +17,7 @@ class Source(Protocol):
         clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
         rollout_shape: B and T of what this rank collects at a time; None if it collects nothing.
+        policy_lag: updates between the weights that acted and those that learn; 0 if they are the same.
     """
 
     spec: EnvSpec | None = None
@@ -30,6 +31,10 @@ class Source(Protocol):
     @property
     def rollout_shape(self) -> tuple[int, int] | None:
         return None
+
+    @property
+    def policy_lag(self) -> int:
+        return 0
 
     def describe_env(self) -> dict[str, Any] | None:
         """How to make the environment, in plain data for checkpoints; None if it cannot be said."""

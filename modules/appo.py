@@ -10,12 +10,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from lit_rl.learner.steps import where_taken
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.losses import approximate_kl, ppo_clip, value_loss
 from lit_rl.modules.impala import IMPALA
 from lit_rl.options import Count, NonNegative, Positive, PositiveFraction
 from lit_rl.policy import Policy
-from lit_rl.rollout import mask_of, mean_of_rows, means_of_rows
+from lit_rl.rollout import mean_of_rows, means_of_rows, new_rows
 from lit_rl.spec import EnvSpec
 
 TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction", "vtrace/rho_mean")
@@ -37,6 +38,8 @@ class APPO(IMPALA):
         tau: how far the target policy then moves to the policy: 1 copies it.
         kl_coef: weight of a penalty on KL(pi_old || pi). 0: no penalty.
     """
+
+    CORRECTS = True
 
     target: Policy
 
@@ -60,10 +63,10 @@ class APPO(IMPALA):
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         taken, terms = self.gradient_step(self.batch_of(rollout))
-        self.policy.update_normalizer(rollout["observation"], mask_of(rollout))
-        if taken and (self.updates_done + 1) % self.hp.target_update_interval == 0:
-            self.follow(self.hp.tau)
-        return dict(zip(TERMS, terms.unbind())) if taken else {}
+        self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
+        if (self.updates_done + 1) % self.hp.target_update_interval == 0:
+            self.follow(self.hp.tau, taken)
+        return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a batch [B, T] of whole time lines, and the means of its terms, those of `TERMS`."""

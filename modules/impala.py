@@ -13,8 +13,10 @@ from lit_rl import returns
 from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import standardize
 from lit_rl.errors import OptionError
+from lit_rl.learner.host import Host
 from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.rmsprop import RMSprop
+from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
 from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
@@ -26,6 +28,7 @@ from lit_rl.rollout import (
     mask_of,
     mean_of_rows,
     means_of_rows,
+    new_rows,
     next_values_with_memory,
     time_lines,
 )
@@ -81,6 +84,9 @@ class IMPALA(Algorithm):
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
     """
+
+    LEARNS_AGAIN = True
+    CORRECTS = False  # whether the loss is right for older policies' actions without V-trace
 
     critic: ValueNetwork | ValueHead
 
@@ -138,6 +144,15 @@ class IMPALA(Algorithm):
         else:
             self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
 
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        lag = host.source.policy_lag
+        if lag and not self.hp.vtrace and not self.CORRECTS:
+            raise OptionError(
+                f"vtrace=False: {type(self).__name__} then learns as if its own policy had acted, but rows are {lag} "
+                "updates old. Leave it out, or collect with prefetch=0 and num_reuses=1."
+            )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         hp, parameters = self.hp, [*self.policy.parameters(), *self.critic.parameters()]
         if hp.optimizer == "rmsprop":
@@ -146,8 +161,8 @@ class IMPALA(Algorithm):
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         taken, terms = self.gradient_step(self.batch_of(rollout))
-        self.policy.update_normalizer(rollout["observation"], mask_of(rollout))
-        return dict(zip(TERMS, terms.unbind())) if taken else {}
+        self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
+        return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a batch [B, T] of whole time lines, and the means of its terms, those of `TERMS`."""

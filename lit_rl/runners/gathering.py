@@ -57,9 +57,10 @@ def evened(rollout: Rollout, device: torch.device) -> Rollout:
 
     Ranks then make equally many minibatches, and all of them have a `mask` if one has.
     """
-    env_steps, has_mask = rollout.env_steps, int(mask_of(rollout) is not None)
-    most, minus_fewest, masked = distributed.greatest([len(rollout), -len(rollout), has_mask], device)
-    if masked or most != -minus_fewest:
+    env_steps, has_mask, size = rollout.env_steps, int(mask_of(rollout) is not None), len(rollout)
+    numbers = [size, -size, has_mask, env_steps, -env_steps]
+    most, minus_fewest, masked, most_steps, minus_fewest_steps = distributed.greatest(numbers, device)
+    if most_steps != -minus_fewest_steps:
         env_steps = int(distributed.all_reduce_sum(torch.tensor(env_steps, device=device)))
     else:
         env_steps *= distributed.world_size()
@@ -82,12 +83,23 @@ def padded(rollout: Rollout, num_envs: int, *, masked: bool) -> Rollout:
         return rollout
     if length is None:
         rollout["length"] = length = torch.full(mask.shape[:1], mask.shape[1], device=mask.device)
-    nothing = rollout[length.argmax()].expand(missing).clone()
-    nothing["final_step"].fill_(-1)
-    nothing["mask"].fill_(False)
-    nothing["length"].fill_(0)
-    together: Any = torch.cat([rollout, nothing])
+    together: Any = torch.cat([rollout, _without_steps(rollout[length.argmax()].expand(missing).clone())])
     return together
+
+
+def nothing_like(rollout: Rollout) -> Rollout:
+    """A rollout [1] without a transition, of the form of another."""
+    nothing = Rollout({key: value[:1].clone() for key, value in rollout.items()}, [1])
+    nothing["mask"] = torch.ones_like(nothing["is_init"])
+    nothing["length"] = torch.zeros(1, dtype=torch.int64)
+    return _without_steps(nothing)
+
+
+def _without_steps(rollout: Any) -> Any:
+    rollout["final_step"].fill_(-1)
+    rollout["mask"].fill_(False)
+    rollout["length"].fill_(0)
+    return rollout
 
 
 def _pad(array: np.ndarray, missing: int, value: int) -> np.ndarray:

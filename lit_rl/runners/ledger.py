@@ -31,12 +31,14 @@ class Ledger:
             runner, before its fragment was complete), "unread" (the run ended, or the runner was taken away, before the
             fragment was read), "unknown" (as "died" on a node that is gone: at most so many).
         restarts: runners that were replaced, and environments that were rebuilt.
+        dropped: of the delivered transitions, those that were too old to learn from.
     """
 
     def __init__(self) -> None:
         self.delivered = 0
         self.discarded: Counter[str] = Counter()
         self.restarts = 0
+        self.dropped = 0
         self._accounted: dict[tuple[int, int], int] = {}  # of each incarnation: its env steps that are accounted for
 
     @property
@@ -73,15 +75,22 @@ class Ledger:
 
     def state(self) -> dict[str, dict[str, int] | int]:
         """As plain data; the incarnations do not live on."""
-        return {"delivered": self.delivered, "discarded": dict(self.discarded), "restarts": self.restarts}
+        return {
+            "delivered": self.delivered,
+            "discarded": dict(self.discarded),
+            "restarts": self.restarts,
+            "dropped": self.dropped,
+        }
 
     def load(self, state: dict) -> None:
         """Go on from what `state` returned."""
         self.delivered, self.restarts = state["delivered"], state["restarts"]
+        self.dropped = state.get("dropped", 0)  # absent from older checkpoints
         self.discarded = Counter(state["discarded"])
 
     def add(self, state: dict) -> None:
         """Count what another ledger, of which this is the `state`, counted."""
         self.delivered += state["delivered"]
         self.restarts += state["restarts"]
+        self.dropped += state.get("dropped", 0)
         self.discarded.update(state["discarded"])

@@ -27,6 +27,8 @@ def make_pool(
     num_envs: int,
     rollout_length: int,
     seed: np.random.SeedSequence,
+    rank: int,
+    world_size: int,
     collected: int,
     ledger: Ledger,
     faults: FaultTolerance,
@@ -44,7 +46,10 @@ def make_pool(
         make_policy: makes a policy of the learner's structure, in the runner's process.
         num_env_runners: Ray actors, of a Ray that is connected; 0: one runner in this process.
         num_envs: environments of each runner.
-        seed: of this rank's runners. What was collected before the run was resumed is part of a runner's own seed.
+        seed: of all ranks' runners. A runner's own depends on its number among all of them, so that 2 ranks with a
+            runner each collect what 1 rank with 2 does, and on what was collected before the run was resumed.
+        rank: of this learner process.
+        world_size: how many there are.
         collected: times fragments came since the run began.
         ledger: where env steps are written down.
         placement: of Ray actors.
@@ -53,7 +58,7 @@ def make_pool(
     """
 
     def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
-        key = (*seed.spawn_key, runner, incarnation, collected)
+        key = (*seed.spawn_key, 0, runner * world_size + rank, incarnation, collected)
         return EnvRunner(
             env,
             make_policy(),

@@ -168,7 +168,9 @@ def test_the_fixed_point_is_the_value_of_the_policy_between_the_two() -> None:
         return torch.linalg.solve(torch.eye(states, dtype=torch.float64) - gamma * step, (policy * reward).sum(-1))
 
     # The expectation of one-step targets over all (s, a, s'), each weighed by how probable mu makes it.
-    s, a, t = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (states, actions, states)), indexing="ij"))
+    s, a, t = (
+        index.flatten() for index in torch.meshgrid(*map(torch.arange, (states, actions, states)), indexing="ij")
+    )
     false = torch.zeros(len(s), 1, dtype=torch.bool)
     value = torch.zeros(states, dtype=torch.float64)
     for _ in range(400):
