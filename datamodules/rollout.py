@@ -132,7 +132,7 @@ class RolloutDataModule(EnvDataModule):
             batch = self._new_batch()
             self._is_last = not self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
             self._buffer.add(batch)
-            if not self.is_free_running and self.policy_lag and not self._is_last:
+            if not self.is_free_running and self.lag and not self._is_last:
                 self._start_ahead(batch)
         if self._is_last and not self._buffer.is_due:
             self.stop_at_budget()
@@ -195,7 +195,12 @@ class RolloutDataModule(EnvDataModule):
                 rollout = nothing_like(self._template)
             rollout.env_steps += dropped_steps
             batch = evened(rollout, algorithm.device)
-            if mask_of(batch) is None or distributed.greatest([len(taken)], algorithm.device) != [0]:
+            if mask_of(batch) is None:
+                return batch
+            spent = self._room - len(dropped) < self._num_fragments
+            most, spent = distributed.greatest([len(taken), int(spent)], algorithm.device)
+            if most or spent:
+                batch.has_rows = bool(most)
                 return batch
 
     def _take(self) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
@@ -207,9 +212,14 @@ class RolloutDataModule(EnvDataModule):
             self._ask,
             self._num_fragments,
             version=algorithm.updates_done,
-            room=int(min(self._budget_left(algorithm.env_steps_done) // self._fragment_rows, 2**31)),
+            room=self._room,
             timeout_s=math.inf if alone else self.stream_timeout_s,
         )
+
+    @property
+    def _room(self) -> int:
+        """Fragments of this rank that the budget has room for."""
+        return int(min(self._budget_left(self.algorithm.env_steps_done) // self._fragment_rows, 2**31))
 
     def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout:
         """A rollout of new fragments, and of past ones if they are replayed."""

@@ -330,6 +330,9 @@ class Algorithm(TakesOptions, L.LightningModule):
                 f"{type(self).__name__} was given a {type(batch).__name__} to learn from: expected a "
                 "lit_rl.rollout.Rollout that says how many env_steps it brings, as RolloutDataModule gives it."
             )
+        if not batch.has_rows:
+            self.count("env_steps", batch.env_steps)
+            return {}
         lag = float(distributed.masked_mean(self.updates_done - batch["policy_version"].double(), mask_of(batch)))
         update = self.checked_update(batch)
         self.check_updates()

@@ -37,14 +37,17 @@ class Rollout(TensorDict):
     """A batch of rollouts, and how many env steps it brings.
 
     Attributes:
-        env_steps: real transitions in it that are new, those of all ranks once it is a batch.
+        env_steps: real transitions in it that are new, and those left out since they were too old; those of all ranks
+            once it is a batch.
+        has_rows: whether there is a real row on any rank, else there is nothing to learn.
     """
 
     env_steps: int = 0
+    has_rows: bool = True
 
     def to(self, *args: Any, **kwargs: Any) -> "Rollout":
         moved = super().to(*args, **kwargs)
-        moved.env_steps = self.env_steps
+        moved.env_steps, moved.has_rows = self.env_steps, self.has_rows
         return moved
 
 

@@ -1,5 +1,7 @@
 """Environments with known answers."""
 
+import contextlib
+import time
 from typing import Any
 
 import gymnasium as gym
@@ -277,3 +279,26 @@ class PictureEnv(gym.Env):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         return np.zeros(self.observation_space.shape, np.uint8), float(action == self._quarter), True, False, {}
+
+
+class DawdlingEnv(gym.Wrapper):
+    """CartPole, one copy of which takes long for every step: the first that an env runner's process makes.
+
+    Args:
+        lock: a file that this copy makes; None if there is none.
+        seconds: of each of its steps.
+    """
+
+    def __init__(self, lock: str | None = None, seconds: float = 0.0):
+        super().__init__(gym.make("CartPole-v1"))
+        import ray
+
+        self._seconds = 0.0
+        in_runner = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+        if lock is not None and in_runner:
+            with contextlib.suppress(FileExistsError), open(lock, "x"):
+                self._seconds = seconds
+
+    def step(self, action: Any) -> Any:
+        time.sleep(self._seconds)
+        return self.env.step(action)
