@@ -11,13 +11,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from envs import counter_vector
+from envs import DawdlingEnv, counter_vector
 from helpers import quiet_trainer
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, Algorithm, Evaluation, ReplayDataModule, RolloutDataModule, distributed, networks
+from lit_rl import DQN, IMPALA, PPO, Algorithm, Evaluation, ReplayDataModule, RolloutDataModule, distributed, networks
 from lit_rl.errors import DivergedError
-from lit_rl.rollout import Rollout
+from lit_rl.rollout import Rollout, mask_of
 
 ENVS = 4  # over all ranks
 SHARES = {"one": [(0, 4)], "two": [(0, 2), (2, 2)], "uneven": [(0, 3), (3, 1)]}  # first environment and their number
@@ -182,6 +182,36 @@ def resume(out: Path) -> None:
         torch.save(found, out / f"resumed-{name}-{trainer.global_rank}.pt")
 
 
+class Rows(IMPALA):
+    """Keeps how many real rows each batch had, on this rank."""
+
+    def update(self, rollout: TensorDict) -> dict:
+        mask = mask_of(rollout)
+        self.rows = [*getattr(self, "rows", []), rollout["is_init"].numel() if mask is None else int(mask.sum())]
+        return super().update(rollout)
+
+
+def streamed(world_size: int, out: Path) -> None:
+    """Two env runners in all, two rollouts ahead; and free-running ones of two ranks, of which one is very slow."""
+    data = RolloutDataModule(
+        "CartPole-v1", num_env_runners=2 // world_size, fixed_lag=2, num_envs_per_env_runner=2, rollout_length=16,
+        max_env_steps=64 * 5, seed=0,
+    )  # fmt: skip
+    algorithm = Rows(lr=1e-2, normalize_observations=True)
+    trainer = fit(algorithm, data, world_size)
+    torch.save(algorithm.state_dict(), out / f"ahead-{world_size}-{trainer.global_rank}.pt")
+    if world_size == 1:
+        return
+    data = RolloutDataModule(
+        DawdlingEnv, env_kwargs={"lock": str(out / "slow"), "seconds": 0.2}, num_env_runners=1, prefetch=2,
+        num_envs_per_env_runner=2, rollout_length=4, stream_timeout_s=0.05, max_env_steps=16 * 40, seed=0,
+    )  # fmt: skip
+    algorithm = Rows(lr=1e-2)
+    trainer = fit(algorithm, data, world_size)
+    found = {"weights": algorithm.state_dict(), "rows": algorithm.rows, "ledger": data.ledger.state()}
+    torch.save(found, out / f"free-{trainer.global_rank}.pt")
+
+
 def fit(
     algorithm: Algorithm, data: L.LightningDataModule, world_size: int, ckpt_path: Path | None = None, **kwargs: object
 ) -> L.Trainer:
@@ -202,6 +232,8 @@ if __name__ == "__main__":
     elif case == "resume":
         logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
         resume(out)
+    elif case == "streams":
+        streamed(2, out)
     elif case == "signal":
         signalled(out)
     else:

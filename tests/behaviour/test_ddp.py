@@ -211,3 +211,23 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: 
     assert first["metrics"]["loss/value"] == second["metrics"]["loss/value"]
     for rank in (0, 1):
         assert list((trained / f"{name}.ckpt.d" / f"rank_{rank}").glob("*.pt"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(tmp_path: Path) -> None:
+    run("streams", tmp_path)
+    ddp_script.streamed(1, tmp_path)
+    one, first, second = (torch.load(tmp_path / f"ahead-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert int(one["env_steps"]) == 64 * 5 and int(one["updates"]) == 5
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(value, first[name], atol=1e-5, rtol=1e-4, msg=name)
+    # Free-running: the rank that has nothing in time joins without rows, and both take the same steps.
+    ranks = [torch.load(tmp_path / f"free-{rank}.pt") for rank in (0, 1)]
+    for name, value in ranks[0]["weights"].items():
+        assert torch.equal(value, ranks[1]["weights"][name]), name
+    slow, fast = sorted((rank["rows"] for rank in ranks), key=sum)
+    assert len(slow) == len(fast) and slow[0] == fast[0] == 8 and slow.count(0) > 10 and fast.count(8) > 30
+    delivered = sum(rank["ledger"]["delivered"] for rank in ranks)
+    assert int(ranks[0]["weights"]["env_steps"]) == sum(slow) + sum(fast) == delivered <= 16 * 40
