@@ -123,7 +123,7 @@ def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
         batch, [key for key, _ in batch.items() if key not in ("state", "length")], lambda x: x[:, num_steps:]
     )
     before = _select(batch, ("observation", "is_init"), lambda x: x[:, :num_steps])
-    before["state"], before["real"] = batch["state"], torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+    before["state"], before["real"] = batch["state"], torch.ones_like(batch["is_init"][:, 0])
     found |= {"burn_in": before, "state": batch["state"]}
     if length is not None:
         found["length"] = (length - num_steps).clamp(min=0)
