@@ -256,8 +256,6 @@ class IMPALA(Algorithm):
                 _, batch["bootstrap_value"], _ = next_values_with_memory(rollout, policy.unroll, self.critic)
             else:
                 batch["bootstrap_value"] = bootstrap_values(rollout, self.value)
-        if policy.has_memory:
-            batch["state"] = rollout["state"]
         if hp.burn_in:
             batch = burnt_in(batch, hp.burn_in)
         if policy.distribution.num_noise:

@@ -594,8 +594,7 @@ def test_learns_by_rmsprop() -> None:
 
 
 @pytest.mark.slow
-@BOTH
-@pytest.mark.parametrize("network", [LSTMNetwork, GRUNetwork])
+@pytest.mark.parametrize(("cls", "network"), [(IMPALA, LSTMNetwork), (APPO, GRUNetwork)])
 def test_memory_solves_repeating_the_previous_observation(cls: type, network: Any) -> None:
     factory = functools.partial(network, hidden_size=16, encoder=functools.partial(MLP, hidden_sizes=[16]))
     data = {"rollout_length": 16, "num_envs_per_env_runner": 16}
