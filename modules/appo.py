@@ -105,9 +105,8 @@ class APPO(IMPALA):
         if hp.kl_coef:
             row_loss = row_loss + hp.kl_coef * kl
         clipped = ((log_ratio.detach().exp() - 1).abs() > hp.clip).float()
-        rho_clipped = (log_rho.exp() > hp.vtrace_clip_rho_threshold).float()
         with torch.no_grad():
-            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, clipped, log_rho.exp(), rho_clipped)
+            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, clipped, *self.rho(log_rho))
         return mean_of_rows(row_loss, batch), terms
 
     def kl(self, obs: Tree, features: Tensor, old_features: Tensor) -> Tensor:

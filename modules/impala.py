@@ -65,7 +65,8 @@ class IMPALA(Algorithm):
         optimizer: "adam", or "rmsprop" as the paper has it, whose `epsilon` is inside the root.
         adam_eps: what Adam adds to the root of the squared gradient.
         rmsprop_decay: of the running mean of squared gradients.
-        rmsprop_eps: what is added to that mean; the paper's 0.1 suits its summed losses.
+        rmsprop_eps: what is added to that mean; the 0.1 of the paper's code is for losses summed over N rows: for the
+            means here it is 0.1 / N^2.
         gamma: discount per env step; 0.9 to 0.999.
         vtrace: correct for the policy's age. False takes the targets of `returns.gae`, and is right on-policy alone.
         lambda_: 0 (one-step, biased) to 1 (to the end of the time line, noisy); the paper has 1.
@@ -187,18 +188,15 @@ class IMPALA(Algorithm):
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a batch [B, T] of whole time lines, and the means of its terms, those of `TERMS`."""
-        hp = self.hp
         log_prob, entropy, value = self.evaluate(batch, self.policy.features(batch))  # [B, T] each
         log_ratio = log_prob.detach() - batch["action_log_prob"]
         advantage, target = self.targets(batch, value.detach(), log_ratio)
         policy_loss = -advantage * log_prob
         critic_loss = value_loss(value, target)
         row_loss = policy_loss + self.value_coef.value * critic_loss - self.entropy_coef.value * entropy
-        rho = log_ratio.exp()
-        clipped = (rho > hp.vtrace_clip_rho_threshold).float()
         with torch.no_grad():
             kl = approximate_kl(log_ratio)
-            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, rho, clipped)
+            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, *self.rho(log_ratio))
         return mean_of_rows(row_loss, batch), terms
 
     def evaluate(self, batch: TensorDict, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,6 +210,11 @@ class IMPALA(Algorithm):
         value = self.critic(features) if self.shares_encoder else self.value(batch["observation"])
         assert log_prob.shape == entropy.shape == value.shape == batch["action_log_prob"].shape
         return log_prob, entropy, value
+
+    def rho(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """V-trace's bounded ratio of probabilities, and whether (1.0) the bound changed it, each [*B]."""
+        ratio, bound = log_ratio.exp(), self.hp.vtrace_clip_rho_threshold
+        return ratio.clamp(max=bound), (ratio > bound).float()
 
     @torch.no_grad()
     def targets(self, batch: TensorDict, value: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ class RMSprop(torch.optim.Optimizer):
 
     s <- decay s + (1 - decay) g^2,  p <- p - lr g / sqrt(s + eps),  with s = 1 at first
 
-    An epsilon of 0.1 means this form (Espeholt et al. 2018, arXiv:1802.01561, table G.1): `torch.optim.RMSprop` adds it
-    to the root instead, and begins with s = 0.
+    An epsilon of 0.1, as in the code of Espeholt et al. 2018, arXiv:1802.01561, means this form: `torch.optim.RMSprop`
+    adds it to the root instead, and begins with s = 0.
 
     If `found_inf` is set, a tensor as for torch's fused optimizers, a step is taken where it is 0: nobody waits for it.
 

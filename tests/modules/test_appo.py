@@ -47,7 +47,7 @@ def test_loss_and_gradient_equal_a_brute_force(kind: str, vtrace: bool, kl_coef:
     assert_gradients(algorithm, loss, twin)
     real = rollout["mask"] if kind != "whole" else torch.ones_like(rollout["is_init"])
     rho, ratio = 1 / to_old[real], ratio[real]
-    assert metrics["vtrace/rho_mean"] == pytest.approx(rho.mean().item(), rel=1e-4)
+    assert metrics["vtrace/rho_mean"] == pytest.approx(rho.clamp(max=1.2).mean().item(), rel=1e-4)
     assert metrics["vtrace/rho_clipped"] == pytest.approx((rho > 1.2).float().mean().item())
     assert metrics["policy/clip_fraction"] == pytest.approx(((ratio - 1).abs() > 0.2).float().mean().item())
     first, second = (torch.softmax(p(rollout["observation"]), -1)[real] for p in (algorithm.target, algorithm.policy))
