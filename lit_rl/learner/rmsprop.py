@@ -28,7 +28,8 @@ class RMSprop(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, decay: float = 0.99, eps: float = 0.1):
-        super().__init__(parameters, {"lr": lr, "decay": decay, "eps": eps})
+        # "capturable": torch then loads the number of steps onto the parameters' device, where they are counted.
+        super().__init__(parameters, {"lr": lr, "decay": decay, "eps": eps, "capturable": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
