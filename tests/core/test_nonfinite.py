@@ -49,7 +49,7 @@ def datamodule(name: str) -> L.LightningDataModule:
     if name == "PPO":
         return RolloutDataModule("CartPole-v1", max_env_steps=128 * 6, **ROLLOUTS)
     if name in ("IMPALA", "APPO"):
-        return RolloutDataModule("CartPole-v1", max_env_steps=128 * 10, **ROLLOUTS)
+        return RolloutDataModule("CartPole-v1", max_env_steps=128 * 12, **ROLLOUTS)
     env = "CartPole-v1" if name == "DQN" else "Pendulum-v1"
     return ReplayDataModule(env, max_env_steps=256, prioritized=name == "DQN", **REPLAY)
 
