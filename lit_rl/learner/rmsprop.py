@@ -52,9 +52,9 @@ class RMSprop(torch.optim.Optimizer):
                 torch._foreach_add_(steps, 1)
             else:  # a step that is not taken is one of gradient 0 and decay 1
                 taken = self.found_inf == 0
-                torch._foreach_add_(steps, taken.float())
+                torch._foreach_add_(steps, [taken.float()] * len(steps))
                 grads = [torch.where(taken, grad, 0.0) for grad in grads]
-                decay = torch.where(taken, decay, 1.0)
+                decay = [torch.where(taken, decay, 1.0)] * len(grads)
             torch._foreach_mul_(squares, decay)
             torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
             roots = torch._foreach_add(squares, group["eps"])
