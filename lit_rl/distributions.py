@@ -59,6 +59,12 @@ class ActionDistribution(Protocol):
             noise: [*B, num_noise]; None draws it, if there is any, from torch's global generator.
         """
 
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        """KL divergence of the distribution with `parameters` from that with `other`, each [*B, P]; [*B].
+
+        E[log p(a) - log q(a)] of actions a of p, the former: exact, and differentiable in both.
+        """
+
     def to_env(self, action: Tree) -> Tree:
         """The action as the environment takes it: inside the space's bounds, with tuples where it has them."""
 
@@ -96,6 +102,10 @@ class Categorical:
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_prob, entropy
 
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        log_probs, log_others = (torch.log_softmax(x, -1) for x in (parameters, other))
+        return (log_probs.exp() * (log_probs - log_others)).sum(-1)
+
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return action + self._start if self._start else action
 
@@ -131,6 +141,10 @@ class MultiCategorical:
         log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
         return log_prob, entropy
 
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        pairs = zip(self._parts, parameters.split(self._sizes, -1), other.split(self._sizes, -1))
+        return torch.stack([part.kl(p, q) for part, p, q in pairs]).sum(0)
+
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return (action + self._space.start).astype(self._space.dtype)
 
@@ -165,6 +179,10 @@ class Bernoulli:
         log_prob = -torch.nn.functional.softplus(torch.where(ones > 0, -parameters, parameters)).sum(-1)
         entropy = torch.nn.functional.softplus(parameters) - parameters * torch.sigmoid(parameters)
         return log_prob, entropy.sum(-1)
+
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        softplus = torch.nn.functional.softplus
+        return (torch.sigmoid(parameters) * (parameters - other) + softplus(other) - softplus(parameters)).sum(-1)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return action.astype(self._space.dtype)
@@ -208,6 +226,9 @@ class DiagonalGaussian:
         log_prob = -(0.5 * noise * noise + log_std + LOG_SQRT_2PI).sum(-1)
         entropy = (log_std + LOG_SQRT_2PI + 0.5).sum(-1)
         return log_prob, entropy
+
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        return _gaussian_kl(*parameters.split(self.num_outputs, -1), *other.split(self.num_outputs, -1))
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return np.clip(action, self._low, self._high).astype(self._dtype, copy=False)
@@ -283,12 +304,23 @@ class SquashedGaussian:
         log_prob = -(0.5 * inverse * inverse + log_std + LOG_SQRT_2PI + log_slope).sum(-1)
         return log_prob, -self.rsample(parameters, torch.randn_like(mean) if noise is None else noise)[1]
 
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        """That of the two Gaussians: the tanh changes nothing."""
+        pairs = (x.split(self.num_outputs, -1) for x in (parameters, other))
+        return _gaussian_kl(*(x for mean, log_std in pairs for x in (mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))))
+
     def to_env(self, action: np.ndarray) -> np.ndarray:
         scaled = self._center + self._half * action  # which may round to a number outside
         return np.clip(scaled, self._low, self._high).astype(self._dtype, copy=False)
 
     def _shaped(self, action: Any) -> Any:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
+
+
+def _gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
+    """KL divergence of independent Gaussians from others, each [*B, d]; [*B]."""
+    ratio, shift = 2 * (log_std - other_log_std), (mean - other_mean) * torch.exp(-other_log_std)
+    return 0.5 * (torch.expm1(ratio) - ratio + shift.square()).sum(-1)
 
 
 def _are_bounds(bounds: np.ndarray) -> np.ndarray:
@@ -333,6 +365,10 @@ class Joint:
         ]
         log_prob, entropy = (torch.stack(term).sum(0) for term in zip(*terms))
         return log_prob, entropy
+
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        parts = self.parts.items()
+        return torch.stack([part.kl(self._of(parameters, key), self._of(other, key)) for key, part in parts]).sum(0)
 
     def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> Tree:
         return {key: part.uniform(legal[..., self._slices[key][0]], rng) for key, part in self.parts.items()}

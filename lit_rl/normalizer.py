@@ -130,4 +130,21 @@ class ReturnNormalizer(RunningMoments):
         )
         self.running_return = self.running_return.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.update(discounted, mask)
+        return self.scaled(reward)
+
+    def scale_apart(self, reward: Tensor, done: Tensor, is_init: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`scale` for time lines [B, T] that go on from none before: each one's return begins at 0.
+
+        Returns are then no longer than T steps, and their standard deviation is smaller if 1 / (1 - gamma) is more.
+
+        Args:
+            reward, done, is_init: [B, T].
+            mask: which rows are taken in, [B, T]; all are scaled.
+        """
+        keep = torch.cat([torch.zeros_like(reward[:, :1]), self.gamma * ~(done[:, :-1] | is_init[:, 1:])], 1)
+        self.update(returns.discounted_sum(reward.flip(1), keep.flip(1)).flip(1), mask)
+        return self.scaled(reward)
+
+    def scaled(self, reward: Tensor) -> Tensor:
+        """Rewards scaled and clipped to +-10."""
         return (reward / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)

@@ -95,12 +95,14 @@ def time_lines(rollout: TensorDict, *keys: str) -> TensorDict:
     """Some [B, T, ...] keys of a rollout as a batch [B] of whole time lines, for losses that look along them.
 
     Where there is padding it repeats a real step, without its `mask`, so that a network may be given all of it. Keys
-    that are absent are left out; `mask` and `length` are there if the rollout has them.
+    that are absent are left out; `mask`, `length` and `state` are there if the rollout has them.
     """
     batch = _without_padding(rollout, *keys, "mask")
-    length = length_of(rollout)
+    length, state = length_of(rollout), rollout.get("state", None)
     if length is not None:
         batch["length"] = length
+    if state is not None:
+        batch["state"] = state if length is None else map_tree(lambda x: x[_some_with_steps(length)], state)
     return batch
 
 
@@ -126,7 +128,7 @@ def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
         batch, [key for key, _ in batch.items() if key not in ("state", "length")], lambda x: x[:, num_steps:]
     )
     before = _select(batch, ("observation", "is_init"), lambda x: x[:, :num_steps])
-    before["state"], before["real"] = batch["state"], torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+    before["state"], before["real"] = batch["state"], torch.ones_like(batch["is_init"][:, 0])
     found |= {"burn_in": before, "state": batch["state"]}
     if length is not None:
         found["length"] = (length - num_steps).clamp(min=0)
@@ -269,13 +271,17 @@ def _without_padding(rollout: TensorDict, *keys: str) -> TensorDict:
     if length is None:
         return TensorDict(_select(rollout, keys, lambda x: x), rollout.batch_size)
     num_steps = rollout["next", "reward"].shape[1]
-    row = torch.arange(len(length), device=length.device)
-    row = torch.where(length > 0, row, length.argmax())
+    row = _some_with_steps(length)
     step = torch.minimum(torch.arange(num_steps, device=row.device), (length[row, None] - 1).clamp(min=0))
     found = _select(rollout, keys, lambda x: x[row[:, None], step])
     for key in {"is_init", "mask"} & found.keys():
         found[key] &= real_steps(length, num_steps)
     return TensorDict(found, rollout.batch_size)
+
+
+def _some_with_steps(length: Tensor) -> Tensor:
+    """For each time line [B] itself, or another one where it has no step."""
+    return torch.where(length > 0, torch.arange(len(length), device=length.device), length.argmax())
 
 
 def _real(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl import returns
+from lit_rl import distributed, returns
 from lit_rl.algorithm import Algorithm
 from lit_rl.distributed import standardize
 from lit_rl.errors import OptionError
@@ -19,6 +19,7 @@ from lit_rl.learner.rmsprop import RMSprop
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, value_loss
 from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
+from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
 from lit_rl.rollout import (
     bootstrap_values,
@@ -52,8 +53,10 @@ class IMPALA(Algorithm):
     With memory (`network=LSTMNetwork`) policy and critic share the encoder, and gradients flow back through a time line
     to its start, or to the start of its episode.
 
+    A rollout may come again, or hold rows that did: where it says so by `is_new`, statistics take each row once.
+
     Reads a rollout's `observation, action, action_log_prob` and `("next", "reward" | "terminated" | "done")`, each
-    [B, T, ...], its last and final observations, and `mask` and `length` if there are.
+    [B, T, ...], its last and final observations, and `mask`, `length` and `is_new` if there are.
 
     Args:
         lr: the optimizer's learning rate; usually 1e-4 to 1e-3.
@@ -62,7 +65,8 @@ class IMPALA(Algorithm):
         optimizer: "adam", or "rmsprop" as the paper has it, whose `epsilon` is inside the root.
         adam_eps: what Adam adds to the root of the squared gradient.
         rmsprop_decay: of the running mean of squared gradients.
-        rmsprop_eps: what is added to that mean; the paper's 0.1 suits its summed losses.
+        rmsprop_eps: what is added to that mean; the 0.1 of the paper's code is for losses summed over N rows: for the
+            means here it is 0.1 / N^2.
         gamma: discount per env step; 0.9 to 0.999.
         vtrace: correct for the policy's age. False takes the targets of `returns.gae`, and is right on-policy alone.
         lambda_: 0 (one-step, biased) to 1 (to the end of the time line, noisy); the paper has 1.
@@ -70,17 +74,21 @@ class IMPALA(Algorithm):
             policies the values are.
         vtrace_clip_pg_rho_threshold: bound of the ratio that weighs the policy's gradient.
         value_coef: weight of the value loss, which has a factor 1/2 of its own.
+        value_coef_schedule: of `value_coef`, as `lr_schedule` is of `lr`.
         entropy_coef: weight of the entropy bonus; 0 to 0.02.
         entropy_coef_schedule: of `entropy_coef`, as `lr_schedule` is of `lr`.
         normalize_advantage: shift and scale the batch's advantages to mean 0 and standard deviation 1.
         normalize_observations: shift and scale observations, but for images, by the mean and variance of all seen so
             far, and clip them to ±10.
+        normalize_returns: divide rewards by the running standard deviation of the discounted return inside of rollouts,
+            and clip them to ±10.
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0.
         squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
             The entropy is then estimated from one sample.
-        burn_in: the first steps of each time line, which refresh the memory alone: they are not learned from.
+        burn_in: the first steps of each time line, fewer than `rollout_length`, which refresh the memory alone: they
+            are not learned from.
         compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
             ten seconds to a minute of compilation.
     """
@@ -105,11 +113,13 @@ class IMPALA(Algorithm):
         vtrace_clip_rho_threshold: Positive = 1.0,
         vtrace_clip_pg_rho_threshold: Positive = 1.0,
         value_coef: NonNegative = 0.5,
+        value_coef_schedule: Schedule = "constant",
         entropy_coef: NonNegative = 0.01,
         entropy_coef_schedule: Schedule = "constant",
         max_grad_norm: Positive | None = 40.0,
         normalize_advantage: bool = False,
         normalize_observations: bool = False,
+        normalize_returns: bool = False,
         share_encoder: bool | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
@@ -120,7 +130,8 @@ class IMPALA(Algorithm):
     ):
         super().__init__(max_grad_norm=max_grad_norm, **options)
         self.take_options()
-        self.lr, self.entropy_coef = self.scheduled("lr"), self.scheduled("entropy_coef")
+        self.lr = self.scheduled("lr")
+        self.value_coef, self.entropy_coef = self.scheduled("value_coef"), self.scheduled("entropy_coef")
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
@@ -143,11 +154,22 @@ class IMPALA(Algorithm):
             self.critic = ValueHead(output_size(self.policy.encoder))
         else:
             self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
+        self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        lag = host.source.policy_lag
-        if lag and not self.hp.vtrace and not self.CORRECTS:
+        hp, lag = self.hp, host.source.policy_lag
+        if host.source.rollout_shape is not None and hp.burn_in >= host.source.rollout_shape[1]:
+            raise OptionError(
+                f"burn_in={hp.burn_in}: expected fewer steps than rollout_length={host.source.rollout_shape[1]}, of "
+                "which the rest is learned from. Lower it, or collect longer rollouts."
+            )
+        if hp.compile and hp.normalize_advantage and distributed.world_size() > 1:
+            raise OptionError(
+                "normalize_advantage=True: with compile=True and several learner processes the advantages are known "
+                "inside of the compiled step alone, where processes cannot ask each other. Leave one of them out."
+            )
+        if lag and not hp.vtrace and not self.CORRECTS:
             raise OptionError(
                 f"vtrace=False: {type(self).__name__} then learns as if its own policy had acted, but rows are {lag} "
                 "updates old. Leave it out, or collect with prefetch=0 and num_reuses=1."
@@ -166,27 +188,33 @@ class IMPALA(Algorithm):
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a batch [B, T] of whole time lines, and the means of its terms, those of `TERMS`."""
-        hp = self.hp
-        log_prob, entropy, value = self.evaluate(batch)  # [B, T] each
+        log_prob, entropy, value = self.evaluate(batch, self.policy.features(batch))  # [B, T] each
         log_ratio = log_prob.detach() - batch["action_log_prob"]
         advantage, target = self.targets(batch, value.detach(), log_ratio)
         policy_loss = -advantage * log_prob
         critic_loss = value_loss(value, target)
-        row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef.value * entropy
-        rho = log_ratio.exp()
-        clipped = (rho > hp.vtrace_clip_rho_threshold).float()
+        row_loss = policy_loss + self.value_coef.value * critic_loss - self.entropy_coef.value * entropy
         with torch.no_grad():
             kl = approximate_kl(log_ratio)
-            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, rho, clipped)
+            terms = means_of_rows(batch, policy_loss, critic_loss, entropy, kl, *self.rho(log_ratio))
         return mean_of_rows(row_loss, batch), terms
 
-    def evaluate(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of a batch's actions, the entropies, and the values of its observations, each [B, T]."""
-        features = self.policy.features(batch)
+    def evaluate(self, batch: TensorDict, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of a batch's actions, the entropies, and the values of its observations, each [B, T].
+
+        Args:
+            batch: [B, T, ...].
+            features: the policy's, of the batch, [B, T, F].
+        """
         log_prob, entropy = self.policy.evaluate(batch, features)
         value = self.critic(features) if self.shares_encoder else self.value(batch["observation"])
         assert log_prob.shape == entropy.shape == value.shape == batch["action_log_prob"].shape
         return log_prob, entropy, value
+
+    def rho(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """V-trace's bounded ratio of probabilities, and whether (1.0) the bound changed it, each [*B]."""
+        ratio, bound = log_ratio.exp(), self.hp.vtrace_clip_rho_threshold
+        return ratio.clamp(max=bound), (ratio > bound).float()
 
     @torch.no_grad()
     def targets(self, batch: TensorDict, value: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,22 +243,28 @@ class IMPALA(Algorithm):
         return standardize(advantage, mask) if hp.normalize_advantage else advantage, target
 
     def batch_of(self, rollout: TensorDict) -> TensorDict:
-        """What the loss needs of a rollout: its time lines [B, T], and what follows their ends, `bootstrap_value`."""
+        """What the loss needs of a rollout: its time lines [B, T], and what follows their ends, `bootstrap_value`.
+
+        Rewards are scaled, which takes them into the statistics.
+        """
         hp, policy = self.hp, self.policy
         batch = time_lines(rollout, "observation", "action", "action_log_prob", "is_init")
         batch["next"] = rollout["next"].select("reward", "terminated", "done")
+        if self.return_normalizer is not None:
+            reward, done = rollout["next", "reward"], rollout["next", "done"]
+            scaled = self.return_normalizer.scale_apart(reward, done, rollout["is_init"], new_rows(rollout))
+            batch["next", "reward"] = scaled
         with torch.no_grad():
             if policy.has_memory:
                 _, batch["bootstrap_value"], _ = next_values_with_memory(rollout, policy.unroll, self.critic)
             else:
                 batch["bootstrap_value"] = bootstrap_values(rollout, self.value)
-        if policy.has_memory:
-            batch["state"] = rollout["state"]
         if hp.burn_in:
             batch = burnt_in(batch, hp.burn_in)
         if policy.distribution.num_noise:
             shape = (*batch["action_log_prob"].shape, policy.distribution.num_noise)
-            batch["entropy_noise"] = torch.randn(shape, generator=self.generator).to(rollout.device)
+            noise = torch.randn(shape, generator=self.generator)
+            batch["entropy_noise"] = noise.to(batch["action_log_prob"].device, non_blocking=True)
         return batch
 
     def value(self, obs: Tree) -> Tensor:

@@ -1,6 +1,7 @@
 """One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder>`.
 
-Started by test_ddp.py. `gradients <folder> <subfolder>:<shares>:<network>[:compile] ...` makes several runs.
+Started by test_ddp.py. `gradients <folder> <subfolder>:<shares>:<network>:<algorithm>[:compile] ...` makes several
+runs.
 """
 
 import logging
@@ -15,7 +16,18 @@ from envs import DawdlingEnv, counter_vector
 from helpers import quiet_trainer
 from tensordict import TensorDict
 
-from lit_rl import DQN, IMPALA, PPO, Algorithm, Evaluation, ReplayDataModule, RolloutDataModule, distributed, networks
+from lit_rl import (
+    APPO,
+    DQN,
+    IMPALA,
+    PPO,
+    Algorithm,
+    Evaluation,
+    ReplayDataModule,
+    RolloutDataModule,
+    distributed,
+    networks,
+)
 from lit_rl.errors import DivergedError
 from lit_rl.rollout import Rollout, mask_of
 
@@ -40,25 +52,36 @@ class Recorded(RolloutDataModule):
         return share
 
 
-class Gradients(PPO):
-    """Keeps the gradients of every step."""
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.kept = getattr(self, "kept", [])
-        self.kept.append([p.grad.clone() for p in self.parameters()])
+ALGORITHMS = {"PPO": PPO, "IMPALA": IMPALA, "APPO": APPO}
 
 
-def gradients(world_size: int, out: Path, name: str, network: str, compile: bool = False) -> None:
+def gradients(
+    world_size: int, out: Path, name: str, network: str, algorithm_name: str = "PPO", compile: bool = False
+) -> None:
     """The gradients of two full-batch updates, with everything on that is reduced over ranks."""
+    cls: type[Algorithm] = ALGORITHMS[algorithm_name]
+
+    class Gradients(cls):  # type: ignore[misc, valid-type]
+        """Keeps the gradients of every step."""
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.kept = getattr(self, "kept", [])
+            self.kept.append([p.grad.clone() for p in self.parameters() if p.requires_grad])
+
     length, most = 16, max(count for _, count in SHARES[name])
     data = Recorded(
         counter_vector, env_kwargs={"mode": "NextStep"}, vectorization="native", rollouts_per_epoch=2, seed=0,
         num_envs_per_env_runner=most, rollout_length=length,
     )  # fmt: skip
     data.folder, data.shares = out, SHARES[name]
+    own: dict[str, dict[str, object]] = {
+        "PPO": {"minibatch_size": most * length, "num_epochs": 1, "sequence_length": 4},
+        "IMPALA": {"normalize_advantage": True, "optimizer": "rmsprop", "rmsprop_eps": 1e-3},
+        "APPO": {"normalize_advantage": True, "kl_coef": 0.5},
+    }
     algorithm = Gradients(
-        minibatch_size=most * length, num_epochs=1, normalize_observations=True, normalize_returns=True,
-        entropy_coef=0.01, lr=1e-2, network=getattr(networks, network), sequence_length=4, compile=compile,
+        normalize_observations=True, normalize_returns=True, entropy_coef=0.01, lr=1e-2, compile=compile,
+        network=getattr(networks, network), **own[algorithm_name],
     )  # fmt: skip
     trainer = fit(algorithm, data, world_size, max_epochs=1)
     state = {
@@ -66,7 +89,7 @@ def gradients(world_size: int, out: Path, name: str, network: str, compile: bool
         "env_steps": int(algorithm.env_steps),
         "weights": algorithm.state_dict(),
     }
-    torch.save(state, out / f"gradients-{name}{'-compiled' * compile}-{trainer.global_rank}.pt")
+    torch.save(state, out / f"{algorithm_name}-{name}{'-compiled' * compile}-{trainer.global_rank}.pt")
 
 
 def train(world_size: int, out: Path, num_env_runners: int) -> None:
@@ -225,8 +248,8 @@ if __name__ == "__main__":
     case, out = sys.argv[1], Path(sys.argv[2])
     if case == "gradients":
         for run in sys.argv[3:]:
-            folder, shares, network, *compile = run.split(":")
-            gradients(2, out / folder, shares, network, compile=bool(compile))
+            folder, shares, network, algorithm_name, *compile = run.split(":")
+            gradients(2, out / folder, shares, network, algorithm_name, compile=bool(compile))
     elif case == "nan":
         nan(out)
     elif case == "resume":

@@ -16,7 +16,7 @@ from lit_rl import distributed
 from lit_rl.errors import OptionError
 from lit_rl.learner.clipping import Clipping, factor
 from lit_rl.learner.rules import rule_of
-from lit_rl.trees import iterate
+from lit_rl.trees import iterate, leaves
 
 
 class CompiledStep:
@@ -115,7 +115,8 @@ class CompiledStep:
         """The compiled form of a function of batches, which are the last argument; one for each of their shapes."""
         if key in self._compiled:
             return self._own(self._compiled[key](*arguments))
-        rank_zero_info(f"Compiling the gradient step for a batch of {arguments[-1]['action'].shape[0]} rows ...")
+        size = len(leaves(arguments[-1]["action"])[0])
+        rank_zero_info(f"Compiling the gradient step for a batch of size {size} ...")
         started, self._compiled[key] = time.perf_counter(), self._compile(function)
         try:
             results = self._compiled[key](*arguments)
@@ -184,14 +185,14 @@ class CompiledStep:
     def _attach(self) -> None:
         """Make parameters and the optimizer's state views of flat tensors, if they are not: at first, after loading."""
         first = self._parameters[0]
-        state, kept = self._inner.state, self._rule.STATE
+        state, kept = self._inner.state, list(self._rule.STATE)
         same_memory = bool(self._flat) and first.data_ptr() == self._flat[0].data_ptr()
         if same_memory and state[first].get(kept[0]) is self._views[1][0]:  # else a checkpoint was loaded since
             return
         with torch.no_grad():
             values: list[list[Tensor]] = [[parameter.detach() for parameter in self._parameters]]
-            for name in kept:
-                values.append([state[p][name] if state[p] else torch.zeros_like(p) for p in self._parameters])
+            for name, at_first in self._rule.STATE.items():
+                values.append([state[p][name] if state[p] else torch.full_like(p, at_first) for p in self._parameters])
             self._flat = [torch.cat([value.flatten() for value in column]) for column in values]
             self._views = [
                 [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._shapes)]

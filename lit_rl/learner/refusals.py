@@ -35,6 +35,8 @@ def check_trainer(trainer: Any, algorithm: Any) -> None:
         )
     if trainer.accumulate_grad_batches != 1:
         own = f"{name}(minibatch_size" if "minibatch_size" in algorithm.hparams else "ReplayDataModule(batch_size"
+        if algorithm.LEARNS_AGAIN:  # one gradient step per rollout
+            own = "RolloutDataModule(num_envs_per_env_runner"
         raise OptionError(
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): expected 1. Set a larger {own}=...) "
             "instead."

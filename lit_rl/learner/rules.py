@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import OptionError
+from lit_rl.learner.rmsprop import RMSprop
 
 
 class Rule(Protocol):
     """One step of an optimizer on N parameters in one flat tensor.
 
     Attributes:
-        STATE: what the optimizer keeps for each parameter, by the names torch gives it; a flat tensor [N] each.
+        STATE: what the optimizer keeps for each parameter, a flat tensor [N] each, by its own name for it; and what
+            all of that is at first.
     """
 
-    STATE: tuple[str, ...]
+    STATE: dict[str, float]
 
     def __call__(
         self, flat: Tensor, grad: Tensor, state: list[Tensor], lr: Tensor, step: Tensor
@@ -35,7 +37,7 @@ class Rule(Protocol):
 class Adam:
     """Algorithm 1 of Kingma and Ba 2015, arXiv:1412.6980, as `torch.optim.Adam` has it."""
 
-    STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    STATE: dict[str, float] = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def __init__(self, betas: tuple[float, float], eps: float):
         self._betas, self._eps = betas, eps
@@ -52,26 +54,44 @@ class Adam:
         return flat - lr / (1 - power1) * mean / denominator, [mean, square]
 
 
+class TensorFlowRMSprop:
+    """`lit_rl.learner.rmsprop.RMSprop`."""
+
+    STATE: dict[str, float] = {"square_avg": 1.0}
+
+    def __init__(self, decay: float, eps: float):
+        self._decay, self._eps = decay, eps
+
+    def __call__(
+        self, flat: Tensor, grad: Tensor, state: list[Tensor], lr: Tensor, step: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        square = self._decay * state[0] + (1 - self._decay) * grad * grad
+        return flat - lr * grad / (square + self._eps).sqrt(), [square]
+
+
 def rule_of(optimizer: Any) -> Rule:
-    """The rule of a torch optimizer, whose groups of parameters differ in their learning rates alone.
+    """The rule of an optimizer, whose groups of parameters differ in their learning rates alone.
 
     Raises:
         OptionError: if there is none for it.
     """
-    if type(optimizer) is not torch.optim.Adam:
+    kind = type(optimizer)
+    if kind not in (torch.optim.Adam, RMSprop):
         raise OptionError(
-            "compile=True: expected configure_optimizers to return torch.optim.Adam, got "
-            f"{type(optimizer).__name__}. Leave it out."
+            "compile=True: expected configure_optimizers to return torch.optim.Adam or lit_rl.learner.rmsprop.RMSprop, "
+            f"got {kind.__module__}.{kind.__name__}. Leave it out."
         )
     first = optimizer.param_groups[0]
     for group in optimizer.param_groups:
         for name in ("weight_decay", "amsgrad", "maximize"):
-            if group[name]:
+            if group.get(name):
                 raise OptionError(f"compile=True: expected Adam without {name}, got {group[name]!r}. Leave it out.")
-        for name in ("betas", "eps"):
+        for name in ("decay", "eps") if kind is RMSprop else ("betas", "eps"):
             if group[name] != first[name]:
                 raise OptionError(
                     f"compile=True: expected one {name} for all parameters, got {first[name]!r} and {group[name]!r}. "
                     "Leave it out."
                 )
+    if kind is RMSprop:
+        return TensorFlowRMSprop(first["decay"], first["eps"])
     return Adam(first["betas"], first["eps"])

@@ -46,35 +46,37 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = f"{network.__name__}-{kind}"
             (out / folder).mkdir()
             torch.save(rollout.clone().to_dict(), out / folder / "rollout.pt")
-            runs += [f"{folder}:{shares}:{network.__name__}" for shares in splits]
-    run("gradients", out, *runs, "MLP-ragged:uneven:MLP:compile")
+            runs += [f"{folder}:{shares}:{network.__name__}:PPO" for shares in splits]
+            runs += [f"{folder}:{splits[-1]}:{network.__name__}:{name}" for name in ("IMPALA", "APPO")]
+    run("gradients", out, *runs, "MLP-ragged:uneven:MLP:PPO:compile")
     return out
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("network", SPLITS)
+@pytest.mark.parametrize("name", ddp_script.ALGORITHMS)
 def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
-    recorded: Path, network: type, kind: str
+    recorded: Path, name: str, network: type, kind: str
 ) -> None:
     folder = recorded / f"{network.__name__}-{kind}"
     mask = torch.load(folder / "rollout.pt", weights_only=True)["mask"]
     assert mask[:2].sum() != mask[2:].sum()  # the halves hold different numbers of real rows
-    ddp_script.gradients(1, folder, "one", network.__name__)
-    one = torch.load(folder / "gradients-one-0.pt")
-    for shares in SPLITS[network]:
-        first, second = (torch.load(folder / f"gradients-{shares}-{rank}.pt") for rank in (0, 1))
+    ddp_script.gradients(1, folder, "one", network.__name__, name)
+    one = torch.load(folder / f"{name}-one-0.pt")
+    for shares in SPLITS[network] if name == "PPO" else SPLITS[network][-1:]:
+        first, second = (torch.load(folder / f"{name}-{shares}-{rank}.pt") for rank in (0, 1))
         assert one["env_steps"] == first["env_steps"] == 2 * int(mask.sum())
         for step in range(2):
             for a, b, c in zip(one["gradients"][step], first["gradients"][step], second["gradients"][step]):
                 assert torch.isfinite(a).all() and torch.equal(b, c)
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-        for name, value in one["weights"].items():  # normalisers too
-            torch.testing.assert_close(value, first["weights"][name], atol=1e-5, rtol=1e-4)
-    if (kind, network) == ("ragged", MLP):
-        compiled = torch.load(folder / "gradients-uneven-compiled-1.pt")
+        for key, value in one["weights"].items():  # normalisers too
+            torch.testing.assert_close(value, first["weights"][key], atol=1e-5, rtol=1e-4)
+    if (name, kind, network) == ("PPO", "ragged", MLP):
+        compiled = torch.load(folder / "PPO-uneven-compiled-1.pt")
         assert not compiled["gradients"]  # that hook is not called
-        for name, value in one["weights"].items():
-            torch.testing.assert_close(value, compiled["weights"][name], atol=2e-4, rtol=1e-3)
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(value, compiled["weights"][key], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["process", pytest.param("ray", marks=pytest.mark.ray)])

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from helpers import assert_same, make_runner
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_rl import DQN, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl import APPO, DQN, IMPALA, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
 
 ON_POLICY = {"num_envs_per_env_runner": 3, "rollout_length": 16, "rollouts_per_epoch": 2, "max_env_steps": 480}
@@ -44,6 +44,14 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "PPO on one-hot states": lambda: (
         PPO(minibatch_size=16, num_epochs=1),
         RolloutDataModule("FrozenLake-v1", env_kwargs={"is_slippery": True}, seed=3, **ON_POLICY),
+    ),
+    "IMPALA with memory": lambda: (
+        IMPALA(optimizer="rmsprop", network=functools.partial(LSTMNetwork, hidden_size=16), normalize_returns=True),
+        RolloutDataModule("CartPole-v1", seed=3, **ON_POLICY),
+    ),
+    "APPO, squashed": lambda: (
+        APPO(squash_actions=True, target_update_interval=2, normalize_observations=True),
+        RolloutDataModule("Pendulum-v1", seed=3, **ON_POLICY),
     ),
     "DQN prioritised": lambda: (
         DQN(),

@@ -55,13 +55,13 @@ def counted(name: str, found: list[int], **options: Any) -> Any:
             found.append(reads.num)
             return result
 
-    return (Counted if name == "PPO" else OffPolicy)(**own | options)
+    return (OffPolicy if name in ("DQN", "SAC") else Counted)(**own | options)
 
 
 @pytest.mark.parametrize("compile", COMPILED)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_update_asks_the_device_for_nothing(make_trainer, deferred: None, name: str, compile: bool) -> None:
-    """Of PPO each gradient step: before and after them it may ask once."""
+    """Of PPO, IMPALA and APPO each gradient step: before and after them they may ask."""
     found: list[int] = []
     algorithm = counted(name, found, compile=compile)
     make_trainer(limit_val_batches=0).fit(algorithm, datamodule(name))

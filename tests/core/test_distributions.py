@@ -15,9 +15,11 @@ from lit_rl.distributions import (
     DiagonalGaussian,
     Joint,
     MultiCategorical,
+    SquashedGaussian,
     distribution_for,
 )
 from lit_rl.errors import SpaceError
+from lit_rl.masks import NEVER
 from lit_rl.trees import map_tree
 
 BOX = spaces.Box(np.array([-1.0, -2.0, 0.0], np.float32), np.array([1.0, 2.0, 0.5], np.float32))
@@ -108,6 +110,38 @@ def test_evaluate_equals_torch_distributions(distribution: ActionDistribution, r
     log_prob, entropy = distribution.evaluate(parameters, action)
     torch.testing.assert_close(log_prob, expected.log_prob(action))
     torch.testing.assert_close(entropy, expected.entropy())
+
+
+@EVERY
+def test_kl_equals_torch_distributions(distribution: ActionDistribution, reference: Callable) -> None:
+    first, second = (torch.as_tensor(random_parameters(distribution, 500, seed)).double() for seed in (0, 1))
+    p, q = (reference(x) for x in (first, second))
+    pairs = zip(p.parts, q.parts) if isinstance(p, Together) else [(p, q)]
+    expected = sum(torch.distributions.kl_divergence(*pair) for pair in pairs)
+    torch.testing.assert_close(distribution.kl(first, second), expected)
+    assert not distribution.kl(first, first).any()
+
+
+def test_kl_of_squashed_gaussians_is_that_of_their_samples() -> None:
+    squashed = SquashedGaussian(BOX)
+    first, second = (torch.as_tensor(random_parameters(squashed, 1, seed)).double() for seed in (0, 1))
+    noise = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    action, log_prob = squashed.rsample(first.expand(len(noise), -1), noise)
+    log_ratio = log_prob - squashed.evaluate(second.expand(len(noise), -1), action)[0]
+    found = squashed.kl(first, second)
+    assert abs(log_ratio.mean() - found) < 4 * log_ratio.std() / len(noise) ** 0.5
+    wide = torch.full((1, 6), 9.0)  # log standard deviations end at 2
+    assert squashed.kl(wide, torch.cat([wide[:, :3], torch.full((1, 3), 2.0)], -1)) == 0
+
+
+def test_kl_of_masked_choices_is_finite_with_its_gradient() -> None:
+    first, second = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    legal = torch.tensor([True, False, True, True, False])
+    masked = [x.masked_fill(~legal, NEVER).requires_grad_() for x in (first, second)]
+    found = Categorical(5).kl(*masked)
+    torch.testing.assert_close(found, Categorical(3).kl(first[:, legal], second[:, legal]))
+    for gradient in torch.autograd.grad(found.sum(), masked):
+        assert gradient.isfinite().all() and not gradient[:, ~legal].any()
 
 
 @EVERY
@@ -213,6 +247,16 @@ def test_joint_log_prob_and_entropy_are_the_sums_of_the_parts() -> None:
     evaluated = joint.evaluate(tensor, map_tree(torch.as_tensor, action))
     torch.testing.assert_close(evaluated[0], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(evaluated[1], entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_kl_is_the_sum_of_the_parts() -> None:
+    joint = distribution_for(NESTED)
+    first, second = (torch.as_tensor(random_parameters(joint, 20, seed)) for seed in (0, 1))
+    gaussians, multi = [[0, 1, 16, 17], [14, 15, 18, 19]], MultiCategorical(MULTI)
+    box = DiagonalGaussian(spaces.Box(-1, 1, (2,)))
+    expected = sum(box.kl(first[:, at], second[:, at]) for at in gaussians)
+    expected += Categorical(3).kl(first[:, 2:5], second[:, 2:5]) + multi.kl(first[:, 5:14], second[:, 5:14])
+    torch.testing.assert_close(joint.kl(first, second), expected)
 
 
 def test_joint_actions_reach_the_environment_in_its_own_form() -> None:

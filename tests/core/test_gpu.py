@@ -14,7 +14,19 @@ from envs import PictureEnv
 from helpers import assert_same, run_python
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, SAC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import (
+    APPO,
+    DQN,
+    IMPALA,
+    PPO,
+    SAC,
+    Evaluation,
+    LSTMNetwork,
+    Rainbow,
+    ReplayDataModule,
+    RolloutDataModule,
+    load_policy,
+)
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it before the first use
 
@@ -40,6 +52,19 @@ CASES: dict[str, Callable[..., tuple[Any, Any]]] = {
         PPO(minibatch_size=32),
         RolloutDataModule(PictureEnv, env_kwargs={"size": 36}, **ROLLOUTS),
     ),
+    "IMPALA": lambda **options: (
+        IMPALA(optimizer="rmsprop", normalize_observations=True, normalize_returns=True, **options),
+        RolloutDataModule("CartPole-v1", **ROLLOUTS),
+    ),
+    "IMPALA with memory": lambda: (
+        IMPALA(network=LSTMNetwork, burn_in=4),
+        RolloutDataModule("CartPole-v1", **ROLLOUTS),
+    ),
+    "APPO": lambda **options: (
+        APPO(kl_coef=0.2, target_update_interval=1, normalize_observations=True, **options),
+        RolloutDataModule("CartPole-v1", **ROLLOUTS),
+    ),
+    "APPO, squashed": lambda: (APPO(squash_actions=True), RolloutDataModule("Pendulum-v1", **ROLLOUTS)),
     "DQN": lambda **options: (DQN(**options), ReplayDataModule("CartPole-v1", **REPLAY)),
     "Rainbow": lambda: (Rainbow(), ReplayDataModule("CartPole-v1", **REPLAY)),
     "DQN with memory": lambda: (
@@ -48,7 +73,8 @@ CASES: dict[str, Callable[..., tuple[Any, Any]]] = {
     ),
     "SAC": lambda **options: (SAC(**options), ReplayDataModule("Pendulum-v1", **REPLAY)),
 }
-COMPILED = ["PPO", "DQN", "SAC"]
+COMPILED = ["PPO", "IMPALA", "APPO", "DQN", "SAC"]
+ON_POLICY = ("PPO", "IMPALA", "APPO")
 
 
 @pytest.fixture
@@ -98,7 +124,7 @@ def test_the_learner_works_there_and_its_policy_on_the_cpu(name: str, accelerato
 def test_a_few_updates_give_the_weights_of_eager_ones_on_the_cpu(
     name: str, compile: bool, accelerator: str, make_trainer: Callable
 ) -> None:
-    env_steps = {"PPO": 256}.get(name, 64 + 40)
+    env_steps = 256 if name in ON_POLICY else 64 + 40
     expected, _ = fit(make_trainer(), name, env_steps=env_steps)
     found, _ = fit(make_trainer(accelerator=accelerator), name, env_steps=env_steps, compile=compile)
     assert found.updates_done == expected.updates_done > 1
@@ -178,13 +204,13 @@ print([policy.act(np.zeros(policy.spec.observation_space.shape, np.float32))[0].
 
 
 @on_devices
-@pytest.mark.parametrize("name", ["PPO", "DQN", "SAC"])
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.usefixtures("deterministic")
 def test_a_resumed_run_equals_an_unbroken_one_there(name: str, accelerator: str, make_trainer: Callable) -> None:
     def trainer() -> L.Trainer:
         return make_trainer(accelerator=accelerator, deterministic=True, limit_val_batches=0)
 
-    env_steps = {"PPO": 256}.get(name, 160)
+    env_steps = 256 if name in ON_POLICY else 160
     whole, _ = fit(last := trainer(), name, env_steps=2 * env_steps)
     half, _ = fit(first := trainer(), name, env_steps=env_steps)
     first.save_checkpoint("half.ckpt")
@@ -208,13 +234,13 @@ class Moved(L.Callback):
 
 
 @on_devices
-@pytest.mark.parametrize("name", ["PPO", "PPO on pictures", "DQN", "SAC"])
+@pytest.mark.parametrize("name", ["PPO", "PPO on pictures", "IMPALA", "APPO", "DQN", "SAC"])
 def test_mixed_precision_goes_where_float32_goes_there(name: str, accelerator: str, make_trainer: Callable) -> None:
     moved = []
     for precision in ("32-true", "bf16-mixed"):
         moved.append(Moved())
         trainer = make_trainer(accelerator=accelerator, precision=precision, limit_val_batches=0, callbacks=[moved[-1]])
-        fit(trainer, name, env_steps=128 if name.startswith("PPO") else 112)
+        fit(trainer, name, env_steps=128 if name.startswith(ON_POLICY) else 112)
         assert trainer.callback_metrics["optim/skipped_updates"] == 0
     assert torch.cosine_similarity(moved[0].by, moved[1].by, dim=0) > 0.8
 

@@ -12,7 +12,7 @@ from envs import CounterEnv
 from helpers import assert_same
 from tensordict import TensorDict
 
-from lit_rl import DQN, PPO, SAC, ReplayDataModule, RolloutDataModule
+from lit_rl import APPO, DQN, IMPALA, PPO, SAC, ReplayDataModule, RolloutDataModule
 from lit_rl.errors import DivergedError
 from lit_rl.files import rescue
 from lit_rl.normalizer import ReturnNormalizer, RunningMoments
@@ -25,6 +25,8 @@ REPLAY = {
 }  # fmt: skip
 MODELS: dict[str, tuple[type, dict]] = {
     "PPO": (PPO, {"minibatch_size": 64, "num_epochs": 1, "normalize_observations": True, "normalize_returns": True}),
+    "IMPALA": (IMPALA, {"optimizer": "rmsprop", "normalize_returns": True}),
+    "APPO": (APPO, {"target_update_interval": 1, "normalize_observations": True}),
     "DQN": (DQN, {"target_update_interval": 3}),
     "SAC": (SAC, {"max_grad_norm": None}),
 }
@@ -46,6 +48,8 @@ def spoiled(name: str, bad: Callable[[int], bool], which: int | slice = 0, **mor
 def datamodule(name: str) -> L.LightningDataModule:
     if name == "PPO":
         return RolloutDataModule("CartPole-v1", max_env_steps=128 * 6, **ROLLOUTS)
+    if name in ("IMPALA", "APPO"):
+        return RolloutDataModule("CartPole-v1", max_env_steps=128 * 12, **ROLLOUTS)
     env = "CartPole-v1" if name == "DQN" else "Pendulum-v1"
     return ReplayDataModule(env, max_env_steps=256, prioritized=name == "DQN", **REPLAY)
 
@@ -79,8 +83,9 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_its_batch_saved(
     (path,) = tmp_path.glob("nonfinite_batch_*_rank0.pt")
     batch = torch.load(path, weights_only=True)
     assert batch["next"]["reward"].isnan().any() and "observation" in batch
-    if name == "PPO":
+    if name in ("PPO", "IMPALA", "APPO"):
         assert "loss/policy" not in rows.rows[3] and "loss/policy" in rows.rows[4]
+    if name == "PPO":
         assert algorithm.return_normalizer.running_return.isfinite().all()
     if name == "DQN":
         assert np.isfinite(data.buffer._tree.total) and data.buffer._tree.total > 0

@@ -7,12 +7,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rl import DQN, PPO, SAC, TQC, Evaluation, GRUNetwork, Rainbow, ReplayDataModule, RolloutDataModule
+from lit_rl import (
+    APPO,
+    DQN,
+    IMPALA,
+    PPO,
+    SAC,
+    TQC,
+    Evaluation,
+    GRUNetwork,
+    Rainbow,
+    ReplayDataModule,
+    RolloutDataModule,
+)
 from lit_rl.losses import quantile_huber_loss
 
 UPDATES = 12
 MAKE = {
     "PPO": lambda **o: PPO(minibatch_size=32, num_epochs=3, **o),
+    "IMPALA": lambda **o: IMPALA(**o),
+    "APPO": lambda **o: APPO(**o),
     "DQN": lambda **o: DQN(**o),
     "Rainbow": lambda **o: Rainbow(**o),
     "SAC": lambda **o: SAC(**o),
@@ -22,12 +36,18 @@ MAKE = {
 
 def run(make_trainer: Any, name: str, memory: bool, precision: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The weights before and after a short run, and what was logged last."""
-    options: dict[str, Any] = {"network": GRUNetwork, "sequence_length": 8} if memory else {}
+    options: dict[str, Any] = {"network": GRUNetwork} if memory else {}
+    if memory and name not in ("IMPALA", "APPO"):
+        options["sequence_length"] = 8
     algorithm = MAKE[name](**options)
     env = "CartPole-v1" if name in ("DQN", "Rainbow") else "Pendulum-v1"
     common: dict[str, Any] = {"evaluation": Evaluation(episodes=1), "seed": 3}
     if name == "PPO":
         data: Any = RolloutDataModule(env, num_envs_per_env_runner=2, rollout_length=64, max_env_steps=128, **common)
+    elif name in ("IMPALA", "APPO"):
+        data = RolloutDataModule(
+            env, num_envs_per_env_runner=2, rollout_length=16, max_env_steps=32 * UPDATES, **common
+        )
     else:
         data = ReplayDataModule(env, learning_starts=64, batch_size=32, max_env_steps=64 + UPDATES, **common)
     before: list[Tensor] = []
@@ -81,3 +101,18 @@ def test_the_highest_of_many_quantiles_comes_down_in_any_precision() -> None:
     quantiles = torch.zeros(1, 200, dtype=torch.bfloat16, requires_grad=True)
     quantile_huber_loss(quantiles, torch.full((1, 1), -1.0)).sum().backward()
     assert quantiles.grad is not None and quantiles.grad[0, -1] > 0.002
+
+
+@pytest.mark.parametrize("cls", [IMPALA, APPO])
+def test_the_ratios_of_policies_and_the_values_are_float32_in_any_precision(make_trainer, cls: Any) -> None:
+    seen = set()
+
+    class Watched(cls):
+        def targets(self, batch: Any, *given: Tensor) -> Any:
+            found = super().targets(batch, *given)
+            seen.update(x.dtype for x in (*given, *found, batch["bootstrap_value"], batch["action_log_prob"]))
+            return found
+
+    data = RolloutDataModule("Pendulum-v1", num_envs_per_env_runner=2, rollout_length=16, max_env_steps=64, seed=0)
+    make_trainer(precision="bf16-mixed", limit_val_batches=0).fit(Watched(), data)
+    assert seen == {torch.float32}

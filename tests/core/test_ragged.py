@@ -14,7 +14,7 @@ from helpers import make_runner, ragged
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl import MLP, PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
+from lit_rl import APPO, IMPALA, MLP, PPO, GRUNetwork, LSTMNetwork, Policy, RolloutDataModule
 from lit_rl.distributed import masked_mean, standardize
 from lit_rl.envs.make import EnvConfig
 from lit_rl.normalizer import ReturnNormalizer
@@ -265,11 +265,11 @@ def test_sequences_leave_out_pieces_of_padding() -> None:
     torch.testing.assert_close(features[found["mask"]], same[found["mask"]])
 
 
-# --- PPO --------------------------------------------------------------------------------------------------------------
+# --- algorithms -------------------------------------------------------------------------------------------------------
 
 
-class Bare(PPO):
-    """PPO that keeps its minibatches and its gradients in place of stepping."""
+class Keeps:
+    """An algorithm that keeps its minibatches and its gradients in place of stepping."""
 
     def gradient_step(self, batch: TensorDict) -> tuple[bool, Any]:
         self.seen = [*getattr(self, "seen", []), batch]
@@ -282,18 +282,27 @@ class Bare(PPO):
         return True
 
 
-def bare(network: Any, **options: Any) -> Bare:
+def bare(network: Any, cls: type = PPO, **options: Any) -> Any:
     torch.manual_seed(0)
-    algorithm = Bare(
-        network=network, normalize_observations=True, normalize_returns=True, entropy_coef=0.1, sequence_length=4,
-        **options,
-    )  # fmt: skip
+    algorithm = type("Bare", (Keeps, cls), {})(
+        network=network, normalize_observations=True, normalize_returns=True, entropy_coef=0.1, **options
+    )
     algorithm.build(SAMPLE.spec())
     return algorithm
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (PPO, {"minibatch_size": 32, "num_epochs": 1, "sequence_length": 4}),
+        (IMPALA, {"normalize_advantage": True}),
+        (IMPALA, {"vtrace": False, "lambda_": 0.8}),
+        (APPO, {"kl_coef": 0.3}),
+    ],
+    ids=["PPO", "IMPALA", "IMPALA, by GAE", "APPO"],
+)
 @pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=6)], ids=["MLP", "LSTM"])
-def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) -> None:
+def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any, cls: Any, options: Any) -> None:
     short = to_rollout([fragment_of(SAMPLE, network=network, length=8)], copy=True)
     columns: dict[str, Tensor] = {}
     for path, x in iterate(short.to_dict()):  # with 8 steps of padding each, and a time line without any step
@@ -303,7 +312,9 @@ def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) ->
     columns["final_step"][4] = -1
     columns["length"] = torch.tensor([8, 8, 8, 8, 0])
     long = Rollout(nest(columns), [5])
-    ours, theirs = bare(network, minibatch_size=32, num_epochs=1), bare(network, minibatch_size=32, num_epochs=1)
+    ours, theirs = bare(network, cls, **options), bare(network, cls, **options)
+    for algorithm in (ours, theirs):  # the policy has moved on
+        algorithm.policy.head.bias.data += torch.tensor([0.0, 0.5, 1.0])
     metrics, expected = ours.update(long), theirs.update(short)
     for a, b in zip(ours.gradients, theirs.gradients):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -311,6 +322,8 @@ def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any) ->
         torch.testing.assert_close(torch.as_tensor(metrics[name]), torch.as_tensor(value), msg=name)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    if cls is not PPO:
+        return
     carried = ours.return_normalizer.running_return
     assert carried[:4].all()  # inside of episodes
     torch.testing.assert_close(carried[:4], theirs.return_normalizer.running_return)
@@ -326,7 +339,7 @@ def test_minibatches_of_masked_rollouts_have_one_size_and_equal_numbers_on_every
         "lit_rl.modules.ppo.greatest", lambda mine, _: asked.append(mine) or [max(n, others) for n in mine]
     )
     _, cut = rollouts(SAMPLE, network=network)
-    algorithm = bare(network, minibatch_size=16, num_epochs=3)
+    algorithm = bare(network, minibatch_size=16, num_epochs=3, sequence_length=4)
     algorithm.update(cut)
     memory = algorithm.policy.has_memory
     units, size = (7, 4) if memory else (24, 16)  # 24 real rows, or 7 pieces of 4 steps with some
