@@ -197,9 +197,9 @@ class RolloutDataModule(EnvDataModule):
             batch = evened(rollout, algorithm.device)
             if mask_of(batch) is None:
                 return batch
-            spent = self._room - len(dropped) < self._num_fragments
-            most, spent = distributed.greatest([len(taken), int(spent)], algorithm.device)
-            if most or spent:
+            is_spent = self._room - len(dropped) < self._num_fragments
+            most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
+            if most or any_spent:
                 batch.has_rows = bool(most)
                 return batch
 
@@ -255,9 +255,12 @@ class RolloutDataModule(EnvDataModule):
 
     @property
     def policy_lag(self) -> int:
-        """Updates between the weights that acted and those that learn, where all runners are as fast as each other."""
+        """Updates between the weights that acted and those that learn, where all runners are as fast as each other.
+
+        At least so many: past fragments that are replayed may have any age.
+        """
         if not self.is_free_running:
-            return self.lag * self.num_reuses + self.num_reuses - 1
+            return max(self.lag * self.num_reuses + self.num_reuses - 1, int(self.replay_fraction > 0))
         ahead = -(-(self.prefetch + self.num_env_runners) // self._num_fragments)
         return ahead * self.num_reuses + self.broadcast_interval - 1
 

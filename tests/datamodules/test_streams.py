@@ -340,5 +340,9 @@ def test_what_needs_another_algorithm_or_datamodule_is_refused(make_trainer: Any
         make_trainer().fit(
             IMPALA(vtrace=False), RolloutDataModule("CartPole-v1", num_reuses=2, max_env_steps=ROWS, **SMALL)
         )
+    with pytest.raises(OptionError, match="but rows are 1 updates old"):
+        make_trainer().fit(
+            IMPALA(vtrace=False), RolloutDataModule("CartPole-v1", replay_fraction=0.5, max_env_steps=ROWS, **SMALL)
+        )
     with pytest.raises(OptionError, match="prefetch=2: expected 0"):
         ReplayDataModule("CartPole-v1", prefetch=2, num_env_runners=1)
