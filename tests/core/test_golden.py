@@ -19,7 +19,13 @@ sys.path.insert(0, str(GOLDEN))
 
 from make import OBS, digest, runs  # noqa: E402
 
-OLD_PPO = {"minibatch_size": 32, "num_epochs": 1, "normalize_observations": True, "normalize_returns": True}
+OLD_PPO = {
+    "minibatch_size": 32,
+    "num_epochs": 1,
+    "gae_lambda": 0.95,
+    "normalize_observations": True,
+    "normalize_returns": True,
+}
 OLD_DQN = {"lr": 5e-4, "target_update_interval": 500, "tau": 1.0, "loss": "huber", "max_grad_norm": 10.0}
 FILES = sorted(GOLDEN.glob("format_*/*.ckpt"))
 
