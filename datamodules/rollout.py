@@ -309,7 +309,11 @@ class RolloutDataModule(EnvDataModule):
         updates = self.algorithm.updates_done
         if self._said_old or not updates or not self.policy_lag:
             return
-        lag = updates - float(batch["policy_version"].double().mean())
+        mask = mask_of(batch)
+        versions = batch["policy_version"] if mask is None else batch["policy_version"][mask]
+        if not len(versions):  # this rank has none
+            return
+        lag = updates - float(versions.double().mean())
         steps = lag * self.attached_trainer.global_step / updates
         if steps >= OLD:
             self._said_old = True
