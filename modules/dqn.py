@@ -76,7 +76,7 @@ class DQN(OffPolicy):
     """
 
     POLICY: type[Policy] = QPolicy
-    REPLAY = {**OffPolicy.REPLAY, "batch_size": 128, "update_to_data": 0.25, "n_step": 3}
+    REPLAY = {**OffPolicy.REPLAY, "batch_size": 128, "update_to_data": 0.125, "n_step": 3}
 
     policy: QPolicy
     target: QPolicy

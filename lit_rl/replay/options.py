@@ -45,7 +45,7 @@ class Replay:
         learning_starts: env steps, over all learner processes, before the first update.
         random_warmup: whether actions are random until then, instead of the policy's.
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
-            algorithm's own: 0.25 for DQN, 1 for SAC.
+            algorithm's own: 0.125 for DQN, 1 for SAC.
         n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
             the algorithm's own: 3 for DQN and Rainbow, 1 for SAC.
         prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes the

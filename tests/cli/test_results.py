@@ -66,3 +66,11 @@ def test_results_are_judged_by_new_bars_without_training(tmp_path: Path, monkeyp
         "easy": (1, 0), "hard": (2.5, 2), "comparison": (None, None),
     }  # fmt: skip
     assert all(new["median"] == 2.0 and new["runs"] == runs for new in found.values())
+
+
+def test_the_table_of_defaults_in_the_docs_is_the_one_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("defaults").table()
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    assert page.split("<!-- defaults -->\n")[1].split("\n<!-- end -->")[0] == table
+    assert table.count("\n") >= 7

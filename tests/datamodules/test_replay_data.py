@@ -263,7 +263,7 @@ def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> N
 def test_the_algorithm_says_what_is_drawn_and_options_come_first(make_trainer) -> None:
     own = {"n_step": None, "update_to_data": None, "batch_size": None, "learning_starts": 140}
     data = run(make_trainer, algorithm := Rainbow(), **own)
-    assert algorithm.updates_done == 15 and len(data._draw(algorithm)) == 128  # an update for four of 60 env steps
+    assert algorithm.updates_done == 7 and len(data._draw(algorithm)) == 128  # an update for eight of 60 env steps
     assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
     data = run(make_trainer, Rainbow(), n_step=[2, 4], prioritized=False)
     assert data.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
