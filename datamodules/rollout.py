@@ -1,5 +1,6 @@
 """On-policy rollouts, and those of slightly older policies."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -180,10 +181,11 @@ class RolloutDataModule(EnvDataModule):
 
     def _free_batch(self) -> Rollout:
         """The next fragments of free-running runners; a rank that has none in time joins the others without rows."""
-        algorithm, dropped_steps = self.algorithm, 0
+        algorithm, dropped_steps, room = self.algorithm, 0, self._room
         while True:
-            taken, dropped = distributed.together(self._take, algorithm.device)
+            taken, dropped = distributed.together(functools.partial(self._take, room), algorithm.device)
             self.took([*taken, *dropped])
+            room -= len(dropped)
             steps = sum(fragment.entry.delivered for _, fragment in dropped)
             self.ledger.dropped += steps
             dropped_steps += steps
@@ -197,13 +199,13 @@ class RolloutDataModule(EnvDataModule):
             batch = evened(rollout, algorithm.device)
             if mask_of(batch) is None:
                 return batch
-            is_spent = self._room - len(dropped) < self._num_fragments
+            is_spent = room < self._num_fragments
             most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
             if most or any_spent:
                 batch.has_rows = bool(most)
                 return batch
 
-    def _take(self) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
+    def _take(self, room: int) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
         """See `FreeRunning.take`. It is waited for as long as it takes where no other rank has fragments meanwhile."""
         algorithm = self.algorithm
         alone = distributed.world_size() == 1 or self._template is None
@@ -212,7 +214,7 @@ class RolloutDataModule(EnvDataModule):
             self._ask,
             self._num_fragments,
             version=algorithm.updates_done,
-            room=self._room,
+            room=room,
             timeout_s=math.inf if alone else self.stream_timeout_s,
         )
 
