@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import ddp_script
+import fake_ray
 import numpy as np
 import pytest
 import torch
@@ -216,9 +217,11 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: 
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(tmp_path: Path) -> None:
+def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("streams", tmp_path)
+    fake_ray.use(monkeypatch, 1.0)
     ddp_script.streamed(1, tmp_path)
     one, first, second = (torch.load(tmp_path / f"ahead-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert int(one["env_steps"]) == 64 * 5 and int(one["updates"]) == 5
