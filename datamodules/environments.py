@@ -348,8 +348,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             )
         num_env_runners = check("num_env_runners", num_env_runners, Count)
         if num_env_runners > self.num_env_runners and self._pool is not None:  # no more than the budget has room for
-            of_each = self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
-            room = self._budget_left(self.algorithm.env_steps_done) // of_each
+            room = self._budget_left(self.algorithm.env_steps_done) // self._fragment_rows
             num_env_runners = int(max(self.num_env_runners, min(num_env_runners, room)))
         self.num_env_runners = num_env_runners
         if isinstance(self._pool, RunnerPool):
@@ -416,6 +415,11 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         """The most env steps that all ranks take at a time."""
         batch, length = self.rollout_shape
         return batch * length * self.attached_trainer.world_size
+
+    @property
+    def _fragment_rows(self) -> int:
+        """Env steps of one fragment of every rank."""
+        return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
 
     @property
     def _rows_per_epoch(self) -> int:

@@ -309,7 +309,7 @@ class ReplayDataModule(EnvDataModule):
     @property
     def _max_rows(self) -> int:
         if self.prefetch:  # one runner's fragment at a time
-            return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
+            return self._fragment_rows
         return super()._max_rows
 
     @property

@@ -398,11 +398,6 @@ class RolloutDataModule(EnvDataModule):
         return self.fragments_per_batch or max(1, self.num_env_runners)
 
     @property
-    def _fragment_rows(self) -> int:
-        """Env steps of one fragment of every rank."""
-        return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
-
-    @property
     def _rows_per_epoch(self) -> int:
         return self.rollouts_per_epoch * self._max_rows
 

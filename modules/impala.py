@@ -10,16 +10,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import distributed, returns
-from lit_rl.algorithm import Algorithm
+from lit_rl.actor_critic import ActorCritic
 from lit_rl.distributed import standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
-from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.rmsprop import RMSprop
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, value_loss
-from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
-from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
 from lit_rl.rollout import (
     bootstrap_values,
@@ -34,14 +31,12 @@ from lit_rl.rollout import (
     time_lines,
 )
 from lit_rl.schedules import Schedule
-from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree
 
 Optimizer = Annotated[str, OneOf("adam", "rmsprop")]
 TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "vtrace/rho_mean", "vtrace/rho_clipped")
 
 
-class IMPALA(Algorithm):
+class IMPALA(ActorCritic):
     """Importance weighted actor-learner architecture: Espeholt et al. 2018, arXiv:1802.01561.
 
     Policy gradient with V-trace targets, which correct for the versions that the policy moved on since its runners
@@ -96,8 +91,6 @@ class IMPALA(Algorithm):
     LEARNS_AGAIN = True
     CORRECTS = False  # whether the loss is right for older policies' actions without V-trace
 
-    critic: ValueNetwork | ValueHead
-
     def __init__(
         self,
         *,
@@ -132,29 +125,6 @@ class IMPALA(Algorithm):
         self.take_options()
         self.lr = self.scheduled("lr")
         self.value_coef, self.entropy_coef = self.scheduled("value_coef"), self.scheduled("entropy_coef")
-
-    def build(self, spec: EnvSpec) -> None:
-        hp = self.hp
-        self.policy = self.make_policy(
-            spec,
-            normalize_observations=hp.normalize_observations,
-            state_dependent_std=hp.state_dependent_std,
-            squash=hp.squash_actions,
-            log_std_init=hp.log_std_init,
-        )
-        check_same_in_training(self.policy)
-        check_memory(self)
-        if not self.policy.distribution.num_scales:
-            for name in ("squash_actions", "log_std_init"):
-                if hp[name]:
-                    raise OptionError(
-                        f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
-                    )
-        if self.shares_encoder:
-            self.critic = ValueHead(output_size(self.policy.encoder))
-        else:
-            self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
-        self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def attach(self, host: Host) -> None:
         super().attach(host)
@@ -266,14 +236,3 @@ class IMPALA(Algorithm):
             noise = torch.randn(shape, generator=self.generator)
             batch["entropy_noise"] = noise.to(batch["action_log_prob"].device, non_blocking=True)
         return batch
-
-    def value(self, obs: Tree) -> Tensor:
-        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory."""
-        inputs = self.policy.inputs(obs)
-        return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
-
-    @property
-    def shares_encoder(self) -> bool:
-        """Whether the critic is a head on the policy's features."""
-        shared = self.hp.share_encoder
-        return self.policy.has_memory if shared is None else shared

@@ -8,15 +8,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import returns
-from lit_rl.algorithm import Algorithm
+from lit_rl.actor_critic import ActorCritic
 from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
-from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
-from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
-from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
 from lit_rl.rollout import (
     length_of,
@@ -36,7 +33,7 @@ TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/cli
 KL = TERMS.index("policy/kl")
 
 
-class PPO(Algorithm):
+class PPO(ActorCritic):
     """PPO with clipped surrogate objective: Schulman et al. 2017, arXiv:1707.06347, algorithm 1.
 
     Advantages are generalised advantage estimates (arXiv:1506.02438); after a time limit the value of the final
@@ -92,7 +89,6 @@ class PPO(Algorithm):
     OF_ONE_RANK = ("running_return",)
     RENAMED = {"entropy_schedule": "entropy_coef_schedule"}
 
-    critic: ValueNetwork | ValueHead
     kl_coef: Tensor | None
     steps_per_pass: int
 
@@ -136,29 +132,10 @@ class PPO(Algorithm):
         self.entropy_coef = self.scheduled("entropy_coef")
 
     def build(self, spec: EnvSpec) -> None:
-        hp = self.hp
-        self.policy = self.make_policy(
-            spec,
-            normalize_observations=hp.normalize_observations,
-            state_dependent_std=hp.state_dependent_std,
-            squash=hp.squash_actions,
-            log_std_init=hp.log_std_init,
-        )
-        check_same_in_training(self.policy)
-        check_memory(self)
-        if not self.policy.distribution.num_scales:
-            for name in ("squash_actions", "log_std_init"):
-                if hp[name]:
-                    raise OptionError(
-                        f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
-                    )
-        if self.shares_encoder:
-            self.critic = ValueHead(output_size(self.policy.encoder))
-        else:
-            self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
-        self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+        super().build(spec)
         # Depends on what was learned, but is no weight: in checkpoints it is with the rest of what resumes a run.
-        self.register_buffer("kl_coef", torch.tensor(float(hp.kl_coef)) if hp.kl_coef else None, persistent=False)
+        kl_coef = self.hp.kl_coef
+        self.register_buffer("kl_coef", torch.tensor(float(kl_coef)) if kl_coef else None, persistent=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
@@ -230,17 +207,6 @@ class PPO(Algorithm):
             kl_coef.mul_(1.5)
         elif kl < self.hp.kl_target / 2:
             kl_coef.mul_(0.5)
-
-    @property
-    def shares_encoder(self) -> bool:
-        """Whether the critic is a head on the policy's features."""
-        shared = self.hp.share_encoder
-        return self.policy.has_memory if shared is None else shared
-
-    def value(self, obs: Tree) -> Tensor:
-        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory."""
-        inputs = self.policy.inputs(obs)
-        return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
 
     def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, Tree]:
         """Values of a rollout's observations and of its next observations, [B, T], and the memory before each."""

@@ -10,7 +10,7 @@ import torch
 from envs import TargetEnv
 from helpers import assert_same, quiet_trainer
 from tensordict import TensorDict
-from test_impala import OPTIONS, assert_gradients, bare, expected_loss, small
+from test_impala import OPTIONS, assert_gradients, bare, expected_loss, small, small_of
 from torch import Tensor
 
 from lit_rl import APPO, IMPALA, PPO, Policy, RolloutDataModule
@@ -30,13 +30,7 @@ def moved(algorithm: Any) -> Any:
 @pytest.mark.parametrize("kind", ["whole", "masked", "ragged"])
 def test_loss_and_gradient_equal_a_brute_force(kind: str, vtrace: bool, kl_coef: float) -> None:
     options = OPTIONS | {"vtrace": vtrace, "kl_coef": kl_coef, "clip": 0.2, "target_clip": 1.3}
-    algorithm, rollout = moved(bare(APPO, **options)), small()
-    if kind == "whole":
-        del rollout["mask"]
-    if kind == "ragged":
-        rollout["length"] = torch.tensor([4, 5])
-        rollout["mask"][0, 4] = False
-        rollout["next", "reward"][0, 4] = torch.nan
+    algorithm, rollout = moved(bare(APPO, **options)), small_of(kind)
     with torch.no_grad():
         log_prob, old = (policy.evaluate(rollout)[0] for policy in (algorithm.policy, algorithm.target))
         to_old = (rollout["action_log_prob"] - old).exp()
