@@ -221,11 +221,6 @@ class RolloutDataModule(EnvDataModule):
             timeout_s=math.inf if alone else self.stream_timeout_s,
         )
 
-    @property
-    def _room(self) -> int:
-        """Fragments of this rank that the budget has room for."""
-        return int(min(self._budget_left(self.algorithm.env_steps_done) // self._fragment_rows, 2**31))
-
     def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout:
         """A rollout of new fragments, and of past ones if they are replayed."""
         new = [fragment for _, fragment in fragments]

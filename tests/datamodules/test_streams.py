@@ -142,6 +142,14 @@ def test_rows_of_equally_fast_runners_are_as_old_as_is_said(
     assert last["rollout/least_share"] == last["rollout/greatest_share"] == 0.5
 
 
+def test_without_a_budget_the_trainers_limits_end_the_run(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0)
+    data = RolloutDataModule("CartPole-v1", num_env_runners=2, prefetch=2, **SMALL)
+    algorithm = Watched()
+    make_trainer(limit_val_batches=0, max_steps=5).fit(algorithm, data)
+    assert algorithm.updates_done == 5 and algorithm.env_steps_done == 5 * 2 * ROWS
+
+
 def test_fragments_of_a_slow_runner_are_left_out_and_counted(
     make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +307,7 @@ def test_no_repeat_is_older_than_is_allowed(make_trainer: Any, monkeypatch: pyte
     """Also at the end, where the budget has no room for a new rollout instead."""
     fake_ray.use(monkeypatch, 1.0, 1.001)
     algorithm = Watched()
-    data, _ = free_running(
+    free_running(
         make_trainer, algorithm, fragments_per_batch=2, num_reuses=2, circular_buffer_batches=4, max_policy_lag=6
     )
     assert max(max(lags) for lags in algorithm.lags) <= 6
