@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from results import OUT, commit
 
 
 def quiet_trainer(*callbacks: L.Callback) -> L.Trainer:
-    """A Trainer on the CPU that evaluates, logs, saves and shows nothing."""
+    """A Trainer on the CPU that evaluates, logs, saves and says nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     return L.Trainer(
         accelerator="cpu", devices=1, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
