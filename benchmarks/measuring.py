@@ -1,4 +1,4 @@
-"""What benchmarks of asynchronous collection share: a quiet Trainer, a clock, and files of figures with their origin."""
+"""What benchmarks of asynchronous collection share: a quiet Trainer, a clock, figures written with their origin."""
 
 import importlib.metadata
 import json
