@@ -136,8 +136,9 @@ def rllib_config(name: str, learners: int, seed: int = 0) -> Any:
 
 
 def updates_of(result: dict[str, Any]) -> int:
-    """Gradient steps so far."""
-    return int(result.get("learners", {}).get("default_policy", {}).get("weights_seq_no", 0))
+    """Gradient steps so far; 0 if the learner did not report since the last result."""
+    found = result.get("learners", {}).get("default_policy", {}).get("weights_seq_no", math.nan)
+    return 0 if math.isnan(found) else int(found)
 
 
 def rllib(name: str, seconds: float, learners: int) -> dict[str, float]:
@@ -163,9 +164,9 @@ def rllib(name: str, seconds: float, learners: int) -> dict[str, float]:
         result = algorithm.train()
         now, updates = time.perf_counter(), updates_of(result)
         collected = int(result["env_runners"].get("num_env_steps_sampled_lifetime", 0))
-        if first is None and updates:
+        if updates and first is None:
             first = now, updates, collected
-        elif first is not None and now - first[0] >= seconds:
+        elif updates and first is not None and now - first[0] >= seconds:
             break
     since, updates, collected = now - first[0], updates - first[1], collected - first[2]
     algorithm.stop()
@@ -193,7 +194,7 @@ def rllib_until(name: str, goal: float, seed: int, envs: int) -> dict[str, float
         found, now = result["env_runners"], time.perf_counter()
         learned = learned or (now if updates_of(result) else 0.0)
         env_steps = int(found.get("num_env_steps_sampled_lifetime", 0))
-        if found.get("episode_return_mean", 0.0) >= goal:
+        if learned and found.get("episode_return_mean", 0.0) >= goal:
             reached = now
             break
     algorithm.stop()

@@ -5,8 +5,8 @@
 A cell is a lag, V-trace on or off, and a seed: 300,000 env steps with the settings of recipes/impala_cartpole.yaml but
 for one env runner, so that a rollout is 400 env steps, and `LR`, since there are fewer updates. Then the last policy
 plays 100 greedy episodes, with seeds that no run has seen. A lag of 64 rollouts is 25,600 env steps. Without V-trace
-the loss takes each row as if the present policy had acted, as A2C does. A cell's figures are kept in `--folder`, and a cell
-that is there is not run again. About 10 minutes for all 24 cells on two idle cores. `--write` makes
+the loss takes each row as if the present policy had acted, as A2C does. A cell's figures are kept in `--folder`, and a
+cell that is there is not run again. About 10 minutes for all 24 cells on two idle cores. `--write` makes
 docs/results/lag_cartpole.json and .png.
 """
 

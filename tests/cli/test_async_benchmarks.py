@@ -135,6 +135,12 @@ def test_systems_are_compared_within_each_round() -> None:
     ]
 
 
+def test_rllib_reports_no_updates_of_every_second() -> None:
+    assert async_speed.updates_of({"learners": {"default_policy": {"weights_seq_no": 7.0}}}) == 7
+    assert async_speed.updates_of({"learners": {"default_policy": {"weights_seq_no": float("nan")}}}) == 0
+    assert async_speed.updates_of({}) == 0
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
