@@ -348,8 +348,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             )
         num_env_runners = check("num_env_runners", num_env_runners, Count)
         if num_env_runners > self.num_env_runners and self._pool is not None:  # no more than the budget has room for
-            room = self._budget_left(self.algorithm.env_steps_done) // self._fragment_rows
-            num_env_runners = int(max(self.num_env_runners, min(num_env_runners, room)))
+            num_env_runners = max(self.num_env_runners, min(num_env_runners, self._room))
         self.num_env_runners = num_env_runners
         if isinstance(self._pool, RunnerPool):
             self._pool.resize(num_env_runners)
@@ -420,6 +419,12 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     def _fragment_rows(self) -> int:
         """Env steps of one fragment of every rank."""
         return self.num_envs_per_env_runner * self.rollout_length * self.attached_trainer.world_size
+
+    @property
+    def _room(self) -> int:
+        """Fragments of this rank that the budget has room for."""
+        left = self._budget_left(self.algorithm.env_steps_done)
+        return 2**31 if left == float("inf") else int(left // self._fragment_rows)
 
     @property
     def _rows_per_epoch(self) -> int:

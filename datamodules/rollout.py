@@ -46,7 +46,7 @@ class RolloutDataModule(EnvDataModule):
             joins without rows.
         num_reuses: how often each rollout is learned from, with APPO or IMPALA. The repeats come from a circular buffer
             of the last rollouts, and are no new env steps.
-        circular_buffer_batches: rollouts in that buffer: with more, another one comes before a repeat.
+        circular_buffer_batches: rollouts in that buffer: with more, newer ones come before a repeat.
         replay_fraction: share of each batch that past fragments are, at least 0 and below 1, with APPO or IMPALA.
         replay_buffer_fragments: past fragments that are kept for it.
     """
@@ -125,16 +125,19 @@ class RolloutDataModule(EnvDataModule):
         started = time.perf_counter()
         if self._begun is None:
             self._begun = started
-        if self.max_policy_lag is not None:
-            self._buffer.drop_older(self.algorithm.updates_done - self.max_policy_lag)
         if self._buffer.is_due:
             batch = self._buffer.repeat()
         else:
             batch = self._new_batch()
             self._is_last = not self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
-            self._buffer.add(batch)
+            if batch.has_rows:
+                self._buffer.add(batch, self._oldest_version(batch))
+            if self._is_last:
+                self._buffer.finish()
             if not self.is_free_running and self.lag and not self._is_last:
                 self._start_ahead(batch)
+        if self.max_policy_lag is not None:  # when the next batch is learned from
+            self._buffer.drop_older(self.algorithm.updates_done + 1 - self.max_policy_lag)
         if self._is_last and not self._buffer.is_due:
             self.stop_at_budget()
         self._watch_age(batch)
@@ -218,11 +221,6 @@ class RolloutDataModule(EnvDataModule):
             timeout_s=math.inf if alone else self.stream_timeout_s,
         )
 
-    @property
-    def _room(self) -> int:
-        """Fragments of this rank that the budget has room for."""
-        return int(min(self._budget_left(self.algorithm.env_steps_done) // self._fragment_rows, 2**31))
-
     def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout:
         """A rollout of new fragments, and of past ones if they are replayed."""
         new = [fragment for _, fragment in fragments]
@@ -265,6 +263,15 @@ class RolloutDataModule(EnvDataModule):
             return max(self.lag * self.num_reuses + self.num_reuses - 1, int(self.replay_fraction > 0))
         ahead = -(-(self.prefetch + self.num_env_runners) // self._num_fragments)
         return ahead * self.num_reuses + self.broadcast_interval - 1
+
+    def _oldest_version(self, batch: Rollout) -> int:
+        """Of the weights that acted, on any rank: all have to keep the same batches."""
+        if self.max_policy_lag is None:
+            return 0
+        mask, algorithm = mask_of(batch), self.algorithm
+        versions = batch["policy_version"] if mask is None else batch["policy_version"][mask]
+        oldest = int(versions.min()) if len(versions) else algorithm.updates_done
+        return -distributed.greatest([-oldest], algorithm.device)[0]
 
     def _check_stream(self) -> None:
         """Refuse options that contradict each other."""

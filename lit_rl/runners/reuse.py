@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,57 +10,64 @@ from lit_rl.rollout import Rollout
 from lit_rl.runners.fragment import Fragment
 
 
-@dataclass
-class _Entry:
+class _Kept(NamedTuple):
     batch: Rollout
-    uses: int = 1
+    oldest: int
 
 
 class CircularBuffer:
     """The last batches, each of which is learned from several times: Luo et al. 2020, arXiv:1912.00167, section 3.
 
+    Every new batch is followed by as many repeats. Those of one batch are spread evenly over the time that it is kept.
+
     Args:
         num_batches: kept at a time.
-        num_uses: of each batch; fewer where newer ones take its place before.
+        num_uses: of each batch.
     """
 
     def __init__(self, num_batches: int, num_uses: int):
-        self._num_uses = num_uses
-        self._entries: deque[_Entry] = deque(maxlen=num_batches)  # that used longest ago first
-        self._due = 0
+        self._num_batches = num_batches
+        self._kept: deque[_Kept | None] = deque(maxlen=num_batches)  # the newest first; None: nothing to repeat
+        self._ages = [use * (num_batches - 1) // (num_uses - 1) for use in range(1, num_uses)]  # in newer batches
+        self._due: deque[_Kept] = deque()
 
     @property
     def is_due(self) -> bool:
         """Whether a repeat comes before the next new batch."""
-        return bool(self._due and self._entries)
+        return bool(self._due)
 
-    def add(self, batch: Rollout) -> None:
-        """Keep a batch that is learned from now."""
-        self._due = self._num_uses - 1
-        if self._due:
-            self._entries.append(_Entry(batch))
+    def add(self, batch: Rollout, oldest: int = 0) -> None:
+        """Keep a batch that is learned from now, whose rows are of policy version `oldest` and later ones."""
+        self._push(_Kept(batch, oldest))
+
+    def finish(self) -> None:
+        """No new batch comes any more: the repeats that are left are due."""
+        for _ in range(self._num_batches - 1):
+            self._push(None)
 
     def repeat(self) -> Rollout:
-        """The batch that was used longest ago, marked as one that is not new."""
-        entry = self._entries.popleft()
-        entry.uses += 1
-        self._due -= 1
-        if entry.uses < self._num_uses:
-            self._entries.append(entry)
-        repeated = Rollout(dict(entry.batch.items()), entry.batch.batch_size)
-        repeated["is_new"] = entry.batch["is_init"].new_zeros(len(entry.batch))
+        """The batch that is due, marked as one that is not new."""
+        batch = self._due.popleft().batch
+        repeated = Rollout(dict(batch.items()), batch.batch_size)
+        repeated["is_new"] = batch["is_init"].new_zeros(len(batch))
         return repeated
 
     def drop_older(self, version: int) -> None:
         """Forget batches with rows of versions before this one."""
-        self._entries = deque(
-            (entry for entry in self._entries if entry.batch["policy_version"].min() >= version),
-            maxlen=self._entries.maxlen,
-        )
+        for i, kept in enumerate(self._kept):
+            if kept is not None and kept.oldest < version:
+                self._kept[i] = None
+        self._due = deque(kept for kept in self._due if kept.oldest >= version)
 
     def clear(self) -> None:
-        self._entries.clear()
-        self._due = 0
+        self._kept.clear()
+        self._due.clear()
+
+    def _push(self, newest: _Kept | None) -> None:
+        if self._ages:
+            self._kept.appendleft(newest)
+            again = [self._kept[age] for age in self._ages if age < len(self._kept)]
+            self._due += [kept for kept in again if kept is not None]
 
 
 class FragmentReplay:

@@ -142,6 +142,14 @@ def test_rows_of_equally_fast_runners_are_as_old_as_is_said(
     assert last["rollout/least_share"] == last["rollout/greatest_share"] == 0.5
 
 
+def test_without_a_budget_the_trainers_limits_end_the_run(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0)
+    data = RolloutDataModule("CartPole-v1", num_env_runners=2, prefetch=2, **SMALL)
+    algorithm = Watched()
+    make_trainer(limit_val_batches=0, max_steps=5).fit(algorithm, data)
+    assert algorithm.updates_done == 5 and algorithm.env_steps_done == 5 * 2 * ROWS
+
+
 def test_fragments_of_a_slow_runner_are_left_out_and_counted(
     make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,9 +210,9 @@ def test_killed_runners_leave_no_gap_and_no_duplicate(make_trainer: Any, tmp_pat
 # --- rollouts again ---------------------------------------------------------------------------------------------------
 
 
-def batch(number: int, version: int = 0) -> Rollout:
-    columns = {"is_init": torch.zeros(2, 3, dtype=torch.bool), "policy_version": torch.full((2, 3), version)}
-    found = Rollout({**columns, "observation": torch.full((2, 3, 1), float(number))}, [2])
+def batch(number: int) -> Rollout:
+    columns = {"is_init": torch.zeros(2, 3, dtype=torch.bool), "observation": torch.full((2, 3, 1), float(number))}
+    found = Rollout(columns, [2])
     found.env_steps = 6
     return found
 
@@ -212,34 +220,46 @@ def batch(number: int, version: int = 0) -> Rollout:
 @pytest.mark.parametrize(
     ("num_batches", "num_uses", "expected"),
     [
-        (1, 1, [0, 1, 2, 3]),
-        (1, 3, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
-        (2, 2, [0, 0, 1, 1, 2, 2]),  # a batch waits for its repeat behind none
-        (3, 3, [0, 0, 0, 1, 1, 1]),
+        (1, 1, [0, 1, 2, 3, 4, 5]),
+        (4, 1, [0, 1, 2, 3, 4, 5]),
+        (1, 3, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]),
+        (2, 2, [0, 1, 0, 2, 1, 3, 2, 4, 3, 5, 4, 5]),
+        (3, 3, [0, 1, 0, 2, 1, 0, 3, 2, 1, 4, 3, 2, 5, 4, 3, 5, 4, 5]),
+        (2, 3, [0, 0, 1, 1, 0, 2, 2, 1, 3, 3, 2, 4, 4, 3, 5, 5, 4, 5]),
+        (4, 2, [0, 1, 2, 3, 0, 4, 1, 5, 2, 3, 4, 5]),
+        (9, 2, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_every_batch_is_repeated(num_batches: int, num_uses: int, expected: list[int]) -> None:
-    buffer, given, number = CircularBuffer(num_batches, num_uses), [], 0
-    while len(given) < len(expected):
-        if buffer.is_due:
+def test_every_batch_is_repeated_behind_newer_ones(num_batches: int, num_uses: int, expected: list[int]) -> None:
+    """Of six batches; the repeats that are left come after the last one."""
+    buffer, given = CircularBuffer(num_batches, num_uses), []
+    for number in range(6):
+        found = batch(number)
+        buffer.add(found)
+        assert new_rows(found) is None and found.env_steps == 6
+        given.append(number)
+        if number == 5:
+            buffer.finish()
+        while buffer.is_due:
             found = buffer.repeat()
             assert found.env_steps == 0 and not new_rows(found).any()
-        else:
-            found, number = batch(number), number + 1
-            buffer.add(found)
-            assert new_rows(found) is None and found.env_steps == 6
-        given.append(int(found["observation"][0, 0]))
+            given.append(int(found["observation"][0, 0]))
     assert given == expected
+    assert [given.count(number) for number in range(6)] == [num_uses] * 6
 
 
 def test_repeats_that_are_too_old_are_left_out() -> None:
     buffer = CircularBuffer(2, 4)
-    buffer.add(batch(0, version=3))
-    buffer.repeat()
+    buffer.add(batch(0), oldest=3)
     buffer.drop_older(3)
     assert buffer.is_due
     buffer.drop_older(4)
     assert not buffer.is_due
+    buffer.add(batch(1), oldest=4)  # the first would come again after it
+    given = []
+    while buffer.is_due:
+        given.append(int(buffer.repeat()["observation"][0, 0]))
+    assert given == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +291,28 @@ def test_repeats_are_learned_from_and_counted_once(make_trainer: Any) -> None:
     for seen in algorithm.batches[::3]:
         normalizer.update(seen)
     assert_same(dict(algorithm.policy.normalizer.state_dict()), dict(normalizer.state_dict()))
+
+
+def test_repeats_come_behind_newer_rollouts(make_trainer: Any) -> None:
+    data = RolloutDataModule(
+        "CartPole-v1", max_env_steps=ROWS * 4, num_reuses=2, circular_buffer_batches=2, rollouts_per_epoch=2, **SMALL
+    )
+    algorithm = train(make_trainer, data)
+    assert algorithm.new == [ROWS, ROWS, 0, ROWS, 0, ROWS, 0, 0]
+    assert algorithm.lags == [[0], [0], [2], [0], [3], [0], [3], [2]]
+    assert algorithm.env_steps_done == ROWS * 4
+
+
+def test_no_repeat_is_older_than_is_allowed(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the end, where the budget has no room for a new rollout instead."""
+    fake_ray.use(monkeypatch, 1.0, 1.001)
+    algorithm = Watched()
+    free_running(
+        make_trainer, algorithm, fragments_per_batch=2, num_reuses=2, circular_buffer_batches=4, max_policy_lag=6
+    )
+    assert max(max(lags) for lags in algorithm.lags) <= 6
+    assert sum(algorithm.new) == algorithm.env_steps_done == ROWS * 40
+    assert 20 < len(algorithm.new) < 40  # some repeats, not all
 
 
 def test_replayed_fragments_are_learned_from_beside_new_ones(make_trainer: Any) -> None:
