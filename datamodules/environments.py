@@ -21,6 +21,7 @@ from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
+from lit_rl.learner.transfer import Transfer
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
 from lit_rl.runners.faults import FaultTolerance, time_limit
 from lit_rl.runners.fragment import Episode, Fragment
@@ -125,6 +126,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self.spec: EnvSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
+        self._transfer = Transfer()
         self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
         self._runner_states: list[dict[str, Any]] = []
@@ -159,7 +161,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
+        return self._transfer(batch, device) if isinstance(batch, TensorDict) else batch
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("exception")

@@ -27,6 +27,8 @@ from lit_rl import (
     RolloutDataModule,
     load_policy,
 )
+from lit_rl.learner.transfer import Transfer
+from lit_rl.rollout import Rollout
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it before the first use
 
@@ -301,3 +303,20 @@ def test_env_runners_stay_on_the_cpu(make_trainer: Callable) -> None:
     module = PPO(minibatch_size=32)
     make_trainer(accelerator="gpu").fit(module, data)
     assert module.env_steps_done == 512 and data.ledger.delivered >= 512
+
+
+@on_devices
+def test_a_batch_arrives_whole(accelerator: str) -> None:
+    """Also while the device is at something else, and while batches before it are forgotten."""
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    transfer, busy = Transfer(), torch.ones(500, 500, device=device)
+    for number in range(20):
+        sent = Rollout({"x": torch.full((4, 1000), float(number)), "next": {"y": torch.full((4,), number)}}, [4])
+        sent["version"] = torch.tensor([[number]]).expand(4, 3)
+        sent.env_steps, sent.has_rows = number, False
+        busy = busy @ busy / 500
+        got = transfer(sent, device)
+        assert isinstance(got, Rollout) and (got.env_steps, got.has_rows) == (number, False)
+        assert {column.device.type for column in got.values(True, True)} == {device.type}
+        assert_same(got.cpu().to_dict(), sent.to_dict())
+        assert transfer(got, device) is got or accelerator == "cpu"
