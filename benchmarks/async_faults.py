@@ -81,6 +81,7 @@ class Kill(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, algorithm: Any, *_: object) -> None:
         if self._victim is not None:
+            time.sleep(self._rng.uniform(0, 0.03))  # somewhere in a fragment
             os.kill(self._victim, signal.SIGKILL)
             self._victim, self.killed = None, self.killed + 1
         elif self._due and algorithm.env_steps_done >= self._due[0]:

@@ -27,7 +27,7 @@ from lit_rl.envs.make import EnvConfig
 from lit_rl.runners.transport import pack_weights
 
 WARM_UP = 5  # batches: what was collected while the learner started is learned by then
-LENGTHS = {1: 64, 10: 20, 100: 4}  # of fragments, by the milliseconds of a step: 64 to 400 ms each
+LENGTHS = {1: 64, 10: 32, 100: 4}  # of fragments, by the milliseconds of a step: 64 to 400 ms each
 COLUMNS = ("sleep_ms", "runners", "env_steps_per_s", "of_ideal", "learner_idle", "runner_idle", "policy_lag")
 
 
