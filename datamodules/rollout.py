@@ -394,6 +394,7 @@ class RolloutDataModule(EnvDataModule):
         self._replay = self._template = None
         self._stream = FreeRunning(self.prefetch, self.broadcast_interval, self.max_policy_lag)
         self._is_last, self._begun, self._waited_s, self._restarts = False, None, 0.0, self.ledger.restarts
+        self._said_old = False
 
     @property
     def rollout_shape(self) -> tuple[int, int]:
