@@ -48,9 +48,12 @@ TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "IMPALA": ({"lr": 1e-3, "lr_schedule": "linear"}, {"max_env_steps": 1_000_000}),
     "APPO": (
         {
-            "lr": 1e-3, "lr_schedule": "linear", "max_grad_norm": 0.5, "normalize_advantage": True,
+            "lr": 1e-3,
+            "lr_schedule": "linear",
+            "max_grad_norm": 0.5,
+            "normalize_advantage": True,
             "normalize_returns": True,
-        },  # fmt: skip
+        },
         {"max_env_steps": 500_000, "num_reuses": 4},
     ),
 }
