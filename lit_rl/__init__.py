@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AgentId": "lit_rl.envs.multi_agent",
     "Algorithm": "lit_rl.algorithm",
     "APPO": "lit_rl.modules",
     "Diagnostics": "lit_rl.callbacks",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
     "MLP": "lit_rl.networks",
+    "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
     "Placement": "lit_rl.runners.placement",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
+    from lit_rl.envs.multi_agent import AgentId as AgentId
+    from lit_rl.envs.multi_agent import MultiAgentEnv as MultiAgentEnv
     from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.files.loading import load_policy as load_policy
     from lit_rl.modules import APPO as APPO

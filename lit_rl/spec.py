@@ -8,7 +8,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import SpaceError
+from lit_rl.errors import OptionError, SpaceError
+from lit_rl.roster import Roster
 from lit_rl.trees import children, space_leaves
 
 
@@ -37,6 +38,43 @@ class EnvSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EnvSpec":
         return cls(data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"]))
+
+
+@dataclass(frozen=True)
+class MultiAgentSpec:
+    """The agents of an environment, and the spaces of each.
+
+    Attributes:
+        env_id: how messages name the environment.
+        agents: by entry of `possible_agents`, in its order.
+        max_agents: agents whose ids match a pattern, at a time, at most; None if there is no pattern.
+    """
+
+    env_id: str
+    agents: dict[str, EnvSpec]
+    max_agents: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Agents at a time, at most."""
+        return Roster(list(self.agents), self.max_agents).num_slots
+
+    def shared(self) -> EnvSpec:
+        """The spaces that all agents have, for one policy of all.
+
+        Raises:
+            OptionError: if they are not equal.
+        """
+        (first, spec), *others = self.agents.items()
+        for name, other in others:
+            for kind in ("observation_space", "action_space"):
+                if getattr(other, kind) != getattr(spec, kind):
+                    raise OptionError(
+                        f"env={self.env_id}: the {kind} of agent {first!r} is {getattr(spec, kind)}, that of {name!r} "
+                        f"{getattr(other, kind)}: one policy needs equal spaces. Pad them with a wrapper; policies of "
+                        "their own for some agents are not there yet."
+                    )
+        return spec
 
 
 def space_to_dict(space: gym.Space) -> dict[str, Any]:
