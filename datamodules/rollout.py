@@ -202,7 +202,6 @@ class RolloutDataModule(EnvDataModule):
             is_spent = room < self._num_fragments
             most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
             if most or any_spent:
-                batch.has_rows = bool(most)
                 return batch
 
     def _take(self, room: int) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
@@ -234,7 +233,7 @@ class RolloutDataModule(EnvDataModule):
         oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
         rollout = to_rollout([*new, *self._replay.draw(len(new), oldest)], copy=True)
         self._replay.add(new)
-        num_new = len(new) * self.num_envs_per_env_runner
+        num_new = len(new) * self.num_envs_per_env_runner * self.num_slots
         rollout["is_new"] = torch.arange(len(rollout)) < num_new
         rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
         return rollout
@@ -346,9 +345,9 @@ class RolloutDataModule(EnvDataModule):
         total = max(1, sum(rows))
         return found | {"rollout/least_share": min(rows) / total, "rollout/greatest_share": max(rows) / total}
 
-    def lost_steps(self) -> dict[str, float]:
-        lost = super().lost_steps()
-        return lost | {"rollout/dropped_steps": float(self.ledger.dropped)} if self.is_free_running else lost
+    def step_counts(self) -> dict[str, float]:
+        counts = super().step_counts()
+        return counts | {"rollout/dropped_steps": float(self.ledger.dropped)} if self.is_free_running else counts
 
     def _runner_idle(self) -> float:
         return self._stream.idle_s / max(self._stream.idle_s + self._stream.busy_s, 1e-9)
@@ -390,7 +389,7 @@ class RolloutDataModule(EnvDataModule):
 
     @property
     def rollout_shape(self) -> tuple[int, int]:
-        return self._num_fragments * self.num_envs_per_env_runner, self.rollout_length
+        return self._num_fragments * self.num_envs_per_env_runner * self.num_slots, self.rollout_length
 
     @property
     def _num_fragments(self) -> int:

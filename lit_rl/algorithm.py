@@ -39,7 +39,7 @@ from lit_rl.policy import Policy
 from lit_rl.rollout import Rollout, mask_of
 from lit_rl.schedules import Scheduled
 from lit_rl.source import Source, source_of
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 ClipBy = Annotated[str, OneOf("global_norm", "norm", "value")]
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
@@ -271,9 +271,10 @@ class Algorithm(TakesOptions, L.LightningModule):
         """Make the networks, if there are none yet, from the spaces and the seed of a source.
 
         Raises:
-            OptionError: if there are no spaces, or other ones than the networks are for.
+            OptionError: if there are no spaces, or other ones than the networks are for, or those of several agents
+                differ.
         """
-        found = source.spec
+        found = source.spec.shared() if isinstance(source.spec, MultiAgentSpec) else source.spec
         if self.spec is None and found is None:
             raise OptionError(
                 f"{type(self).__name__} does not know its environment: expected a datamodule, as in "

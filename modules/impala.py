@@ -31,6 +31,7 @@ from lit_rl.rollout import (
     time_lines,
 )
 from lit_rl.schedules import Schedule
+from lit_rl.spec import MultiAgentSpec
 
 Optimizer = Annotated[str, OneOf("adam", "rmsprop")]
 TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "vtrace/rho_mean", "vtrace/rho_clipped")
@@ -129,6 +130,13 @@ class IMPALA(ActorCritic):
     def attach(self, host: Host) -> None:
         super().attach(host)
         hp, lag = self.hp, host.source.policy_lag
+        if isinstance(host.source.spec, MultiAgentSpec):
+            for option in ("burn_in", "compile"):
+                if hp[option]:
+                    raise OptionError(
+                        f"{option}={hp[option]}: with several agents time lines differ in length from batch to batch. "
+                        "Leave it out."
+                    )
         if host.source.rollout_shape is not None and hp.burn_in >= host.source.rollout_shape[1]:
             raise OptionError(
                 f"burn_in={hp.burn_in}: expected fewer steps than rollout_length={host.source.rollout_shape[1]}, of "

@@ -52,6 +52,8 @@ def summarize(results: Sequence[EvaluationResult]) -> dict[str, float]:
             "return_iqm_high": high,
             "length_mean": np.mean([episode.length for episode in episodes]),
         }
+    for agent in sorted({agent for episode in episodes for agent in episode.returns or ()}):
+        metrics[f"return_mean/{agent}"] = np.mean([e.returns[agent] for e in episodes if agent in (e.returns or ())])
     for key in sorted({key for episode in episodes for key in episode.info}):
         metrics[f"info/{key}_mean"] = np.mean([e.info[key] for e in episodes if key in e.info])
     return {name: float(value) for name, value in metrics.items()}

@@ -21,6 +21,8 @@ class Episode(NamedTuple):
         steps: its transitions, if recorded: time-ordered arrays by name.
         seed: with which it was begun, if it was played for evaluation.
         cut: whether it had not ended when the time for it was over.
+        returns: with several agents, of each entry of `possible_agents` that took part (of a pattern the mean over its
+            agents); `return_` is the sum over all agents.
     """
 
     return_: float
@@ -29,6 +31,7 @@ class Episode(NamedTuple):
     steps: dict[str, np.ndarray] | None = None
     seed: int | None = None
     cut: bool = False
+    returns: dict[str, float] | None = None
 
 
 class Fragment(NamedTuple):
@@ -38,7 +41,7 @@ class Fragment(NamedTuple):
         rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
             is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
             `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
-            path: "observation/arm".
+            path: "observation/arm". Of time lines of different lengths also `length` [B] and `policy_version` [B, T].
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
             [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
         episodes: those that ended.
@@ -68,9 +71,12 @@ class FragmentLayout:
         state: what the policy carries at an episode's start, [B, ...]; None without memory.
         keep_states: `state` before every step, [B, T, ...], instead of the first alone.
         has_mask: whether rows have a `mask`.
+        ragged: whether time lines differ in length, and rows in their version.
     """
 
-    def __init__(self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool):
+    def __init__(
+        self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool, ragged: bool = False
+    ):
         self._num_envs = num_envs
         # dtype and shape of each array: of one row, [...], and of those that there are once per environment, [B, ...].
         self._rows: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -89,6 +95,9 @@ class FragmentLayout:
         self._rows |= dict.fromkeys(
             ["terminated", "truncated", "is_init", *(["mask"] if has_mask else [])], ("|b1", ())
         )
+        if ragged:
+            self._rows["policy_version"] = ("<i8", ())
+            self._once["length"] = ("<i8", (num_envs,))
         self._layouts: dict[int, tuple[int, Layout]] = {}  # size in bytes and layout of fragments of each length
         self._finals = space_leaves(spec.observation_space, "final_observation")
         self._no_finals = self._packed([], [], 1)
@@ -102,6 +111,11 @@ class FragmentLayout:
             self._layouts[length] = len(packed.buffer), packed.layout
         num_bytes, layout = self._layouts[length]
         return Packed(np.empty(num_bytes, np.uint8), layout)
+
+    @property
+    def row_fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtype and the shape of one row of each array that has rows."""
+        return dict(self._rows)
 
     def pack_finals(
         self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]], length: int
@@ -135,8 +149,8 @@ class FragmentLayout:
         return pack({"final_step": steps, **columns})
 
 
-def put(rows: np.ndarray, b: int, values: Any) -> None:
-    """`values` [...] into environment b's row of `rows` [B, ...]."""
+def put(rows: np.ndarray, b: int | np.ndarray, values: Any) -> None:
+    """`values` [...] into environment b's row of `rows` [B, ...], or [N, ...] into those of N environments."""
     rows[b] = values
 
 

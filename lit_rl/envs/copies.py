@@ -1,0 +1,302 @@
+"""Several copies of a multi-agent environment, stepped one after the other: who is where, and what came of a step."""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from lit_rl.envs.make import EnvConfig
+from lit_rl.envs.multi_agent import MultiAgentEnv
+from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final
+from lit_rl.errors import EnvError, EnvFailure, env_error
+from lit_rl.roster import Roster
+
+
+class Asked(NamedTuple):
+    """An agent that acts next.
+
+    Attributes:
+        slot: where it is, over all copies.
+        agent: its id.
+        obs: what it sees.
+    """
+
+    slot: int
+    agent: str
+    obs: Any
+
+
+class Ended(NamedTuple):
+    """An agent that left.
+
+    Attributes:
+        slot: where it was.
+        terminated, truncated: why.
+        obs: its final observation; None if it has none.
+    """
+
+    slot: int
+    terminated: bool
+    truncated: bool
+    obs: Any
+
+
+class Outcome(NamedTuple):
+    """An episode of a copy that is over.
+
+    Attributes:
+        copy: its number.
+        returns: of each agent that was there or got a reward: the undiscounted sum.
+        length: env steps.
+        info: the user's metrics, each the mean over the agents whose last `info` has it.
+    """
+
+    copy: int
+    returns: dict[str, float]
+    length: int
+    info: dict[str, float]
+
+
+@dataclass
+class Events:
+    """What a step of all copies brought, in the order in which it is to be taken in.
+
+    Attributes:
+        credited: rewards of agents that are there, each after its slot.
+        dropped: slots of agents whose copy failed.
+        ended: agents that left.
+        again: slots of agents that act again: what they did last is complete.
+        begun: slots in which an agent appeared.
+        over: episodes that ended, with which nobody is left in their copies.
+        failed: copies whose step raised.
+    """
+
+    credited: list[tuple[int, float]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    begun: list[int] = field(default_factory=list)
+    over: list[Outcome] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+
+class Copies:
+    """Copies of a multi-agent environment. Each agent of each copy is in a slot, `roster.num_slots` in each copy.
+
+    Args:
+        env: how to make them.
+        num_envs: how many.
+        info_keys: of `info`, what outcomes tell.
+        recover: what is asked when copy b raises in "step" or "reset", or when it is made: returns the seed of the one
+            that is made in its place, or raises. None: what it raised is an `EnvFailure`.
+
+    Attributes:
+        roster: which agents there may be.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        num_envs: int,
+        info_keys: Sequence[str] = (),
+        recover: Callable[[int, str, Exception], int] | None = None,
+    ):
+        self._env, self._recover = env, recover
+        envs = [self._made(b) for b in range(num_envs)]
+        self.roster = Roster(envs[0].possible_agents, getattr(envs[0], "max_agents", None))
+        size = self.roster.num_slots
+        self._copies = [_Copy(made, env.env_id, self.roster, b * size, info_keys) for b, made in enumerate(envs)]
+
+    @property
+    def num_slots(self) -> int:
+        """Of all copies."""
+        return len(self._copies) * self.roster.num_slots
+
+    def spaces_of(self, name: str) -> tuple[gym.Space, gym.Space]:
+        """The observation and the action space of an entry of `possible_agents`."""
+        env = self._copies[0].env
+        return env.observation_space(name), env.action_space(name)
+
+    def has_agents(self, b: int) -> bool:
+        """Whether an episode of copy b is under way."""
+        return bool(self._copies[b].slots)
+
+    def outcome(self, b: int) -> Outcome:
+        """Of copy b's episode as it is now."""
+        return self._copies[b].outcome(b)
+
+    def asked(self) -> list[Asked]:
+        """Those that act next, in the order of their slots."""
+        return [asked for copy_ in self._copies for asked in copy_.asked]
+
+    def begin(self, b: int, seed: int | None, events: Events) -> None:
+        """Begin an episode in copy b, which is added to `events`."""
+        try:
+            found = self._copies[b].env.reset(seed=seed)
+        except Exception as error:
+            found = self._rebuild(b, "reset", error)
+        self._copies[b].begin(found, events)
+
+    def step(self, actions: Iterator[Any]) -> Events:
+        """Step every copy in which an agent is, once.
+
+        Args:
+            actions: of those that are `asked`, as the environment takes them, in the same order.
+        """
+        events = Events()
+        for b, copy_ in enumerate(self._copies):
+            if not copy_.slots:
+                continue
+            given = {agent: next(actions) for _, agent, _ in copy_.asked}
+            try:
+                result = copy_.env.step(given)
+            except Exception as error:
+                found = self._rebuild(b, "step", error)
+                events.failed.append(b)
+                copy_.drop(events)
+                copy_.begin(found, events)
+                continue
+            copy_.take(result, events)
+            if not copy_.slots:
+                events.over.append(copy_.outcome(b))
+        return events
+
+    def close(self) -> None:
+        for copy_ in self._copies:
+            copy_.env.close()
+
+    def _made(self, b: int) -> MultiAgentEnv:
+        while True:
+            try:
+                return self._env.make_multi_agent()
+            except EnvFailure as error:
+                if self._recover is None:
+                    raise
+                self._recover(b, "make", error)
+
+    def _rebuild(self, b: int, what: str, error: Exception) -> Any:
+        """A new environment in the place of one that raised: what its reset returned."""
+        while True:
+            if self._recover is None:
+                raise env_error(self._env.env_id, f"raised in {what}", error) from error
+            seed = self._recover(b, what, error)
+            with contextlib.suppress(Exception):  # what failed may fail to close
+                self._copies[b].env.close()
+            what = "reset"
+            try:
+                self._copies[b].env = self._env.make_multi_agent()
+                return self._copies[b].env.reset(seed=seed)
+            except Exception as again:
+                error = again
+
+
+class _Copy:
+    """One copy, and the slots of the agents that are there."""
+
+    def __init__(self, env: MultiAgentEnv, env_id: str, roster: Roster, first_slot: int, info_keys: Sequence[str]):
+        self.env = env
+        self.asked: list[Asked] = []
+        self.slots: dict[str, int] = {}  # within the copy
+        self.length = 0
+        self._env_id, self._roster, self._first, self._info_keys = env_id, roster, first_slot, info_keys
+        self._names = frozenset(roster.names)
+        self._returns: dict[str, float] = {}
+        self._infos: list[dict[str, float]] = []
+
+    def begin(self, found: Any, events: Events) -> None:
+        """Take in what `reset` returned."""
+        obs, _ = checked_reset(self._env_id, "reset", self._roster, found)
+        self.slots, self._returns, self._infos, self.length = {}, {}, [], 0
+        if not obs:
+            raise EnvError(
+                f"env={self._env_id}: reset gave no observation: expected those of the agents that act first."
+            )
+        self._ask(obs, events)
+
+    def drop(self, events: Events) -> None:
+        """Forget the agents that are there."""
+        events.dropped += [self._first + slot for slot in self.slots.values()]
+
+    def take(self, result: Any, events: Events) -> None:
+        """Take in what `step` returned."""
+        if result.__class__ is not tuple or len(result) != 5 or not all(self._is_known(part) for part in result[:4]):
+            checked_step(self._env_id, self._roster, result)
+        obs, reward, terminated, truncated, info = result
+        slots, returns, first = self.slots, self._returns, self._first
+        self.length += 1
+        for agent, more in reward.items():
+            returns[agent] = returns.get(agent, 0.0) + more
+            if agent in slots:
+                events.credited.append((first + slots[agent], more))
+        gone = [agent for agent in slots if terminated.get(agent) or truncated.get(agent)]
+        for agent in gone:
+            flags = bool(terminated.get(agent)), bool(truncated.get(agent))
+            final = obs.get(agent)
+            if final is None and not flags[0]:
+                raise missing_final(self._env_id, agent)
+            final = final.copy() if isinstance(final, np.ndarray) else copy.deepcopy(final)
+            events.ended.append(Ended(first + slots.pop(agent), *flags, final))
+            if self._info_keys:
+                self._read_info(info.get(agent, {}))
+        self._ask({a: x for a, x in obs.items() if not (terminated.get(a) or truncated.get(a))}, events)
+
+    def outcome(self, b: int) -> Outcome:
+        found: dict[str, list[float]] = {}
+        for infos in self._infos:
+            for key, value in infos.items():
+                found.setdefault(key, []).append(value)
+        return Outcome(b, dict(self._returns), self.length, {key: float(np.mean(x)) for key, x in found.items()})
+
+    def _ask(self, obs: dict[str, Any], events: Events) -> None:
+        """These agents act next; those that were not there appear."""
+        asked = []
+        for agent, x in obs.items():
+            slot = self.slots.get(agent)
+            if slot is None:
+                slot = self._appear(agent)
+                events.begun.append(self._first + slot)
+            else:
+                events.again.append(self._first + slot)
+            asked.append(Asked(self._first + slot, agent, x))
+        # Not in the order of a dict, on which nothing must depend.
+        self.asked = sorted(asked, key=lambda one: one.slot)
+
+    def _appear(self, agent: str) -> int:
+        slot = self._roster.free_slot(agent, self.slots)
+        if slot is None:
+            raise EnvError(
+                f"env={self._env_id}: agent {agent!r} appeared beside {sorted(self.slots)}: expected at most "
+                f"{self._roster.num_slots} agents at a time. Raise the environment's max_agents."
+            )
+        self.slots[agent] = slot
+        self._returns.setdefault(agent, 0.0)
+        return slot
+
+    def _is_known(self, part: Any) -> bool:
+        """Whether a part of what `step` returned needs no closer look."""
+        return part.__class__ is dict and part.keys() <= self._names
+
+    def _read_info(self, info: Any) -> None:
+        found = {}
+        for key in self._info_keys:
+            if isinstance(info, dict) and key in info:
+                try:
+                    value = float(info[key])
+                except (TypeError, ValueError) as error:
+                    raise EnvError(f"info_metrics: info[{key!r}]={info[key]!r} is not a number.") from error
+                if not math.isnan(value):
+                    found[key] = value
+        self._infos.append(found)
+
+
+def returns_by_name(roster: Roster, returns: dict[str, float]) -> dict[str, float]:
+    """Returns by entry of `possible_agents`: of a pattern the mean over its agents."""
+    found: dict[str, list[float]] = {}
+    for agent, value in returns.items():
+        found.setdefault(str(roster.name_of(agent)), []).append(value)
+    return {name: float(np.mean(found[name])) for name in roster.names if name in found}
