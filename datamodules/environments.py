@@ -23,6 +23,7 @@ from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
+from lit_rl.rollout import Rollouts
 from lit_rl.runners.faults import FaultTolerance, time_limit
 from lit_rl.runners.fragment import Episode, Fragment
 from lit_rl.runners.ledger import Ledger
@@ -161,6 +162,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, Rollouts):
+            return batch.to(device)
         return batch.to(device) if isinstance(batch, TensorDict) and batch.device != device else batch
 
     def on_exception(self, exception: BaseException) -> None:

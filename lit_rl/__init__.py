@@ -19,6 +19,7 @@ _PUBLIC = {
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "Evaluation": "lit_rl.evaluation.options",
+    "EpisodeInfo": "lit_rl.policy",
     "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
@@ -27,6 +28,7 @@ _PUBLIC = {
     "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
     "MLP": "lit_rl.networks",
+    "MultiAgent": "lit_rl.multi_agent",
     "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
@@ -36,6 +38,7 @@ _PUBLIC = {
     "QPolicy": "lit_rl.policy",
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
+    "Random": "lit_rl.policy",
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
@@ -65,14 +68,17 @@ if TYPE_CHECKING:
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC
     from lit_rl.modules import Rainbow as Rainbow
+    from lit_rl.multi_agent import MultiAgent as MultiAgent
     from lit_rl.networks import MLP as MLP
     from lit_rl.networks import GRUNetwork as GRUNetwork
     from lit_rl.networks import ImpalaResNet as ImpalaResNet
     from lit_rl.networks import LSTMNetwork as LSTMNetwork
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
+    from lit_rl.policy import EpisodeInfo as EpisodeInfo
     from lit_rl.policy import Policy as Policy
     from lit_rl.policy import QPolicy as QPolicy
+    from lit_rl.policy import Random as Random
     from lit_rl.replay.options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance

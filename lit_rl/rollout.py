@@ -51,6 +51,21 @@ class Rollout(TensorDict):
         return moved
 
 
+class Rollouts(dict[str, Rollout]):
+    """Rollouts of several policies by their ids, all collected in the same env steps.
+
+    Attributes:
+        env_steps: see `Rollout`.
+    """
+
+    @property
+    def env_steps(self) -> int:
+        return next(iter(self.values())).env_steps
+
+    def to(self, *args: Any, **kwargs: Any) -> "Rollouts":
+        return Rollouts({policy_id: rollout.to(*args, **kwargs) for policy_id, rollout in self.items()})
+
+
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T]; 0 in padding.
 

@@ -14,6 +14,7 @@ class Source(Protocol):
     Attributes:
         spec: the environment's spaces, or its agents and theirs; None if there is no environment, or before `setup`.
         seed: of everything random in the run; None if there is none.
+        ragged: whether rollouts' time lines differ in length, from batch to batch.
         clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
         rollout_shape: B and T of what this rank collects at a time; None if it collects nothing.
@@ -23,6 +24,10 @@ class Source(Protocol):
     spec: EnvSpec | MultiAgentSpec | None = None
     seed: int | None = None
     clock: Literal["env_steps", "updates"] = "env_steps"
+
+    @property
+    def ragged(self) -> bool:
+        return isinstance(self.spec, MultiAgentSpec)
 
     @property
     def budget(self) -> int | None:

@@ -31,7 +31,6 @@ from lit_rl.rollout import (
     time_lines,
 )
 from lit_rl.schedules import Schedule
-from lit_rl.spec import MultiAgentSpec
 
 Optimizer = Annotated[str, OneOf("adam", "rmsprop")]
 TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "vtrace/rho_mean", "vtrace/rho_clipped")
@@ -130,7 +129,7 @@ class IMPALA(ActorCritic):
     def attach(self, host: Host) -> None:
         super().attach(host)
         hp, lag = self.hp, host.source.policy_lag
-        if isinstance(host.source.spec, MultiAgentSpec):
+        if host.source.ragged:
             for option in ("burn_in", "compile"):
                 if hp[option]:
                     raise OptionError(

@@ -93,7 +93,7 @@ def plot(args: Sequence[str]) -> None:
 
 def _window(env: Any) -> bool:
     """Whether there is a display, and an environment that uses it; says so where not."""
-    made = env.make() if env.vectorization != "native" else None
+    made = env.make() if env.vectorization != "native" and not env.is_multi_agent else None
     try:
         modes = made.metadata.get("render_modes", ()) if made is not None else ()
     finally:

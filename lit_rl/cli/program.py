@@ -20,6 +20,7 @@ import lit_rl
 import lit_rl.callbacks
 import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
+import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from lit_rl.envs.multi_agent import MultiAgentEnv
 from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final
 from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.roster import Roster
+
+BY_SLOT = operator.itemgetter(0)
 
 
 class Asked(NamedTuple):
@@ -224,17 +227,24 @@ class _Copy:
 
     def take(self, result: Any, events: Events) -> None:
         """Take in what `step` returned."""
-        if result.__class__ is not tuple or len(result) != 5 or not all(self._is_known(part) for part in result[:4]):
+        names = self._names
+        if result.__class__ is not tuple or len(result) != 5:
             checked_step(self._env_id, self._roster, result)
+        for part in result[:4]:
+            if part.__class__ is not dict or not part.keys() <= names:
+                checked_step(self._env_id, self._roster, result)
         obs, reward, terminated, truncated, info = result
         slots, returns, first = self.slots, self._returns, self._first
         self.length += 1
+        credited = events.credited
         for agent, more in reward.items():
             returns[agent] = returns.get(agent, 0.0) + more
             if agent in slots:
-                events.credited.append((first + slots[agent], more))
-        gone = [agent for agent in slots if terminated.get(agent) or truncated.get(agent)]
-        for agent in gone:
+                credited.append((first + slots[agent], more))
+        if not (any(terminated.values()) or any(truncated.values())):
+            self._ask(obs, events)
+            return
+        for agent in [agent for agent in slots if terminated.get(agent) or truncated.get(agent)]:
             flags = bool(terminated.get(agent)), bool(truncated.get(agent))
             final = obs.get(agent)
             if final is None and not flags[0]:
@@ -254,17 +264,18 @@ class _Copy:
 
     def _ask(self, obs: dict[str, Any], events: Events) -> None:
         """These agents act next; those that were not there appear."""
-        asked = []
+        asked, slots, first = [], self.slots, self._first
         for agent, x in obs.items():
-            slot = self.slots.get(agent)
+            slot = slots.get(agent)
             if slot is None:
                 slot = self._appear(agent)
-                events.begun.append(self._first + slot)
+                events.begun.append(first + slot)
             else:
-                events.again.append(self._first + slot)
-            asked.append(Asked(self._first + slot, agent, x))
-        # Not in the order of a dict, on which nothing must depend.
-        self.asked = sorted(asked, key=lambda one: one.slot)
+                events.again.append(first + slot)
+            asked.append(Asked(first + slot, agent, x))
+        if len(asked) > 1:  # not in the order of a dict, on which nothing must depend
+            asked.sort(key=BY_SLOT)
+        self.asked = asked
 
     def _appear(self, agent: str) -> int:
         slot = self._roster.free_slot(agent, self.slots)
@@ -276,10 +287,6 @@ class _Copy:
         self.slots[agent] = slot
         self._returns.setdefault(agent, 0.0)
         return slot
-
-    def _is_known(self, part: Any) -> bool:
-        """Whether a part of what `step` returned needs no closer look."""
-        return part.__class__ is dict and part.keys() <= self._names
 
     def _read_info(self, info: Any) -> None:
         found = {}

@@ -188,8 +188,9 @@ class ReplicatedEnv(MultiAgentEnv):
         return {agent: obs for agent, (obs, _) in found.items()}, {agent: info for agent, (_, info) in found.items()}
 
     def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
-        found = {agent: self._envs[agent].step(action) for agent, action in actions.items()}
-        obs, reward, terminated, truncated, info = ({a: x[i] for a, x in found.items()} for i in range(5))
+        obs, reward, terminated, truncated, info = {}, {}, {}, {}, {}
+        for agent, action in actions.items():
+            obs[agent], reward[agent], terminated[agent], truncated[agent], info[agent] = self._envs[agent].step(action)
         return obs, reward, terminated, truncated, info
 
     def close(self) -> None:

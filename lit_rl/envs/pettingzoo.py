@@ -25,7 +25,9 @@ class _Adapter(MultiAgentEnv):
         self.render_mode = getattr(env, "render_mode", None)
         self.possible_agents = list(getattr(env, "possible_agents", ()))
         if not self.possible_agents:
-            raise EnvError(f"{env} has no possible_agents: expected the ids of all agents that may be in it.")
+            raise TypeError(
+                f"a {type(env).__name__} without possible_agents: expected the ids of all that may be in it"
+            )
 
     def observation_space(self, agent: str) -> gym.Space:
         return self.env.observation_space(agent)

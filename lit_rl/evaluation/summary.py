@@ -59,6 +59,15 @@ def summarize(results: Sequence[EvaluationResult]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def policy_returns(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """The mean return of an agent that acted by a policy, by its id; none where there is only one policy."""
+    found: dict[str, list[float]] = {}
+    for episode in (episode for result in results for episode in result.episodes):
+        for agent, policy_id in (episode.policies or {}).items():
+            found.setdefault(policy_id, []).append(episode.returns[agent])
+    return {policy_id: float(np.mean(found[policy_id])) for policy_id in sorted(found)}
+
+
 def interquartile_mean(x: np.ndarray) -> np.ndarray:
     """Mean of `x` [*N, K] over its last dimension without the lowest and highest quarter (rounded down) of the values.
 

@@ -23,6 +23,7 @@ class Episode(NamedTuple):
         cut: whether it had not ended when the time for it was over.
         returns: with several agents, of each entry of `possible_agents` that took part (of a pattern the mean over its
             agents); `return_` is the sum over all agents.
+        policies: the ids of their policies, if there are several.
     """
 
     return_: float
@@ -32,6 +33,7 @@ class Episode(NamedTuple):
     seed: int | None = None
     cut: bool = False
     returns: dict[str, float] | None = None
+    policies: dict[str, str] | None = None
 
 
 class Fragment(NamedTuple):
@@ -50,6 +52,7 @@ class Fragment(NamedTuple):
         failures: what environments raised, and was survived.
         busy_s: seconds it took, of a runner in a process of its own.
         idle_s: seconds that this was idle before it.
+        parts: of several policies the rows and finals of each that is trained, by its id; there are no others then.
     """
 
     rows: Packed
@@ -60,6 +63,16 @@ class Fragment(NamedTuple):
     failures: Sequence[str] = ()
     busy_s: float = 0.0
     idle_s: float = 0.0
+    parts: dict[str, tuple[Packed, Packed]] | None = None
+
+    def of(self, policy_id: str) -> "Fragment":
+        """The part of one policy."""
+        assert self.parts is not None
+        rows, finals = self.parts[policy_id]
+        return self._replace(rows=rows, finals=finals, parts=None)
+
+
+NOTHING = pack({})
 
 
 class FragmentLayout:

@@ -1,4 +1,4 @@
-"""Steps copies of a multi-agent environment with a policy that all agents share. A plain class, as `EnvRunner` is.
+"""Steps copies of a multi-agent environment with one policy for all agents, or several. A plain class, as `EnvRunner`.
 
 Each agent of each copy is a slot with a time line of its own, which has a row for each time the agent acted. The row is
 complete when the agent is asked again, or leaves; rewards in between are summed into it. One that is not complete at a
@@ -14,28 +14,30 @@ from typing import Any
 
 import numpy as np
 
-from lit_rl.envs.copies import Asked, Copies, Events, Outcome, returns_by_name
+from lit_rl.envs.copies import Copies, Events, Outcome, returns_by_name
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import EnvError, OptionError, env_error
-from lit_rl.policy import Policy
-from lit_rl.runners.acting import actions_of, final_observation, observations, sample
+from lit_rl.errors import EnvError, env_error
+from lit_rl.policy import Policy, PolicySet
+from lit_rl.runners.acting import final_observation
+from lit_rl.runners.cast import Actor, Cast
 from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
-from lit_rl.runners.fragment import Episode, Fragment
+from lit_rl.runners.finite import OF_POLICY
+from lit_rl.runners.fragment import NOTHING, Episode, Fragment
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.survival import Survival
 from lit_rl.runners.time_lines import TimeLines
-from lit_rl.trees import Tree, map_tree
+from lit_rl.runners.transport import Packed
 
 
 class MultiAgentEnvRunner:
-    """Collects fragments of B time lines from `num_envs` copies of an environment, for one policy of all agents.
+    """Collects fragments of B time lines from `num_envs` copies of an environment, for each policy that is trained.
 
     A fragment is `rollout_length` calls of each copy's `step`, and has as many rows as its agents acted. A copy that
     raises is rebuilt alone: its agents' episodes end by truncation before what they did last.
 
     Args:
         env: how to make the copies.
-        policy: what acts; the runner's own copy, on the CPU.
+        policy: what acts, one for all agents or several; the runner's own copy, on the CPU.
         num_envs: how many copies.
         rollout_length: env steps of each copy in a fragment.
         seed: of the copies' first resets and of the actions.
@@ -50,7 +52,7 @@ class MultiAgentEnvRunner:
     def __init__(
         self,
         env: EnvConfig,
-        policy: Policy,
+        policy: Policy | PolicySet,
         *,
         num_envs: int,
         rollout_length: int,
@@ -77,15 +79,8 @@ class MultiAgentEnvRunner:
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
         self._copies = Copies(env, num_envs, info_metrics, self._recover)
-        _check_spaces(self._copies, policy)
-        num_slots = self._copies.num_slots
-        self._state = policy.initial_state(num_slots)
-        has_memory = keep_states and policy.has_memory
-        self._lines = TimeLines(policy.spec, num_slots, state=self._state, keep_states=has_memory)
-        self._is_init = np.zeros(num_slots, np.bool_)  # of the slots whose agents act next
-        self._asked: list[Asked] = []
-        self._slots: np.ndarray  # of those, [N]
-        self._obs: Tree  # what they see
+        self._cast = Cast(policy, self._copies)
+        self._lines = [self._lines_of(actor, keep_states) for actor in self._cast.actors]
         events = Events()
         for b, child in enumerate(self._seeds):
             self._begin(b, _number(child), events)
@@ -127,67 +122,104 @@ class MultiAgentEnvRunner:
         return self._num_envs
 
     def _collect(self) -> Fragment:
-        policy, watchdog, episodes, failed = self.policy, self._watchdog, list[Episode](), 0
+        cast, watchdog, episodes, failed = self._cast, self._watchdog, list[Episode](), 0
+        trained: Any = [actor.policy for actor, lines in zip(cast.actors, self._lines) if lines is not None]
         for epsilon in self._epsilons:
-            policy.epsilon = epsilon
-            actions = iter(())
-            if self._asked:
-                is_init = self._is_init[self._slots]
-                action, log_prob, before = sample(policy, self._obs, self._state, self._slots, is_init, policy.sample)
-                self._lines.act(self._slots, action, log_prob, before, self.policy_version)
-                actions = actions_of(policy, action)
+            for policy in trained:
+                policy.epsilon = epsilon
+            actions: list[Any] = [None] * sum(len(group.asked) for group in cast.groups)
+            for group, choice, chosen in cast.act(lambda policy: policy.sample):
+                lines = self._lines[group.number]
+                if choice is not None and lines is not None:
+                    lines.act(group.slots, *choice, self.policy_version)
+                for place, action in zip(group.places, chosen):
+                    actions[place] = action
             watchdog.enter(Phase.STEP)
-            events = self._copies.step(actions)
+            events = self._copies.step(iter(actions))
             watchdog.executed += self._num_envs
             failed += len(events.failed)
             self._unproven.intersection_update(events.failed)
+            for b in events.failed:
+                cast.begin(b, None)
             for outcome in events.over:
-                episodes.append(_episode(self._copies, outcome))
+                episodes.append(episode_of(self._copies, cast, outcome))
                 self._begin(outcome.copy, None, events)
             self._take(events)
         if failed:
             self._discarded["env_error"] += failed
-        num_rows = self._lines.num_complete
-        rows, finals = self._lines.fragment(self.policy_version)
-        self._check_finite(rows.views() | finals.views())
-        reward = rows.views()["reward"]
-        if self._reward_scale != 1.0:
-            reward *= np.float32(self._reward_scale)
-        if self._reward_clip is not None:
-            np.clip(reward, -self._reward_clip, self._reward_clip, out=reward)
+        num_rows = sum(lines.num_complete for lines in self._lines if lines is not None)
+        parts = {
+            actor.policy_id: self._finished(lines)
+            for actor, lines in zip(cast.actors, self._lines)
+            if lines is not None
+        }
         delivered = self._num_envs * len(self._epsilons) - failed
         entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded), num_rows)
+        rows, finals = parts.get("", (NOTHING, NOTHING))
         fragment = Fragment(rows, finals, episodes, self.policy_version, entry, tuple(self._survival.failures))
+        if "" not in parts:
+            fragment = fragment._replace(parts=parts)
         self._accounted = watchdog.executed
         self._discarded.clear()
         self._survival.failures.clear()
         return fragment
 
+    def _lines_of(self, actor: Actor, keep_states: bool) -> TimeLines | None:
+        """Where what a policy does is recorded; None if it is not trained."""
+        policy, slots = self.policy, None
+        if isinstance(policy, PolicySet):
+            if actor.policy_id not in policy.trained:
+                return None
+            size = self._copies.roster.num_slots
+            slots = np.add.outer(np.arange(self._num_envs) * size, policy.slots_of(actor.policy_id)).ravel()
+        num = self._copies.num_slots
+        return TimeLines(
+            actor.spec, num, state=actor.state, keep_states=keep_states and actor.state is not None, slots=slots
+        )
+
+    def _finished(self, lines: TimeLines) -> tuple[Packed, Packed]:
+        """What is complete of time lines, with rewards as they are learned from."""
+        rows, finals = lines.fragment(self.policy_version)
+        view = rows.views()
+        self._check_finite(lines, view | finals.views())
+        reward = view["reward"]
+        if self._reward_scale != 1.0:
+            reward *= np.float32(self._reward_scale)
+        if self._reward_clip is not None:
+            np.clip(reward, -self._reward_clip, self._reward_clip, out=reward)
+        return rows, finals
+
     def _begin(self, b: int, seed: int | None, events: Events) -> None:
         """Begin an episode in copy b."""
         self._watchdog.enter(Phase.RESET)
+        self._cast.begin(b, seed)
         self._copies.begin(b, seed, events)
         self._watchdog.enter(Phase.STEP)
 
     def _take(self, events: Events) -> None:
         """Take in what a step brought, and who acts next."""
-        lines = self._lines
+        all_lines, owner = self._lines, self._cast.owner
         for slot, reward in events.credited:
-            lines.credit(slot, reward)
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.credit(slot, reward)
         for slot in events.dropped:
-            lines.drop(slot)
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.drop(slot)
         for slot, terminated, truncated, obs in events.ended:
-            lines.end(slot, terminated, truncated, None if obs is None else final_observation(self.policy, obs))
-        if events.again:
-            lines.complete(events.again, [False] * len(events.again), [False] * len(events.again))
-        self._is_init[events.again] = False
-        self._is_init[events.begun] = True
-        self._asked = self._copies.asked()
-        self._slots = np.array([one.slot for one in self._asked], np.int64)
-        if self._asked:
-            obs = observations(self.policy, self._asked, self._copies.roster.num_slots)
-            self._obs = map_tree(np.array, obs)  # a copy: environments may write into what they gave
-            lines.ask(self._slots, self._obs, self._is_init[self._slots])
+            lines, policy = all_lines[owner[slot]], self._cast.actors[owner[slot]].policy
+            if lines is not None and policy is not None:
+                lines.end(slot, terminated, truncated, None if obs is None else final_observation(policy, obs))
+        for number, lines in enumerate(all_lines):
+            again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
+            if lines is not None and again:
+                lines.complete(again, [False] * len(again), [False] * len(again))
+        self._cast.take(events)
+        for group in self._cast.groups:
+            lines = all_lines[group.number]
+            if lines is not None:
+                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
 
     def _recover(self, b: int, what: str, error: Exception) -> int:
         """Copy b raised: the seed of the one in its place."""
@@ -198,16 +230,16 @@ class MultiAgentEnvRunner:
         self._watchdog.enter(Phase.INIT)
         return _number(self._seeds[b].spawn(1)[0])
 
-    def _check_finite(self, view: dict[str, np.ndarray]) -> None:
+    def _check_finite(self, lines: TimeLines, view: dict[str, np.ndarray]) -> None:
         """Refuse numbers that are not finite, in rows and what follows them."""
         for path, array in view.items():
             if array.dtype.kind != "f" or math.isfinite(array.sum()) or np.isfinite(array).all():
                 continue
-            slot = int(np.argwhere(~np.isfinite(array))[0][0])
-            value = array[slot][~np.isfinite(array[slot])].flat[0]
-            copy, at = divmod(slot, self._copies.roster.num_slots)
-            names = self._copies.roster.names
-            who = f"agent {names[at]!r}" if len(names) == self._copies.roster.num_slots else f"slot {at}"
+            line = int(np.argwhere(~np.isfinite(array))[0][0])
+            value = array[line][~np.isfinite(array[line])].flat[0]
+            roster = self._copies.roster
+            copy, at = divmod(int(lines.slots[line]), roster.num_slots)
+            who = f"agent {roster.names[at]!r}" if len(roster.names) == roster.num_slots else f"slot {at}"
             what = path.removeprefix("last_").removeprefix("final_").split("/")[0]
             mend = "The policy has diverged: lower lr." if what in OF_POLICY else "Mend the environment."
             raise EnvError(
@@ -215,24 +247,19 @@ class MultiAgentEnvRunner:
             )
 
 
-OF_POLICY = ("action", "action_log_prob", "state")
+def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Episode:
+    """An episode of all agents of a copy.
 
-
-def _check_spaces(copies: Copies, policy: Policy) -> None:
-    spec = policy.spec
-    for name in copies.roster.names:
-        found = copies.spaces_of(name)
-        if found != (spec.observation_space, spec.action_space):
-            raise OptionError(
-                f"The policy was made for {spec.env_id} (observation {spec.observation_space}, action "
-                f"{spec.action_space}), but agent {name!r} has observation {found[0]}, action {found[1]}. Use the "
-                "environment and env_kwargs it was trained with."
-            )
-
-
-def _episode(copies: Copies, outcome: Outcome) -> Episode:
+    Args:
+        copies: of the environment.
+        cast: who acted in it.
+        outcome: of the episode.
+        **more: further fields.
+    """
     returns = returns_by_name(copies.roster, outcome.returns)
-    return Episode(math.fsum(outcome.returns.values()), outcome.length, outcome.info, returns=returns)
+    total = math.fsum(outcome.returns.values())
+    policies = cast.policies_of(outcome.copy)
+    return Episode(total, outcome.length, outcome.info, returns=returns, policies=policies, **more)
 
 
 def _number(seed: np.random.SeedSequence) -> int:

@@ -15,7 +15,7 @@ from lit_rl.runners.ledger import Ledger
 class Runner(Protocol):
     """What a pool needs of a runner, be its environments of one agent or of several: see `EnvRunner`."""
 
-    policy: Policy
+    policy: Any
 
     @property
     def executed(self) -> int: ...

@@ -23,15 +23,21 @@ class TimeLines:
 
     Args:
         spec: of all of them.
-        num_slots: B.
-        state: what the policy carries at an episode's start, [B, ...]; None without memory.
+        num_slots: of all agents.
+        state: what the policy carries at an episode's start, of all slots; None without memory.
         keep_states: keep the state before every row, instead of the first alone.
+        slots: those of which there are time lines, [B]; None: all of them.
     """
 
-    def __init__(self, spec: EnvSpec, num_slots: int, *, state: Tree, keep_states: bool):
+    def __init__(
+        self, spec: EnvSpec, num_slots: int, *, state: Tree, keep_states: bool, slots: np.ndarray | None = None
+    ):
+        self.slots = np.arange(num_slots) if slots is None else slots
+        kept = None if state is None else map_tree(lambda x: x[self.slots], state)
         self._layout = FragmentLayout(
-            spec, num_slots, state=state, keep_states=keep_states, has_mask=True, ragged=True
-        )  # fmt: skip
+            spec, len(self.slots), state=kept, keep_states=keep_states, has_mask=True, ragged=True
+        )
+        self._place = {slot: b for b, slot in enumerate(self.slots.tolist())}
         self._keep_states = keep_states
         self._fields = self._layout.row_fields
         self._num_slots = num_slots
@@ -121,21 +127,21 @@ class TimeLines:
         Args:
             version: of the policy now.
         """
-        count, slots = self._count, np.arange(self._num_slots)
+        count, slots = self._count, self.slots
         num_rows = max(1, int(count.max()))
         rows = self._layout.allocate(num_rows)
         view = rows.views()
         for path, column in self._columns.items():
-            view[path][...] = column[:, :num_rows]
-        view["mask"][...] = np.arange(num_rows) < count[:, None]
+            view[path][...] = column[slots, :num_rows]
+        view["mask"][...] = np.arange(num_rows) < count[slots, None]
         view["policy_version"][~view["mask"]] = version  # padding is of no other age than the rest
-        view["length"][...] = count
-        last = np.where(self._goes_on, count, np.maximum(count - 1, 0))
+        view["length"][...] = count[slots]
+        last = np.where(self._goes_on, count, np.maximum(count - 1, 0))[slots]
         for path in (path for path in self._columns if path.split("/")[0] == "observation"):
             view[f"last_{path}"][...] = self._columns[path][slots, last]
         if self._first_state is not None and not self._keep_states:
-            map_tree(np.copyto, nest(view)["state"], self._first_state)
-        finals = self._layout.pack_finals(self._finals, [], num_rows)
+            map_tree(lambda rows, x: np.copyto(rows, x[slots]), nest(view)["state"], self._first_state)
+        finals = self._layout.pack_finals([(self._place[slot], t, obs) for slot, t, obs in self._finals], [], num_rows)
         self._finals = []
         open_ = np.flatnonzero(self._goes_on)
         for column in self._columns.values():
