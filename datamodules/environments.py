@@ -183,7 +183,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     @property
     def eval_env(self) -> EnvConfig:
         """How to make the environment that evaluation plays."""
-        return self.evaluation.environment(self.env)
+        found = self.evaluation.environment(self.env)
+        # It has training's agents and spaces, see `setup`.
+        return found if self.spec is None else found.known_to_be(isinstance(self.spec, MultiAgentSpec))
 
     def eval_seed(self, episode: int) -> int:
         """With which evaluation resets the environment for its `episode`-th episode."""

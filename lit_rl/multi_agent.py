@@ -25,7 +25,7 @@ from lit_rl.policy.policy_set import check_ids
 from lit_rl.policy.scripted import Scripted
 from lit_rl.rollout import Rollouts
 from lit_rl.roster import is_pattern
-from lit_rl.source import Source
+from lit_rl.source import Source, source_of
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 CHILDREN = 102  # first number of SeedSequence keys of the algorithms
@@ -117,18 +117,21 @@ class MultiAgent(Algorithm):
         for policy_id in self.ids:
             names = mapping.names_of(policy_id, list(self.spec.agents))
             specs[policy_id] = self.spec.shared(names, policy_id)
-        for number, (policy_id, algorithm) in enumerate(self.algorithms.items()):
-            algorithm.build_networks(_Part(source, specs[policy_id], number, None))
+        for policy_id, algorithm in self.algorithms.items():
+            algorithm.build_networks(_Part(source, specs[policy_id], self.ids.index(policy_id), None))
         policies = {i: self._policy_of(i, specs[i]) for i in self.ids}
         # No module of its own: its parts belong to the algorithms.
         self.__dict__["policy"] = PolicySet(self.spec, policies, mapping.given, self.trained)
 
     def configure_model(self) -> None:
-        is_new = "policy" not in self.__dict__
-        paths, self.init_from = self.init_from, None
-        super().configure_model()
-        self.init_from = paths
-        for policy_id, path in (paths or {}).items() if is_new else ():
+        is_new, paths = "policy" not in self.__dict__, self.init_from or {}
+        if isinstance(paths, str):
+            raise OptionError(
+                f"init_from={paths!r}: expected a dict of checkpoints by policy with MultiAgent, as in "
+                f"--model.init_from '{{{self.trained[0]}: {paths}}}'."
+            )
+        self.build_networks(source_of(self._trainer))
+        for policy_id, path in paths.items() if is_new else ():
             init_from(self.algorithms[policy_id], path)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -157,19 +160,18 @@ class MultiAgent(Algorithm):
     def on_fit_start(self) -> None:
         optimizers: Any = self.optimizers()
         left = list(optimizers) if isinstance(optimizers, list) else [optimizers]
-        host = None
-        for number, policy_id in enumerate(self.trained):
+        hosts = {}
+        for policy_id in self.trained:
             mine = [left.pop(0) for _ in range(self._num_optimizers[policy_id])]
-            spec = self.policy.spec_of(policy_id)
             share = len(self.policy.slots_of(policy_id)) / self.spec.num_slots
-            part = _Part(self.source, spec, number, share)
-            algorithm = self.algorithms[policy_id]
-            host = make_host(algorithm, self, mine, part)
-            if not host.is_resumed and not number:
-                self.source.restart()
-            algorithm.attach(host)
-        assert host is not None
-        self.attach(host.within(self.source))
+            part = _Part(self.source, self.policy.spec_of(policy_id), self.ids.index(policy_id), share)
+            hosts[policy_id] = make_host(self.algorithms[policy_id], self, mine, part)
+        own = hosts[self.trained[0]].within(self.source)
+        if not own.is_resumed:
+            own.source.restart()
+        self.attach(own)
+        for policy_id, host in hosts.items():
+            self.algorithms[policy_id].attach(host)
 
     def follow_schedules(self) -> None:
         for policy_id in self.trained:
@@ -287,12 +289,8 @@ class MultiAgent(Algorithm):
         """One of the policies in plain data, from which `_made` makes it again."""
         if policy_id in self.algorithms:
             algorithm = self.algorithms[policy_id]
-            options = {name: value for name, value in algorithm.hparams.items() if value is not None}
-            network = describe_network(algorithm.network)
-            return {
-                "class": _class_name(type(algorithm)),
-                "options": options | ({"network": network} if network else {}),
-            }
+            options = dict(algorithm.hparams) | {"network": describe_network(algorithm.network)}
+            return {"class": _class_name(type(algorithm)), "options": options}
         if policy_id in self.frozen:
             return {"policy": self.frozen[policy_id].describe()}
         return {"class": _class_name(type(self.scripted[policy_id])), "options": {}}
@@ -304,7 +302,7 @@ class _Part(Source):
     Args:
         source: the datamodule.
         spec: of the policy's agents.
-        number: of the algorithm, which gives it a seed of its own.
+        number: of the policy, which gives it a seed of its own.
         share: of all agents that may be its own; None before there is a rollout.
     """
 

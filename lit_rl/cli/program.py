@@ -123,7 +123,8 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        self.model.init_from = self.config_init.fit.get("init_from")
+        if self.config_init.fit.get("init_from") is not None:  # else it may be an option of the model's own
+            self.model.init_from = self.config_init.fit.init_from
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 logger.experiment.define_metric("*", step_metric="env_steps")

@@ -111,6 +111,11 @@ class EnvConfig:
         env.close()
         return has_agents(env)
 
+    def known_to_be(self, is_multi_agent: bool) -> "EnvConfig":
+        """The same, of which it need not be found out whether it is an environment of several agents."""
+        self.__dict__["is_multi_agent"] = is_multi_agent
+        return self
+
     def make_vector(
         self, num_envs: int, autoreset: AutoresetMode = AutoresetMode.SAME_STEP, info_keys: Sequence[str] = ()
     ) -> VectorEnv:
@@ -151,8 +156,7 @@ class EnvConfig:
         env: Any = self._make_native(1) if native else self._make_any()
         try:
             if not native and has_agents(env):
-                self.__dict__["is_multi_agent"] = True  # known now
-                return self._try_out_agents(env)
+                return self.known_to_be(True)._try_out_agents(env)
             if not native:
                 env = self._checked(env)
                 check_env(env, self.env_id)
@@ -163,7 +167,7 @@ class EnvConfig:
             advice = hidden_statistics(env)
             if advice:
                 _warn_once(f"env={self.env_id}: {advice}")
-            self.__dict__["is_multi_agent"] = False
+            self.known_to_be(False)
             return EnvSpec(self.env_id, observation_space, action_space)
         finally:
             env.close()

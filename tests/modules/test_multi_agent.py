@@ -264,7 +264,10 @@ def test_an_illegal_action_of_a_scripted_policy_is_named() -> None:
 
 
 def pair(**options: Any) -> MultiAgent:
-    policies = {"one": PPO(lr=1e-3, **SMALL), "two": IMPALA(network=functools.partial(LSTMNetwork, hidden_size=8))}
+    policies = {
+        "one": PPO(lr=1e-3, max_grad_norm=None, **SMALL),
+        "two": IMPALA(network=functools.partial(LSTMNetwork, hidden_size=8)),
+    }
     mapping = {"a": "one", "b": "two", "c": "random"}
     return MultiAgent({**policies, "random": Random()}, policy_mapping=mapping, **options)
 
@@ -283,6 +286,7 @@ def test_a_checkpoint_holds_its_algorithms_as_plain_data(saved: tuple[Path, Mult
     loaded = MultiAgent.load_from_checkpoint(path)
     assert type(loaded.algorithms["one"]) is PPO and type(loaded.algorithms["two"]) is IMPALA
     assert loaded.algorithms["one"].hp.lr == 1e-3 and loaded.env_steps_done == 96
+    assert loaded.algorithms["one"].hparams == algorithm.algorithms["one"].hparams
     assert isinstance(loaded.scripted["random"], Random)
     assert_same(dict(loaded.state_dict()), dict(algorithm.state_dict()))
     policies = torch.load(path, weights_only=True)["hyper_parameters"]["policies"]
@@ -390,6 +394,13 @@ BOTH: dict[str, Any] = {"one": PPO(**SMALL), "two": PPO(**SMALL)}
 def test_what_does_not_fit_the_environment_is_refused(mapping: Any, env: Any, sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         fit(MultiAgent(BOTH, policy_mapping=mapping), data(env))
+
+
+def test_a_path_for_all_policies_is_refused() -> None:
+    algorithm = MultiAgent({"one": PPO(**SMALL)})
+    algorithm.init_from = "x.ckpt"  # as the command line's --init_from does
+    with pytest.raises(OptionError, match="expected a dict of checkpoints by policy with MultiAgent"):
+        fit(algorithm)
 
 
 def test_what_is_not_there_yet_is_refused() -> None:
