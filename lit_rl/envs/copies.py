@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
+from lit_rl.envs.check import NUMBERS
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import MultiAgentEnv
 from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final
 from lit_rl.errors import EnvError, EnvFailure, env_error
+from lit_rl.observations import short
 from lit_rl.roster import Roster
 
 BY_SLOT = operator.itemgetter(0)
@@ -238,6 +240,8 @@ class _Copy:
         self.length += 1
         credited = events.credited
         for agent, more in reward.items():
+            if more.__class__ not in NUMBERS:
+                more = self._number(agent, more)
             returns[agent] = returns.get(agent, 0.0) + more
             if agent in slots:
                 credited.append((first + slots[agent], more))
@@ -287,6 +291,15 @@ class _Copy:
         self.slots[agent] = slot
         self._returns.setdefault(agent, 0.0)
         return slot
+
+    def _number(self, agent: str, reward: Any) -> float:
+        try:
+            return float(reward)
+        except (TypeError, ValueError) as error:
+            raise EnvError(
+                f"env={self._env_id}: step returned reward={short(reward)} for agent {agent!r}: expected one number. "
+                "Mend the environment."
+            ) from error
 
     def _read_info(self, info: Any) -> None:
         found = {}

@@ -71,9 +71,7 @@ class TimeLines:
         self._columns["is_init"][slots, row] = is_init
         self._goes_on[slots] = True
 
-    def act(
-        self, slots: np.ndarray, action: Tree, log_prob: np.ndarray, state: Tree, version: int
-    ) -> None:  # fmt: skip
+    def act(self, slots: np.ndarray, action: Tree, log_prob: np.ndarray, state: Tree, version: int) -> None:
         """What the agents do that were asked, and the state [N, ...] before."""
         row = self._count[slots]
         for path, values in iterate(action, "action"):

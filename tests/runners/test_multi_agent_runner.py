@@ -236,6 +236,7 @@ def test_a_copy_that_raises_too_often_ends_the_run(monkeypatch: pytest.MonkeyPat
     ("how", "sentence"),
     [
         ("nan reward", r"env=Wrong: reward=nan of agent 'b' of copy 0: expected finite numbers. Mend the environment."),
+        ("reward", "step returned reward=None for agent 'b': expected one number."),
         ("stranger", "step returned an observation of 'c': expected an agent of possible_agents"),
         ("__all__", "Leave '__all__' out."),
         ("four", "expected .observation, reward, terminated, truncated, info., dicts by agent."),
