@@ -40,6 +40,7 @@ class LoggedAgents(MultiAgentEnv):
         names: theirs.
         shuffled: give dicts in an order of their own.
         raises_at: the step of its life at which it raises.
+        forgets: count lives from 0 in each seeded episode, which then depends on its seed alone.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class LoggedAgents(MultiAgentEnv):
         names: Sequence[str] = ("a", "b", "c", "d"),
         shuffled: bool = False,
         raises_at: int | None = None,
+        forgets: bool = False,
     ):
         self.possible_agents = ["car_*"] if mode == "cars" else list(names[:num_agents])
         if mode == "cars":
             self.max_agents = num_agents
-        self._mode, self._num, self._raises_at = mode, num_agents, raises_at
+        self._mode, self._num, self._raises_at, self._forgets = mode, num_agents, raises_at, forgets
         self._rng, self._order = np.random.default_rng(0), np.random.default_rng(1) if shuffled else None
         self._lives, self._steps, self._named = 0, 0, 0
         self.log: list[Transition] = []
@@ -69,6 +71,8 @@ class LoggedAgents(MultiAgentEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
             self._rng = np.random.default_rng(seed)
+            if self._forgets:
+                self._lives, self._named = 0, 0
         self._t, self._end = 0, int(self._rng.integers(3, 10))
         self._life: dict[str, list[int]] = {}  # of those that are there: life, own turn
         self._open: dict[str, list[Any]] = {}  # observation, action, reward of what they did last

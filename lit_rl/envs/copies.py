@@ -4,12 +4,13 @@ import contextlib
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from lit_rl.envs.check import NUMBERS
 from lit_rl.envs.make import EnvConfig
@@ -20,6 +21,7 @@ from lit_rl.observations import short
 from lit_rl.roster import Roster
 
 BY_SLOT = operator.itemgetter(0)
+LONGEST = 100_000  # env steps: what a longer episode was given is not kept
 
 
 class Asked(NamedTuple):
@@ -97,6 +99,7 @@ class Copies:
         env: how to make them.
         num_envs: how many.
         info_keys: of `info`, what outcomes tell.
+        remembers: whether what each copy was given since its episode began is kept, for `state`.
         recover: what is asked when copy b raises in "step" or "reset", or when it is made: returns the seed of the one
             that is made in its place, or raises. None: what it raised is an `EnvFailure`.
 
@@ -110,8 +113,10 @@ class Copies:
         num_envs: int,
         info_keys: Sequence[str] = (),
         recover: Callable[[int, str, Exception], int] | None = None,
+        *,
+        remembers: bool = False,
     ):
-        self._env, self._recover = env, recover
+        self._env, self._recover, self._remembers = env, recover, remembers
         envs = [self._made(b) for b in range(num_envs)]
         self.roster = Roster(envs[0].possible_agents, getattr(envs[0], "max_agents", None))
         size = self.roster.num_slots
@@ -131,6 +136,10 @@ class Copies:
         """Whether an episode of copy b is under way."""
         return bool(self._copies[b].slots)
 
+    def seed_of(self, b: int) -> int | None:
+        """With which copy b's episode was begun."""
+        return self._copies[b].seed
+
     def outcome(self, b: int) -> Outcome:
         """Of copy b's episode as it is now."""
         return self._copies[b].outcome(b)
@@ -144,8 +153,8 @@ class Copies:
         try:
             found = self._copies[b].env.reset(seed=seed)
         except Exception as error:
-            found = self._rebuild(b, "reset", error)
-        self._copies[b].begin(found, events)
+            found, seed = self._rebuild(b, "reset", error)
+        self._copies[b].begin(found, seed, events)
 
     def step(self, actions: Iterator[Any]) -> Events:
         """Step every copy in which an agent is, once.
@@ -161,15 +170,37 @@ class Copies:
             try:
                 result = copy_.env.step(given)
             except Exception as error:
-                found = self._rebuild(b, "step", error)
+                found, seed = self._rebuild(b, "step", error)
                 events.failed.append(b)
                 copy_.drop(events)
-                copy_.begin(found, events)
+                copy_.begin(found, seed, events)
                 continue
+            if self._remembers:
+                copy_.remember(given)
             copy_.take(result, events)
             if not copy_.slots:
                 events.over.append(copy_.outcome(b))
         return events
+
+    def state(self, b: int) -> dict[str, Any]:
+        """How copy b's episode under way began, what it was given since, and what its agents see, in plain data."""
+        copy_ = self._copies[b]
+        seen = {one.agent: plain(one.obs) for one in copy_.asked}
+        return {"seed": copy_.seed, "given": None if copy_.given is None else plain(copy_.given), "seen": seen}
+
+    def begin_again(self, b: int, state: Mapping[str, Any]) -> bool:
+        """Bring copy b to where an episode was, of which this is the `state`; returns whether it is there."""
+        copy_, nothing = self._copies[b], Events()
+        if state["seed"] is None or state["given"] is None:
+            return False
+        try:
+            copy_.begin(copy_.env.reset(seed=state["seed"]), state["seed"], nothing)
+            for given in from_plain(state["given"]):
+                copy_.remember(given)
+                copy_.take(copy_.env.step(given), nothing)
+        except Exception:  # whatever it raised: it does not go on from there
+            return False
+        return _same(plain({one.agent: one.obs for one in copy_.asked}), state["seen"])
 
     def close(self) -> None:
         for copy_ in self._copies:
@@ -184,8 +215,8 @@ class Copies:
                     raise
                 self._recover(b, "make", error)
 
-    def _rebuild(self, b: int, what: str, error: Exception) -> Any:
-        """A new environment in the place of one that raised: what its reset returned."""
+    def _rebuild(self, b: int, what: str, error: Exception) -> tuple[Any, int]:
+        """A new environment in the place of one that raised: what its reset returned, and the seed of that."""
         while True:
             if self._recover is None:
                 raise env_error(self._env.env_id, f"raised in {what}", error) from error
@@ -195,7 +226,7 @@ class Copies:
             what = "reset"
             try:
                 self._copies[b].env = self._env.make_multi_agent()
-                return self._copies[b].env.reset(seed=seed)
+                return self._copies[b].env.reset(seed=seed), seed
             except Exception as again:
                 error = again
 
@@ -208,20 +239,30 @@ class _Copy:
         self.asked: list[Asked] = []
         self.slots: dict[str, int] = {}  # within the copy
         self.length = 0
+        self.seed: int | None = None  # with which the episode was begun
+        self.given: list[dict[str, Any]] | None = []  # since; None if that is too much
         self._env_id, self._roster, self._first, self._info_keys = env_id, roster, first_slot, info_keys
         self._names = frozenset(roster.names)
         self._returns: dict[str, float] = {}
         self._infos: list[dict[str, float]] = []
 
-    def begin(self, found: Any, events: Events) -> None:
-        """Take in what `reset` returned."""
+    def begin(self, found: Any, seed: int | None, events: Events) -> None:
+        """Take in what `reset` with a seed returned."""
         obs, _ = checked_reset(self._env_id, "reset", self._roster, found)
+        self.seed, self.given = seed, []
         self.slots, self._returns, self._infos, self.length = {}, {}, [], 0
         if not obs:
             raise EnvError(
                 f"env={self._env_id}: reset gave no observation: expected those of the agents that act first."
             )
         self._ask(obs, events)
+
+    def remember(self, given: dict[str, Any]) -> None:
+        """Keep what a step was given."""
+        if self.given is not None:
+            self.given.append(given)
+            if len(self.given) > LONGEST:
+                self.given = None
 
     def drop(self, events: Events) -> None:
         """Forget the agents that are there."""
@@ -312,6 +353,34 @@ class _Copy:
                 if not math.isnan(value):
                     found[key] = value
         self._infos.append(found)
+
+
+def plain(value: Any) -> Any:
+    """Actions and observations as plain data and tensors."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(part) for part in value)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.array(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def from_plain(value: Any) -> Any:
+    """What `plain` was given."""
+    if isinstance(value, dict):
+        return {key: from_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(from_plain(part) for part in value)
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else a == b
 
 
 def returns_by_name(roster: Roster, returns: dict[str, float]) -> dict[str, float]:

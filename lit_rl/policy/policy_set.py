@@ -67,6 +67,20 @@ class PolicySet(nn.Module):
                 spec, scripted = self.spec_of(policy_id), self.scripted[policy_id]
                 self._scripts[policy_id] = Script(policy_id, scripted, spec, child)
 
+    def rng_state(self) -> dict[str, Any]:
+        """Of all generators, in plain data."""
+        own = {i: self._rng_of(i).bit_generator.state for i in self.ids}
+        return {"mapping": self._rng.bit_generator.state, "policies": own}
+
+    def load_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `rng_state` returned."""
+        self._rng.bit_generator.state = state["mapping"]
+        for policy_id, own in state["policies"].items():
+            self._rng_of(policy_id).bit_generator.state = own
+
+    def _rng_of(self, policy_id: str) -> np.random.Generator:
+        return self.learned[policy_id].rng if policy_id in self.learned else self._scripts[policy_id].rng
+
     def spec_of(self, policy_id: str) -> EnvSpec:
         """The spaces of the agents that may act by a policy.
 

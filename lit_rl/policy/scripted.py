@@ -52,6 +52,7 @@ class Script:
     """
 
     def __init__(self, policy_id: str, scripted: Scripted, spec: EnvSpec, rng: np.random.Generator):
+        self.rng = rng
         self._policy_id, self._scripted, self._spec = policy_id, scripted, spec
         mask_space = split_mask(spec.observation_space)[1]
         self._has_mask = mask_space is not None and hasattr(spec.action_space, "n")

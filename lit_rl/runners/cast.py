@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from lit_rl.envs.copies import Asked, Copies, Events
 from lit_rl.errors import OptionError
@@ -15,7 +16,7 @@ from lit_rl.policy.mapping import EpisodeInfo
 from lit_rl.policy.scripted import Script
 from lit_rl.runners.acting import actions_of, observations, sample
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, map_tree
+from lit_rl.trees import Tree, iterate, map_tree
 
 
 class Actor:
@@ -133,6 +134,30 @@ class Cast:
     def is_init(self, slots: np.ndarray) -> np.ndarray:
         """Whether the agents in slots [N] begin an episode with what they see now."""
         return self._is_init[slots]
+
+    def state(self) -> dict[str, Any]:
+        """Who acts for whom, and what is remembered, in plain data and tensors."""
+        memory = [dict(iterate(actor.state, "state")) if actor.state is not None else {} for actor in self.actors]
+        return {
+            "owner": list(self.owner),
+            "is_init": torch.from_numpy(self._is_init.copy()),
+            "given": [dict(given) for given in self._given],
+            "numbers": [None if info is None else [info.number, info.seed] for info in self._infos],
+            "memory": [{path: torch.from_numpy(np.array(x)) for path, x in found.items()} for found in memory],
+        }
+
+    def load(self, state: dict[str, Any], b: int, slots: np.ndarray) -> None:
+        """Have copy b, whose slots these are, go on from what `state` returned."""
+        for slot in slots.tolist():
+            self.owner[slot] = state["owner"][slot]
+        self._is_init[slots] = state["is_init"].numpy()[slots]
+        self._given[b] = dict(state["given"][b])
+        if self._set is not None and state["numbers"][b] is not None:
+            number, seed = state["numbers"][b]
+            self._infos[b] = EpisodeInfo(number, seed, self._set.rng)
+        for actor, memory in zip(self.actors, state["memory"]):
+            for path, rows in iterate(actor.state, "state") if memory else ():
+                rows[slots] = memory[path].numpy()[slots]
 
     def policies_of(self, b: int) -> dict[str, str] | None:
         """The policies of copy b's episode, by entry of `possible_agents`; None if there is only one."""

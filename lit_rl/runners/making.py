@@ -70,12 +70,11 @@ def make_pool(
             "keep_states": keep_states,
             "faults": faults,
             "watchdog": watchdog,
+            "replayable": not num_env_runners,
             "reward_scale": reward_scale,
             "reward_clip": reward_clip,
         }
-        if is_multi_agent:
-            return MultiAgentEnvRunner(env, make_policy(), **options)
-        return EnvRunner(env, make_policy(), replayable=not num_env_runners, **options)
+        return (MultiAgentEnvRunner if is_multi_agent else EnvRunner)(env, make_policy(), **options)
 
     if saved is not None and collected and (num_env_runners or not saved):
         rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")
@@ -90,13 +89,11 @@ def make_pool(
 def _go_on(pool: LocalPool, saved: list[dict[str, Any]], env: EnvConfig, num_envs: int) -> None:
     """Go on from a checkpoint's episodes, and tell how many of them cannot."""
     restarted = pool.set_state(saved)
-    before = len(saved[0].get("begins", ())) or num_envs
+    before = len(saved[0].get("begins", saved[0].get("copies", ()))) or num_envs
     if restarted and before != num_envs:
         log.warning(
             "Resumed: all %d episodes begin afresh, since the checkpoint is of %d environments.", num_envs, before
         )
-    elif restarted and env.is_multi_agent:
-        log.warning("Resumed: the episodes under way begin afresh, as those of several agents do.")
     elif restarted:
         log.warning(
             "Resumed: %d of the %d episodes under way begin afresh, since their environment (env=%s, "

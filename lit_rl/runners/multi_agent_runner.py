@@ -45,6 +45,7 @@ class MultiAgentEnvRunner:
         keep_states: keep the state before every row, instead of the first alone.
         faults: how many failures of copies are survived.
         watchdog: what is told of every phase.
+        replayable: keep what `get_state` needs of the episodes under way.
         reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
         reward_clip: rewards of fragments, as summed and scaled, are clipped to plus or minus this; None leaves them.
     """
@@ -61,6 +62,7 @@ class MultiAgentEnvRunner:
         keep_states: bool = False,
         faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
         watchdog: Watchdog | None = None,
+        replayable: bool = False,
         reward_scale: float = 1.0,
         reward_clip: float | None = None,
     ):
@@ -78,12 +80,13 @@ class MultiAgentEnvRunner:
         self._seeds = env_seed.spawn(num_envs)
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
-        self._copies = Copies(env, num_envs, info_metrics, self._recover)
+        self._replayable = replayable
+        self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable)
         self._cast = Cast(policy, self._copies)
         self._lines = [self._lines_of(actor, keep_states) for actor in self._cast.actors]
         events = Events()
-        for b, child in enumerate(self._seeds):
-            self._begin(b, _number(child), events)
+        for b in range(num_envs):
+            self._begin(b, events)
         self._take(events)
         self._watchdog.enter(Phase.IDLE)
 
@@ -113,13 +116,49 @@ class MultiAgentEnvRunner:
         self._copies.close()
 
     def get_state(self) -> dict[str, Any]:
-        """The action noise's generator, as plain data; episodes under way are not in it."""
-        return {"action_rng": self.policy.rng.bit_generator.state}
+        """The generators and, if `replayable`, the episodes under way, as plain data and tensors."""
+        policy: Any = self.policy
+        rng = policy.rng_state() if isinstance(policy, PolicySet) else policy.rng.bit_generator.state
+        state = {"action_rng": rng}
+        if self._replayable:
+            state["copies"] = [self._copies.state(b) for b in range(self._num_envs)]
+            state["seeds"] = [[x.entropy, list(x.spawn_key), x.n_children_spawned] for x in self._seeds]
+            state["cast"] = self._cast.state()
+            state["lines"] = [None if lines is None else lines.state() for lines in self._lines]
+        return state
 
     def set_state(self, state: dict[str, Any]) -> int:
-        """Go on from what `get_state` returned; returns how many episodes could not, and start afresh: all."""
-        self.policy.rng.bit_generator.state = state["action_rng"]
-        return self._num_envs
+        """Go on from what `get_state` returned; returns how many episodes could not, and start afresh.
+
+        Each copy is reset as it was when its episode began, and given the episode's actions again. If its agents then
+        observe what they did, it goes on.
+        """
+        if not self._replayable or len(state.get("copies", ())) != self._num_envs:
+            return self._num_envs
+        size, events, restarted = self._copies.roster.num_slots, Events(), 0
+        self._seeds = [
+            np.random.SeedSequence(entropy, spawn_key=tuple(key), n_children_spawned=spawned)
+            for entropy, key, spawned in state["seeds"]
+        ]
+        for b, saved in enumerate(state["copies"]):
+            slots = np.arange(b * size, (b + 1) * size)
+            if self._copies.begin_again(b, saved):
+                self._cast.load(state["cast"], b, slots)
+                for lines, of_lines in zip(self._lines, state["lines"]):
+                    if lines is not None:
+                        lines.load(of_lines, slots)
+                continue
+            for lines in self._lines:
+                if lines is not None:
+                    lines.clear(slots)
+            self._begin(b, events)
+            restarted += 1
+        self._take(events)
+        if isinstance(self.policy, PolicySet):
+            self.policy.load_rng_state(state["action_rng"])
+        else:
+            self.policy.rng.bit_generator.state = state["action_rng"]
+        return restarted
 
     def _collect(self) -> Fragment:
         cast, watchdog, episodes, failed = self._cast, self._watchdog, list[Episode](), 0
@@ -140,10 +179,10 @@ class MultiAgentEnvRunner:
             failed += len(events.failed)
             self._unproven.intersection_update(events.failed)
             for b in events.failed:
-                cast.begin(b, None)
+                cast.begin(b, self._copies.seed_of(b))
             for outcome in events.over:
                 episodes.append(episode_of(self._copies, cast, outcome))
-                self._begin(outcome.copy, None, events)
+                self._begin(outcome.copy, events)
             self._take(events)
         if failed:
             self._discarded["env_error"] += failed
@@ -189,8 +228,9 @@ class MultiAgentEnvRunner:
             np.clip(reward, -self._reward_clip, self._reward_clip, out=reward)
         return rows, finals
 
-    def _begin(self, b: int, seed: int | None, events: Events) -> None:
-        """Begin an episode in copy b."""
+    def _begin(self, b: int, events: Events) -> None:
+        """Begin an episode in copy b, with a seed of its own."""
+        seed = self._next_seed(b)
         self._watchdog.enter(Phase.RESET)
         self._cast.begin(b, seed)
         self._copies.begin(b, seed, events)
@@ -228,7 +268,10 @@ class MultiAgentEnvRunner:
         self._unproven.add(b)
         self._survival.survive(env_error(self._env.env_id, f"raised in {what}", error), f"Copy {b} is")
         self._watchdog.enter(Phase.INIT)
-        return _number(self._seeds[b].spawn(1)[0])
+        return self._next_seed(b)
+
+    def _next_seed(self, b: int) -> int:
+        return int(self._seeds[b].spawn(1)[0].generate_state(1)[0])
 
     def _check_finite(self, lines: TimeLines, view: dict[str, np.ndarray]) -> None:
         """Refuse numbers that are not finite, in rows and what follows them."""
@@ -260,7 +303,3 @@ def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Epi
     total = math.fsum(outcome.returns.values())
     policies = cast.policies_of(outcome.copy)
     return Episode(total, outcome.length, outcome.info, returns=returns, policies=policies, **more)
-
-
-def _number(seed: np.random.SeedSequence) -> int:
-    return int(seed.generate_state(1)[0])

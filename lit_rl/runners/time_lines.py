@@ -3,10 +3,11 @@
 Shapes: B time lines, T rows of the longest of them, N of the time lines, of which something is said.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from lit_rl.runners.fragment import FragmentLayout, put
 from lit_rl.runners.transport import Packed
@@ -148,6 +149,33 @@ class TimeLines:
             map_tree(lambda rows, x: put(rows, open_, x[open_]), self._first_state, self._state)
         self._count = np.zeros_like(count)
         return rows, finals
+
+    def state(self) -> dict[str, Any]:
+        """What begins the next fragment, between two of them, as tensors."""
+        arrays = {f"column/{path}": column[:, 0] for path, column in self._columns.items()}
+        arrays |= {"pending": np.array(self._pending), "goes_on": self._goes_on}
+        if self._state is not None:
+            arrays |= dict(iterate(self._first_state, "first")) | dict(iterate(self._state, "newest"))
+        return {path: torch.from_numpy(np.array(array)) for path, array in arrays.items()}
+
+    def load(self, state: Mapping[str, torch.Tensor], slots: np.ndarray) -> None:
+        """Have some slots go on from what `state` returned."""
+        arrays = {path: tensor.numpy()[slots] for path, tensor in state.items()}
+        for path, column in self._columns.items():
+            column[slots, 0] = arrays[f"column/{path}"]
+        self._goes_on[slots] = arrays["goes_on"]
+        for slot, reward in zip(slots.tolist(), arrays["pending"].tolist()):
+            self._pending[slot] = reward
+        if self._state is not None:
+            for name, tree in (("first", self._first_state), ("newest", self._state)):
+                for path, rows in iterate(tree, name):
+                    rows[slots] = arrays[path]
+
+    def clear(self, slots: np.ndarray) -> None:
+        """Forget what is under way in some slots."""
+        self._goes_on[slots] = False
+        for slot in slots.tolist():
+            self._pending[slot] = 0.0
 
     def _make_room(self, num_rows: int) -> None:
         """Have room for so many rows of each time line."""

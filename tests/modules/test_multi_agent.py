@@ -339,6 +339,42 @@ def test_a_resumed_run_begins_with_what_every_algorithm_had(saved: tuple[Path, M
     assert_same(state, first.algorithms["one"].resume_state())
 
 
+@pytest.mark.parametrize("mode", ["turns", "random", "cars"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_resumed_run_is_the_unbroken_one(mode: str, several: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        memory = functools.partial(LSTMNetwork, hidden_size=8)
+        one = PPO(network=memory, normalize_observations=True, minibatch_size=16, num_epochs=1, sequence_length=4)
+        if not several:
+            return one
+        names = {"car_*": "one"} if mode == "cars" else {"a": "one", "b": "random"}
+        policies = {"one": one, "random": Random(), "two": IMPALA(network=memory)}
+        return MultiAgent(policies, policy_mapping=functools.partial(_by_episode, names))
+
+    def source(max_env_steps: int) -> RolloutDataModule:
+        env_kwargs = {"mode": mode, "num_agents": 3, "forgets": True}
+        return data(env_kwargs=env_kwargs, rollout_length=8, max_env_steps=max_env_steps)
+
+    unbroken, broken, resumed = make(), make(), make()
+    fit(unbroken, source(128), limit_val_batches=0)
+    trainer = quiet_trainer(limit_val_batches=0)
+    trainer.fit(broken, source(64))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, source(128), tmp_path / "half.ckpt", limit_val_batches=0)
+    assert_same(dict(resumed.state_dict()), dict(unbroken.state_dict()))
+    assert not torch.equal(next(resumed.parameters()), next(broken.parameters()))
+
+
+def _by_episode(names: dict[str, str], agent: str, info: EpisodeInfo) -> str:
+    """A policy that depends on the agent, the episode's number and chance."""
+    return names.get(agent, ("one", "two")[(info.number + int(info.rng.integers(2))) % 2])
+
+
+def test_episodes_that_cannot_be_begun_again_begin_afresh(saved: tuple[Path, MultiAgent], caplog: Any) -> None:
+    fit(pair(), data(max_env_steps=128), saved[0], limit_val_batches=0)
+    assert "Resumed: 2 of the 2 episodes under way begin afresh, since their environment" in caplog.text
+
+
 def test_a_policy_can_begin_from_another_runs_checkpoint(tmp_path: Path) -> None:
     plain = PPO(**SMALL)
     trainer = quiet_trainer(limit_val_batches=0)
