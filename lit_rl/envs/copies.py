@@ -15,12 +15,13 @@ import torch
 from lit_rl.envs.check import NUMBERS
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import MultiAgentEnv
-from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final
+from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final, stranger
 from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.observations import short
 from lit_rl.roster import Roster
 
 BY_SLOT = operator.itemgetter(0)
+DICT = {dict}
 LONGEST = 100_000  # env steps: what a longer episode was given is not kept
 
 
@@ -166,7 +167,7 @@ class Copies:
         for b, copy_ in enumerate(self._copies):
             if not copy_.slots:
                 continue
-            given = {agent: next(actions) for _, agent, _ in copy_.asked}
+            given = {one[1]: next(actions) for one in copy_.asked}
             try:
                 result = copy_.env.step(given)
             except Exception as error:
@@ -242,7 +243,6 @@ class _Copy:
         self.seed: int | None = None  # with which the episode was begun
         self.given: list[dict[str, Any]] | None = []  # since; None if that is too much
         self._env_id, self._roster, self._first, self._info_keys = env_id, roster, first_slot, info_keys
-        self._names = frozenset(roster.names)
         self._returns: dict[str, float] = {}
         self._infos: list[dict[str, float]] = []
 
@@ -270,25 +270,24 @@ class _Copy:
 
     def take(self, result: Any, events: Events) -> None:
         """Take in what `step` returned."""
-        names = self._names
-        if result.__class__ is not tuple or len(result) != 5:
+        if not (result.__class__ is tuple and len(result) == 5 and set(map(type, result)) == DICT):
             checked_step(self._env_id, self._roster, result)
-        for part in result[:4]:
-            if part.__class__ is not dict or not part.keys() <= names:
-                checked_step(self._env_id, self._roster, result)
         obs, reward, terminated, truncated, info = result
-        slots, returns, first = self.slots, self._returns, self._first
+        slots, returns, first, credited = self.slots, self._returns, self._first, events.credited
         self.length += 1
-        credited = events.credited
         for agent, more in reward.items():
             if more.__class__ not in NUMBERS:
                 more = self._number(agent, more)
-            returns[agent] = returns.get(agent, 0.0) + more
             if agent in slots:
                 credited.append((first + slots[agent], more))
+                returns[agent] += more
+            else:
+                checked_step(self._env_id, self._roster, result)
+                returns[agent] = returns.get(agent, 0.0) + more
         if not (any(terminated.values()) or any(truncated.values())):
             self._ask(obs, events)
             return
+        checked_step(self._env_id, self._roster, result)
         for agent in [agent for agent in slots if terminated.get(agent) or truncated.get(agent)]:
             flags = bool(terminated.get(agent)), bool(truncated.get(agent))
             final = obs.get(agent)
@@ -323,6 +322,8 @@ class _Copy:
         self.asked = asked
 
     def _appear(self, agent: str) -> int:
+        if not isinstance(agent, str) or self._roster.name_of(agent) is None:
+            raise stranger(self._env_id, "step returned an observation of", self._roster, agent)
         slot = self._roster.free_slot(agent, self.slots)
         if slot is None:
             raise EnvError(

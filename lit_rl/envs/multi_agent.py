@@ -181,9 +181,7 @@ class ReplicatedEnv(MultiAgentEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        seeds: Any = [None] * len(self._envs)
-        if seed is not None:
-            seeds = np.random.SeedSequence(seed).generate_state(len(self._envs)).tolist()
+        seeds: Any = [None] * len(self._envs) if seed is None else range(seed, seed + len(self._envs))
         found = {a: env.reset(seed=n, options=options) for (a, env), n in zip(self._envs.items(), seeds)}
         return {agent: obs for agent, (obs, _) in found.items()}, {agent: info for agent, (_, info) in found.items()}
 

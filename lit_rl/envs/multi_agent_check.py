@@ -104,11 +104,15 @@ def missing_final(env_id: str, agent: str) -> EnvError:
 def _check_names(env_id: str, where: str, what: str, roster: Roster, agents: Mapping[str, Any]) -> None:
     for agent in agents:
         if not isinstance(agent, str) or roster.name_of(agent) is None:
-            hint = ". Leave '__all__' out" if agent == "__all__" else ""
-            raise EnvError(
-                f"env={env_id}: {where} returned {what} {agent!r}: expected an agent of possible_agents="
-                f"{short(list(roster.names))}{hint}."
-            )
+            raise stranger(env_id, f"{where} returned {what}", roster, agent)
+
+
+def stranger(env_id: str, what: str, roster: Roster, agent: Any) -> EnvError:
+    """The error of an agent that must not be there."""
+    hint = ". Leave '__all__' out" if agent == "__all__" else ""
+    return EnvError(
+        f"env={env_id}: {what} {agent!r}: expected an agent of possible_agents={short(list(roster.names))}{hint}."
+    )
 
 
 def _check_all(

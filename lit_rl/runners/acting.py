@@ -16,7 +16,7 @@ from lit_rl.trees import Tree, find, map_tree
 
 
 def observations(policy: Policy, asked: Sequence[Asked], num_slots: int) -> Tree:
-    """What agents see, as rows [N, *obs].
+    """What agents see, as rows [N, *obs] of their own: environments may write into what they gave.
 
     Args:
         policy: theirs.

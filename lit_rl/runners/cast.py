@@ -16,7 +16,7 @@ from lit_rl.policy.mapping import EpisodeInfo
 from lit_rl.policy.scripted import Script
 from lit_rl.runners.acting import actions_of, observations, sample
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree, iterate, map_tree
+from lit_rl.trees import Tree, iterate
 
 
 class Actor:
@@ -177,10 +177,7 @@ class Cast:
 
     def _group(self, number: int, places: Sequence[int], asked: list[Asked]) -> Group:
         policy = self.actors[number].policy
-        obs = None
-        if policy is not None:
-            obs = observations(policy, asked, self._copies.roster.num_slots)
-            obs = map_tree(np.array, obs)  # a copy: environments may write into what they gave
+        obs = None if policy is None else observations(policy, asked, self._copies.roster.num_slots)
         return Group(number, places, asked, np.array([one.slot for one in asked], np.int64), obs)
 
     def _number_of(self, one: Asked) -> int:

@@ -77,7 +77,7 @@ class MultiAgentEnvRunner:
         self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
         self._unproven: set[int] = set()  # copies that were rebuilt and did not make a step since
         env_seed, action_seed = seed.spawn(2)
-        self._seeds = env_seed.spawn(num_envs)
+        self._seeds = [np.random.default_rng(child) for child in env_seed.spawn(num_envs)]  # what gives episodes theirs
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
         self._replayable = replayable
@@ -122,7 +122,7 @@ class MultiAgentEnvRunner:
         state = {"action_rng": rng}
         if self._replayable:
             state["copies"] = [self._copies.state(b) for b in range(self._num_envs)]
-            state["seeds"] = [[x.entropy, list(x.spawn_key), x.n_children_spawned] for x in self._seeds]
+            state["seeds"] = [rng.bit_generator.state for rng in self._seeds]
             state["cast"] = self._cast.state()
             state["lines"] = [None if lines is None else lines.state() for lines in self._lines]
         return state
@@ -136,10 +136,8 @@ class MultiAgentEnvRunner:
         if not self._replayable or len(state.get("copies", ())) != self._num_envs:
             return self._num_envs
         size, events, restarted = self._copies.roster.num_slots, Events(), 0
-        self._seeds = [
-            np.random.SeedSequence(entropy, spawn_key=tuple(key), n_children_spawned=spawned)
-            for entropy, key, spawned in state["seeds"]
-        ]
+        for rng, saved in zip(self._seeds, state["seeds"]):
+            rng.bit_generator.state = saved
         for b, saved in enumerate(state["copies"]):
             slots = np.arange(b * size, (b + 1) * size)
             if self._copies.begin_again(b, saved):
@@ -254,7 +252,7 @@ class MultiAgentEnvRunner:
         for number, lines in enumerate(all_lines):
             again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
             if lines is not None and again:
-                lines.complete(again, [False] * len(again), [False] * len(again))
+                lines.complete(again)
         self._cast.take(events)
         for group in self._cast.groups:
             lines = all_lines[group.number]
@@ -271,7 +269,7 @@ class MultiAgentEnvRunner:
         return self._next_seed(b)
 
     def _next_seed(self, b: int) -> int:
-        return int(self._seeds[b].spawn(1)[0].generate_state(1)[0])
+        return int(self._seeds[b].integers(2**32))
 
     def _check_finite(self, lines: TimeLines, view: dict[str, np.ndarray]) -> None:
         """Refuse numbers that are not finite, in rows and what follows them."""

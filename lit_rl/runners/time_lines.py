@@ -92,22 +92,20 @@ class TimeLines:
         """A reward for what a time line's agent did last."""
         self._pending[slot] += reward
 
-    def complete(self, slots: Sequence[int], terminated: Sequence[bool], truncated: Sequence[bool]) -> None:
-        """What these agents did last is complete."""
-        at = np.array(slots, np.int64)
-        row = self._count[at]
-        self._columns["reward"][at, row] = [self._pending[slot] for slot in slots]
-        self._columns["terminated"][at, row] = terminated
-        self._columns["truncated"][at, row] = truncated
+    def complete(self, slots: Sequence[int]) -> None:
+        """What these agents did last is complete, and they go on."""
+        at, pending = np.array(slots, np.int64), self._pending
+        self._columns["reward"][at, self._count[at]] = [pending[slot] for slot in slots]
         self._count[at] += 1
         for slot in slots:
-            self._pending[slot] = 0.0
+            pending[slot] = 0.0
 
     def end(self, slot: int, terminated: bool, truncated: bool, obs: Tree | None) -> None:
         """An agent has left; without a final observation, which nothing then looks at, its last one stands for it."""
         row = int(self._count[slot])
         self._finals.append((slot, row, self._obs(slot, row) if obs is None else obs))
-        self.complete([slot], [terminated], [truncated])
+        self._columns["terminated"][slot, row], self._columns["truncated"][slot, row] = terminated, truncated
+        self.complete([slot])
         self._goes_on[slot] = False
 
     def drop(self, slot: int) -> None:
@@ -145,6 +143,7 @@ class TimeLines:
         open_ = np.flatnonzero(self._goes_on)
         for column in self._columns.values():
             column[open_, 0] = column[open_, count[open_]]
+        self._columns["terminated"][...] = self._columns["truncated"][...] = False  # until an agent ends
         if self._first_state is not None:
             map_tree(lambda rows, x: put(rows, open_, x[open_]), self._first_state, self._state)
         self._count = np.zeros_like(count)
