@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import gymnasium as gym
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
@@ -31,7 +31,7 @@ from lit_rl.runners.placement import Placement
 from lit_rl.runners.pool import Pool
 from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.source import Source
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 log = logging.getLogger(__name__)
 TRY_OUTS = 3  # of an environment that raises, before training
@@ -45,7 +45,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     """Env runners, evaluation, seeds and budget. A subclass gives `train_dataloader` and what it makes of fragments.
 
     Args:
-        env: the environment to learn in.
+        env: the environment to learn in: a gymnasium id, `"package.module:Class"` or a callable; of several agents a
+            `MultiAgentEnv` or one of PettingZoo's, also as a module or its name.
         env_kwargs: passed on to the environment.
         wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
         vectorization: "sync" (one after the other), "async" (a process for each), or "native" (the environment's own).
@@ -123,7 +124,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             )
         self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
         self._seed_given = seed is not None
-        self.spec: EnvSpec | None = None
+        self.spec: EnvSpec | MultiAgentSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
         self._transfer = Transfer()
@@ -161,7 +162,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return EpisodeLoader(self, record=True)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self._transfer(batch, device) if isinstance(batch, TensorDict) else batch
+        return self._transfer(batch, device)
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("exception")
@@ -180,7 +181,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     @property
     def eval_env(self) -> EnvConfig:
         """How to make the environment that evaluation plays."""
-        return self.evaluation.environment(self.env)
+        found = self.evaluation.environment(self.env)
+        # It has training's agents and spaces, see `setup`.
+        return found if self.spec is None else found.known_to_be(isinstance(self.spec, MultiAgentSpec))
 
     def eval_seed(self, episode: int) -> int:
         """With which evaluation resets the environment for its `episode`-th episode."""
@@ -256,23 +259,32 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def rollout_metrics(self) -> dict[str, float]:
         """Means over the last `return_window` episodes of every rank; absent before the first one ends."""
-        names = ["return", "length", *(f"info/{key}" for key in self.info_metrics)]
-        rows = [[e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)] for e in self._episodes]
+        agents = list(self.spec.agents) if isinstance(self.spec, MultiAgentSpec) else []
+        names = ["return_mean", "length_mean", *(f"info/{key}_mean" for key in self.info_metrics)]
+        names += [f"return_mean/{agent}" for agent in agents]
+        rows = [
+            [e.return_, e.length, *(e.info.get(key, np.nan) for key in self.info_metrics)]
+            + [(e.returns or {}).get(agent, np.nan) for agent in agents]
+            for e in self._episodes
+        ]
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names))
         present = ~table.isnan()
-        lost = self.lost_steps()
+        counts = self.step_counts()
         found = torch.cat(
-            [table.nan_to_num().sum(0), present.sum(0), torch.tensor(list(lost.values()), dtype=torch.float64)]
+            [table.nan_to_num().sum(0), present.sum(0), torch.tensor(list(counts.values()), dtype=torch.float64)]
         )
         if distributed.world_size() > 1:  # NCCL takes no tensors of the CPU
             found = distributed.all_reduce_sum(found.to(self.algorithm.device))
         sums = found.tolist()
-        means = {f"rollout/{name}_mean": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
-        return means | dict(zip(lost, sums[-len(lost) :]))
+        means = {f"rollout/{name}": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
+        return means | dict(zip(counts, sums[-len(counts) :]))
 
-    def lost_steps(self) -> dict[str, float]:
-        """This rank's env steps that were not learned from, by the names of the metrics."""
-        return {"rollout/discarded_steps": float(self.ledger.discarded.total())}
+    def step_counts(self) -> dict[str, float]:
+        """This rank's steps that are no env steps learned from, by the names of the metrics."""
+        counts = {"rollout/discarded_steps": float(self.ledger.discarded.total())}
+        if isinstance(self.spec, MultiAgentSpec):
+            counts["rollout/agent_steps"] = float(self.ledger.agent_steps)
+        return counts
 
     def restart(self) -> None:
         self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
@@ -284,7 +296,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             "seed": self.seed,
             "rollouts": self._collected,
             "ledger": self.ledger.state(),
-            "episodes": [[e.return_, e.length, dict(e.info)] for e in self._episodes],
+            "episodes": [
+                [e.return_, e.length, dict(e.info), *([] if e.returns is None else [dict(e.returns)])]
+                for e in self._episodes
+            ],
             "runners": self._runner_states if self._pool is None else self._pool.get_state(),
         }
 
@@ -311,7 +326,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         if not self._seed_given:
             self.seed = state["seed"]
         self._episodes.clear()
-        self._episodes.extend(Episode(return_, length, info) for return_, length, info in state["episodes"])
+        for return_, length, info, *returns in state["episodes"]:
+            self._episodes.append(Episode(return_, length, info, returns=returns[0] if returns else None))
         self._runner_states = self._saved_runners = state["runners"]
         self._resume = state
 
@@ -409,13 +425,18 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     @property
     def rollout_shape(self) -> tuple[int, int]:
         """B and T of what this rank's runners collect at a time."""
-        return max(1, self.num_env_runners) * self.num_envs_per_env_runner, self.rollout_length
+        return max(1, self.num_env_runners) * self.num_envs_per_env_runner * self.num_slots, self.rollout_length
+
+    @property
+    def num_slots(self) -> int:
+        """Time lines of one environment: agents at a time, at most."""
+        return self.spec.num_slots if isinstance(self.spec, MultiAgentSpec) else 1
 
     @property
     def _max_rows(self) -> int:
         """The most env steps that all ranks take at a time."""
         batch, length = self.rollout_shape
-        return batch * length * self.attached_trainer.world_size
+        return batch // self.num_slots * length * self.attached_trainer.world_size
 
     @property
     def _fragment_rows(self) -> int:
@@ -464,7 +485,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             reward_clip=self.reward_clip,
         )
 
-    def _try_out(self, env: EnvConfig) -> EnvSpec:
+    def _try_out(self, env: EnvConfig) -> EnvSpec | MultiAgentSpec:
         """An environment's spaces, also of one that fails sometimes."""
         limit = self.fault_tolerance.init_timeout_s
         error = EnvError(
@@ -474,17 +495,19 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         with time_limit(limit, error):
             for _ in range(TRY_OUTS - 1 if self.fault_tolerance.max_restarts else 0):
                 with contextlib.suppress(EnvFailure):
-                    return env.spec()
-            return env.spec()
+                    return env.try_out()
+            return env.try_out()
 
-    def _check_eval_env(self, spec: EnvSpec) -> None:
-        found = self._try_out(self.eval_env)
-        if (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
-            name = "env_kwargs" if self.evaluation.env is None else "env"
+    def _check_eval_env(self, spec: EnvSpec | MultiAgentSpec) -> None:
+        found, name = self._try_out(self.eval_env), "env_kwargs" if self.evaluation.env is None else "env"
+        option = f"evaluation.{name}={getattr(self.evaluation, name)!r}: the environment {found.env_id}"
+        if isinstance(found, MultiAgentSpec) or isinstance(spec, MultiAgentSpec):
+            if _agents(found) != _agents(spec):
+                raise OptionError(f"{option} has other agents, or other spaces of theirs: expected those of training.")
+        elif (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
             raise OptionError(
-                f"evaluation.{name}={getattr(self.evaluation, name)!r}: the environment {found.env_id} has observation "
-                f"{found.observation_space}, action {found.action_space}: expected those of training, "
-                f"{spec.observation_space} and {spec.action_space}."
+                f"{option} has observation {found.observation_space}, action {found.action_space}: expected those of "
+                f"training, {spec.observation_space} and {spec.action_space}."
             )
 
     def _connect_ray(self) -> None:
@@ -546,6 +569,12 @@ class EpisodeLoader:
             yield episode._asdict()
         for _ in range(len(self) - played):
             yield {}
+
+
+def _agents(spec: EnvSpec | MultiAgentSpec) -> dict[str, tuple[gym.Space, gym.Space]]:
+    """The spaces of every agent; none of an environment that has one alone."""
+    agents = spec.agents if isinstance(spec, MultiAgentSpec) else {}
+    return {name: (each.observation_space, each.action_space) for name, each in agents.items()}
 
 
 def _global_seed(previous: int | None) -> int:

@@ -135,7 +135,7 @@ class ReplayDataModule(EnvDataModule):
 
     def _collect(self, algorithm: OffPolicy, end: int) -> None:
         """Take env steps of the runners into the buffer, up to `end` in all."""
-        num_envs, world_size = self.num_envs_per_env_runner, distributed.world_size()
+        num_lines, world_size = self.num_envs_per_env_runner * self.num_slots, distributed.world_size()
         length = algorithm.sequence_length
         if length is not None and self._replay.batch_size < length:
             raise OptionError(
@@ -162,12 +162,14 @@ class ReplayDataModule(EnvDataModule):
         taken = 0
         for runner, fragment in fragments:
             arrays = fragment.rows.views() | fragment.finals.views()
-            envs = range(runner * num_envs, (runner + 1) * num_envs)
+            envs = range(runner * num_lines, (runner + 1) * num_lines)
             taken += self.buffer.extend(arrays, envs, self.rollout_length)
         self.took(fragments, times)
+        env_steps = sum(fragment.entry.delivered for _, fragment in fragments)  # with several agents not those taken
         if world_size > 1:
-            taken = int(distributed.all_reduce_sum(torch.tensor(taken, device=algorithm.device)))
-        self._env_steps += taken
+            counts = distributed.all_reduce_sum(torch.tensor([taken, env_steps], device=algorithm.device))
+            taken, env_steps = counts.tolist()
+        self._env_steps += env_steps
         self._stored += taken
         if not warming_up and self._stored >= self._replay.batch_size * world_size:
             self._owed += taken / world_size * self._replay.update_to_data
@@ -178,7 +180,7 @@ class ReplayDataModule(EnvDataModule):
         The buffer and the policy's actions are then as if each had been a fragment of its own. In this process alone,
         and where every step is a transition.
         """
-        if self.num_env_runners or self.env.vectorization != "sync":
+        if self.num_env_runners or self.env.vectorization != "sync" or self.env.is_multi_agent:
             return 1
         env_steps, replay, length = self._env_steps, self._replay, self.rollout_length
         world_size = distributed.world_size()
@@ -266,12 +268,11 @@ class ReplayDataModule(EnvDataModule):
 
     def _make_buffer(self) -> ReplayBuffer:
         policy = self.algorithm.policy
-        assert self.spec is not None
         self.keep_states = policy.has_memory
         rank = self.attached_trainer.global_rank
         try:
             buffer = ReplayBuffer(
-                self.spec,
+                policy.spec,
                 self.replay.buffer_size,
                 state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
                 priority_alpha=self.replay.priority_alpha if self._replay.prioritized else None,

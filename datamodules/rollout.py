@@ -13,9 +13,10 @@ from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
+from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Fraction, Positive
-from lit_rl.rollout import Rollout, mask_of
+from lit_rl.rollout import Rollout, Rollouts, mask_of
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.free_running import FreeRunning
 from lit_rl.runners.gathering import evened, nothing_like, to_rollout
@@ -101,6 +102,11 @@ class RolloutDataModule(EnvDataModule):
             raise OptionError(
                 f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule."
             )
+        if isinstance(algorithm, MultiAgent) and self.is_free_running:
+            raise OptionError(
+                f"prefetch={self.prefetch}: expected 0 or 1 with MultiAgent, or fixed_lag. Free-running runners of "
+                "several policies are not there yet."
+            )
         for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
             if getattr(self, option) != nothing and not algorithm.LEARNS_AGAIN:
                 raise OptionError(
@@ -120,13 +126,13 @@ class RolloutDataModule(EnvDataModule):
 
     # --- batches ------------------------------------------------------------------------------------------------
 
-    def next_batch(self) -> Rollout:
+    def next_batch(self) -> Rollout | Rollouts:
         """The next rollout to learn from, new or not, with as many environments on every rank."""
         started = time.perf_counter()
         if self._begun is None:
             self._begun = started
         if self._buffer.is_due:
-            batch = self._buffer.repeat()
+            batch: Any = self._buffer.repeat()
         else:
             batch = self._new_batch()
             self._is_last = not self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
@@ -140,31 +146,39 @@ class RolloutDataModule(EnvDataModule):
             self._buffer.drop_older(self.algorithm.updates_done + 1 - self.max_policy_lag)
         if self._is_last and not self._buffer.is_due:
             self.stop_at_budget()
-        self._watch_age(batch)
+        for rollout in batch.values() if isinstance(batch, Rollouts) else [batch]:
+            self._watch_age(rollout)
         self.sample_s = time.perf_counter() - started
         self._waited_s += self.sample_s
         return batch
 
-    def _new_batch(self) -> Rollout:
+    def _new_batch(self) -> Rollout | Rollouts:
         if self.is_free_running:
             return self._free_batch()
         if not (isinstance(self._pool, RunnerPool) and self._pool.num_asked):
             self.start_rollout()
-        return evened(self.finish_rollout(), self.algorithm.device)
+        found, device = self.finish_rollout(), self.algorithm.device
+        if isinstance(found, Rollouts):
+            return Rollouts({policy_id: evened(rollout, device) for policy_id, rollout in found.items()})
+        return evened(found, device)
 
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
         self.start_runners()
 
-    def finish_rollout(self) -> Rollout:
+    def finish_rollout(self) -> Rollout | Rollouts:
         """The rollout that was begun first, this rank's."""
         assert self._pool is not None
         fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
         self._watch_restarts()
-        return self._rollout_of(fragments)
+        parts = fragments[0][1].parts
+        if parts is None:
+            return self._rollout_of(fragments)
+        copy = bool(self.num_env_runners)
+        return Rollouts({i: to_rollout([fragment.of(i) for _, fragment in fragments], copy=copy) for i in parts})
 
-    def _start_ahead(self, batch: Rollout) -> None:
+    def _start_ahead(self, batch: Rollout | Rollouts) -> None:
         """Have runners collect while the learner is at `batch`, with the weights of before."""
         left = self.rollouts_left(self.algorithm.env_steps_done + batch.env_steps)
         self._ask(ahead=min(self.lag, left))
@@ -205,7 +219,6 @@ class RolloutDataModule(EnvDataModule):
             is_spent = room < self._num_fragments
             most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
             if most or any_spent:
-                batch.has_rows = bool(most)
                 return batch
 
     def _take(self, room: int) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
@@ -232,7 +245,7 @@ class RolloutDataModule(EnvDataModule):
         oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
         rollout = to_rollout([*new, *self._replay.draw(len(new), oldest)], copy=True)
         self._replay.add(new)
-        num_new = len(new) * self.num_envs_per_env_runner
+        num_new = len(new) * self.num_envs_per_env_runner * self.num_slots
         rollout["is_new"] = torch.arange(len(rollout)) < num_new
         rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
         return rollout
@@ -353,9 +366,9 @@ class RolloutDataModule(EnvDataModule):
         total = max(1, sum(rows))
         return found | {"rollout/least_share": min(rows) / total, "rollout/greatest_share": max(rows) / total}
 
-    def lost_steps(self) -> dict[str, float]:
-        lost = super().lost_steps()
-        return lost | {"rollout/dropped_steps": float(self.ledger.dropped)} if self.is_free_running else lost
+    def step_counts(self) -> dict[str, float]:
+        counts = super().step_counts()
+        return counts | {"rollout/dropped_steps": float(self.ledger.dropped)} if self.is_free_running else counts
 
     def _runner_idle(self) -> float:
         return self._stream.idle_s / max(self._stream.idle_s + self._stream.busy_s, 1e-9)
@@ -398,7 +411,7 @@ class RolloutDataModule(EnvDataModule):
 
     @property
     def rollout_shape(self) -> tuple[int, int]:
-        return self._num_fragments * self.num_envs_per_env_runner, self.rollout_length
+        return self._num_fragments * self.num_envs_per_env_runner * self.num_slots, self.rollout_length
 
     @property
     def _num_fragments(self) -> int:
@@ -423,7 +436,7 @@ class RolloutLoader:
     def __len__(self) -> int:
         return self._data.rollouts_per_epoch * self._data.num_reuses
 
-    def __iter__(self) -> Iterator[Rollout]:
+    def __iter__(self) -> Iterator[Rollout | Rollouts]:
         first = self._data.attached_trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
         for _ in range(first, len(self)):
             yield self._data.next_batch()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AgentId": "lit_rl.envs.multi_agent",
     "Algorithm": "lit_rl.algorithm",
     "APPO": "lit_rl.modules",
     "Diagnostics": "lit_rl.callbacks",
@@ -18,6 +19,7 @@ _PUBLIC = {
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "Evaluation": "lit_rl.evaluation.options",
+    "EpisodeInfo": "lit_rl.policy",
     "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
@@ -26,6 +28,8 @@ _PUBLIC = {
     "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
     "MLP": "lit_rl.networks",
+    "MultiAgent": "lit_rl.multi_agent",
+    "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
     "Placement": "lit_rl.runners.placement",
@@ -34,6 +38,7 @@ _PUBLIC = {
     "QPolicy": "lit_rl.policy",
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
+    "Random": "lit_rl.policy",
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
@@ -52,6 +57,8 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
+    from lit_rl.envs.multi_agent import AgentId as AgentId
+    from lit_rl.envs.multi_agent import MultiAgentEnv as MultiAgentEnv
     from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.files.loading import load_policy as load_policy
     from lit_rl.modules import APPO as APPO
@@ -61,14 +68,17 @@ if TYPE_CHECKING:
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC
     from lit_rl.modules import Rainbow as Rainbow
+    from lit_rl.multi_agent import MultiAgent as MultiAgent
     from lit_rl.networks import MLP as MLP
     from lit_rl.networks import GRUNetwork as GRUNetwork
     from lit_rl.networks import ImpalaResNet as ImpalaResNet
     from lit_rl.networks import LSTMNetwork as LSTMNetwork
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
+    from lit_rl.policy import EpisodeInfo as EpisodeInfo
     from lit_rl.policy import Policy as Policy
     from lit_rl.policy import QPolicy as QPolicy
+    from lit_rl.policy import Random as Random
     from lit_rl.replay.options import Replay as Replay
     from lit_rl.runners.env_runner import EnvRunner as EnvRunner
     from lit_rl.runners.faults import FaultTolerance as FaultTolerance

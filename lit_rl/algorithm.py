@@ -39,7 +39,7 @@ from lit_rl.policy import Policy
 from lit_rl.rollout import Rollout, mask_of
 from lit_rl.schedules import Scheduled
 from lit_rl.source import Source, source_of
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 ClipBy = Annotated[str, OneOf("global_norm", "norm", "value")]
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
@@ -271,9 +271,10 @@ class Algorithm(TakesOptions, L.LightningModule):
         """Make the networks, if there are none yet, from the spaces and the seed of a source.
 
         Raises:
-            OptionError: if there are no spaces, or other ones than the networks are for.
+            OptionError: if there are no spaces, or other ones than the networks are for, or those of several agents
+                differ.
         """
-        found = source.spec
+        found = source.spec.shared() if isinstance(source.spec, MultiAgentSpec) else source.spec
         if self.spec is None and found is None:
             raise OptionError(
                 f"{type(self).__name__} does not know its environment: expected a datamodule, as in "
@@ -291,7 +292,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         assert self.spec is not None
         with torch.random.fork_rng(devices=[], enabled=source.seed is not None):
             if source.seed is not None:
-                torch.manual_seed(_seed_for(source.seed, INITIALISATION))
+                torch.manual_seed(seed_for(source.seed, INITIALISATION))
             self.build(self.spec)
 
     def attach(self, host: Host) -> None:
@@ -305,7 +306,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             self.env_steps.zero_()
             self.updates.zero_()
         seed = host.source.seed
-        self.generator.manual_seed(_seed_for(0 if seed is None else seed, MINIBATCHES, host.rank))
+        self.generator.manual_seed(seed_for(0 if seed is None else seed, MINIBATCHES, host.rank))
 
     def follow_schedules(self) -> None:
         """Set scheduled options, and the optimizer's learning rate, to their values now.
@@ -357,6 +358,10 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.generator.set_state(state["generator"])
         self.load_rank_state(state["algorithm"])
 
+    def resume_skipped(self, skipped: int) -> None:
+        """Go on from so many gradient steps that were skipped."""
+        self.host.steps.skipped = skipped
+
     # --- Lightning's hooks: building ----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -406,7 +411,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             else:
                 shared = ranks[0]["algorithm"].items()
                 self.load_rank_state({name: value for name, value in shared if name not in self.OF_ONE_RANK})
-            self.host.steps.skipped = skipped
+            self.resume_skipped(skipped)
         self.follow_schedules()
         self._interruption = Interruption(self.trainer)
         if self.trainer.enable_validation:
@@ -426,10 +431,24 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.reporter.flush()  # the last update is logged, whatever `log_every_n_steps`
         self._obey_signals()
         for result in self.source.end_evaluation():
-            self.reporter.evaluation(self._summarized(result, "eval"), result.at)
+            self.reporter.evaluation(self.summarized(distributed.gather(result), "eval"), result.at)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        started, env_steps, steps = time.perf_counter(), self.env_steps_done, self.host.steps
+        started, env_steps = time.perf_counter(), self.env_steps_done
+        metrics = self.metrics_of(batch)
+        self.follow_schedules()
+        self.reporter.update(
+            metrics | self.host.source.metrics(),
+            started=started,
+            waited_s=getattr(batch, "waited_s", 0.0),
+            step=self.clock,
+            env_steps=self.env_steps_done,
+            new=self.env_steps_done - env_steps,
+        )
+
+    def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
+        """Learn from a batch: what is to be logged of that, over all ranks."""
+        steps = self.host.steps
         skipped = steps.skipped
         steps.norms.clear()
         metrics = self.learn_from(batch)
@@ -442,15 +461,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["optim/skipped_updates"] = steps.skipped
         metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]
-        self.follow_schedules()
-        self.reporter.update(
-            metrics | self.host.source.metrics(),
-            started=started,
-            waited_s=getattr(batch, "waited_s", 0.0),
-            step=self.clock,
-            env_steps=self.env_steps_done,
-            new=self.env_steps_done - env_steps,
-        )
+        return metrics
 
     # --- Lightning's hooks: evaluation --------------------------------------------------------------------------
 
@@ -503,11 +514,15 @@ class Algorithm(TakesOptions, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
         found = section(checkpoint)
-        check_fits(self, found, checkpoint["state_dict"])
+        self.check_fits(found, checkpoint["state_dict"])
         if self._trainer is not None and self._trainer.training:
             self._resume = found
             states = [rank["data"] for rank in found["ranks"]]
             self.source.load_ranks(states, self.global_rank, self.trainer.world_size)
+
+    def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint of another algorithm, policy or network: see `files.fits`."""
+        check_fits(self, found, state_dict)
 
     def rank_state(self) -> dict[str, Any]:
         """What is this rank's own and no weight, in plain data."""
@@ -553,17 +568,17 @@ class Algorithm(TakesOptions, L.LightningModule):
         )
         return path
 
-    def _summarized(self, result: EvaluationResult, prefix: str) -> dict[str, float]:
-        """The metrics of all ranks' episodes."""
-        return {f"{prefix}/{name}": value for name, value in summarize(distributed.gather(result)).items()}
+    def summarized(self, results: Sequence[EvaluationResult], prefix: str) -> dict[str, float]:
+        """The metrics of an evaluation, of which each rank has a result."""
+        return {f"{prefix}/{name}": value for name, value in summarize(results).items()}
 
     def _log_evaluations(self, prefix: str) -> None:
         """Log evaluations that went on beside training, then the one that is Lightning's validation, or test."""
         trainer, results = self.trainer, self.source.evaluations()
         for result in results[:-1]:
-            self.reporter.evaluation(self._summarized(result, prefix), result.at)
+            self.reporter.evaluation(self.summarized(distributed.gather(result), prefix), result.at)
         for result in results[-1:]:
-            values, in_fit = self._summarized(result, prefix), trainer.state.fn == "fit"
+            values, in_fit = self.summarized(distributed.gather(result), prefix), trainer.state.fn == "fit"
             with warnings.catch_warnings():
                 # `trainer.validate` returns what was logged, whether there is a logger or not.
                 warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
@@ -577,5 +592,6 @@ def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:
     return (a.observation_space, a.action_space) == (b.observation_space, b.action_space)
 
 
-def _seed_for(seed: int, *key: int) -> int:
+def seed_for(seed: int, *key: int) -> int:
+    """A seed for one of several purposes."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])

@@ -51,6 +51,18 @@ class Rollout(TensorDict):
         return moved
 
 
+class Rollouts(dict[str, Rollout]):
+    """Rollouts of several policies by their ids, all collected in the same env steps.
+
+    Attributes:
+        env_steps: see `Rollout`.
+    """
+
+    @property
+    def env_steps(self) -> int:
+        return next(iter(self.values())).env_steps
+
+
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T]; 0 in padding.
 
@@ -202,13 +214,13 @@ def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *key
     Padding in a piece repeats a real step, without its `mask`.
 
     Args:
-        rollout: whose T is a multiple of L.
+        rollout: whose T is a multiple of L, unless its time lines differ in length.
         states: before every row, [B, T, ...].
         length: L.
         burn_in: K, at most L.
     """
-    steps = _without_padding(rollout, *keys, "observation", "is_init")
-    is_init, mask = steps["is_init"], mask_of(rollout)
+    steps = _without_padding(rollout, *keys, "observation", "is_init", "mask", multiple_of=length)
+    is_init, mask = steps["is_init"], steps.get("mask", None)
     begin = torch.arange(0, is_init.shape[1], length, device=is_init.device)
     found = _select(steps, (*keys, "is_init"), lambda x: x.unflatten(1, (len(begin), length)).flatten(0, 1))
     found["state"] = map_tree(lambda x: x[:, begin].flatten(0, 1), states)
@@ -265,12 +277,15 @@ def _select(batch: TensorDict, keys: Sequence[str], function: Callable[[Tensor],
     return {key: map_tree(function, value) for key, value in values.items() if value is not None}
 
 
-def _without_padding(rollout: TensorDict, *keys: str) -> TensorDict:
-    """Some [B, T, ...] keys in which each step of padding repeats its row's last real one, or one of another row."""
+def _without_padding(rollout: TensorDict, *keys: str, multiple_of: int = 1) -> TensorDict:
+    """Some [B, T, ...] keys in which each step of padding repeats its row's last real one, or one of another row.
+
+    If time lines differ in length there are so many such steps that T is a multiple of a number.
+    """
     length = length_of(rollout)
     if length is None:
         return TensorDict(_select(rollout, keys, lambda x: x), rollout.batch_size)
-    num_steps = rollout["next", "reward"].shape[1]
+    num_steps = -(-rollout["next", "reward"].shape[1] // multiple_of) * multiple_of
     row = _some_with_steps(length)
     step = torch.minimum(torch.arange(num_steps, device=row.device), (length[row, None] - 1).clamp(min=0))
     found = _select(rollout, keys, lambda x: x[row[:, None], step])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lit_rl.evaluation.summary import EvaluationResult
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 
 @runtime_checkable
@@ -12,17 +12,22 @@ class Source(Protocol):
     """A datamodule that feeds an algorithm. One that subclasses this need only give what it has.
 
     Attributes:
-        spec: the environment's spaces; None if there is no environment, or before `setup`.
+        spec: the environment's spaces, or its agents and theirs; None if there is no environment, or before `setup`.
         seed: of everything random in the run; None if there is none.
+        ragged: whether rollouts' time lines differ in length, from batch to batch.
         clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
         rollout_shape: B and T of what this rank collects at a time; None if it collects nothing.
         policy_lag: updates between the weights that acted and those that learn; 0 if they are the same.
     """
 
-    spec: EnvSpec | None = None
+    spec: EnvSpec | MultiAgentSpec | None = None
     seed: int | None = None
     clock: Literal["env_steps", "updates"] = "env_steps"
+
+    @property
+    def ragged(self) -> bool:
+        return isinstance(self.spec, MultiAgentSpec)
 
     @property
     def budget(self) -> int | None:

@@ -1,6 +1,7 @@
 """What an algorithm must know of an environment, in plain data, and what networks and policies ask of a space."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import SpaceError
+from lit_rl.errors import OptionError, SpaceError
+from lit_rl.roster import Roster
 from lit_rl.trees import children, space_leaves
 
 
@@ -37,6 +39,66 @@ class EnvSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EnvSpec":
         return cls(data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"]))
+
+
+@dataclass(frozen=True)
+class MultiAgentSpec:
+    """The agents of an environment, and the spaces of each.
+
+    Attributes:
+        env_id: how messages name the environment.
+        agents: by entry of `possible_agents`, in its order.
+        max_agents: agents whose ids match a pattern, at a time, at most; None if there is no pattern.
+    """
+
+    env_id: str
+    agents: dict[str, EnvSpec]
+    max_agents: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Agents at a time, at most."""
+        return Roster(list(self.agents), self.max_agents).num_slots
+
+    def shared(self, names: Sequence[str] | None = None, policy_id: str | None = None) -> EnvSpec:
+        """The spaces that agents have in common, for one policy of theirs.
+
+        Args:
+            names: of the agents; None for all of them.
+            policy_id: how messages name the policy, if it has one.
+
+        Raises:
+            OptionError: if they are not equal, or there is no agent.
+        """
+        if names is not None and not names:
+            raise OptionError(f"policies[{policy_id!r}]: policy_mapping gives it no agent. Leave it out, or map one.")
+        (first, spec), *others = [(name, self.agents[name]) for name in names or self.agents]
+        for name, other in others:
+            for kind in ("observation_space", "action_space"):
+                if getattr(other, kind) != getattr(spec, kind):
+                    whose = "one policy" if policy_id is None else f"policies[{policy_id!r}]"
+                    raise OptionError(
+                        f"env={self.env_id}: the {kind} of agent {first!r} is {getattr(spec, kind)}, that of {name!r} "
+                        f"{getattr(other, kind)}: {whose} needs equal spaces. Pad them with a wrapper, or give each a "
+                        f"policy of its own: MultiAgent({{'{_word(first)}': PPO(), '{_word(name)}': PPO()}}, "
+                        f"policy_mapping={{'{first}': '{_word(first)}', '{name}': '{_word(name)}'}})."
+                    )
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data."""
+        agents = {name: spec.to_dict() for name, spec in self.agents.items()}
+        return {"env_id": self.env_id, "agents": agents, "max_agents": self.max_agents}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "MultiAgentSpec":
+        agents = {name: EnvSpec.from_dict(spec) for name, spec in data["agents"].items()}
+        return cls(data["env_id"], agents, data["max_agents"])
+
+
+def _word(name: str) -> str:
+    """A policy's id for an agent, in an example."""
+    return "".join(x if x.isalnum() else "_" for x in name)
 
 
 def space_to_dict(space: gym.Space) -> dict[str, Any]:

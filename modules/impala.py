@@ -129,6 +129,13 @@ class IMPALA(ActorCritic):
     def attach(self, host: Host) -> None:
         super().attach(host)
         hp, lag = self.hp, host.source.policy_lag
+        if host.source.ragged:
+            for option in ("burn_in", "compile"):
+                if hp[option]:
+                    raise OptionError(
+                        f"{option}={hp[option]}: with several agents time lines differ in length from batch to batch. "
+                        "Leave it out."
+                    )
         if host.source.rollout_shape is not None and hp.burn_in >= host.source.rollout_shape[1]:
             raise OptionError(
                 f"burn_in={hp.burn_in}: expected fewer steps than rollout_length={host.source.rollout_shape[1]}, of "

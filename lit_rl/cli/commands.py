@@ -63,7 +63,9 @@ def play(args: Sequence[str]) -> None:
         returns.append(episode.return_)
         lengths.append(episode.length)
         cut = ", cut off" if episode.cut else ""
-        print(f"Episode {len(returns)}: return {episode.return_:g}, length {episode.length}{cut}", flush=True)
+        agents = ", ".join(f"{agent} {value:g}" for agent, value in (episode.returns or {}).items())
+        each = f" ({agents})" if agents else ""
+        print(f"Episode {len(returns)}: return {episode.return_:g}{each}, length {episode.length}{cut}", flush=True)
     how = "random actions of the policy" if options.stochastic else "greedy"
     print(f"Mean of {len(returns)} on {env.env_id}, {how}: return {np.mean(returns):g}, length {np.mean(lengths):g}")
     if options.video is not None:
@@ -93,7 +95,7 @@ def plot(args: Sequence[str]) -> None:
 
 def _window(env: Any) -> bool:
     """Whether there is a display, and an environment that uses it; says so where not."""
-    made = env.make() if env.vectorization != "native" else None
+    made = env.make() if env.vectorization != "native" and not env.is_multi_agent else None
     try:
         modes = made.metadata.get("render_modes", ()) if made is not None else ()
     finally:

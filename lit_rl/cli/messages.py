@@ -50,11 +50,16 @@ def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequen
     given = (re.findall(r"(?:Given|Got) value: (\S.*)", after_key) or [""])[0]
     nested = re.search(r"Given value: NestedArg\(key='([\w.]+)', val=(.*)\)$", text)
     if nested:  # `--model.lr x` on the command line
+        if nested[1].startswith(f"{key}."):
+            key = nested[1]
         key = key if key.endswith(nested[1]) else f"{key or 'option'}.{nested[1]}"
         given = ast.literal_eval(nested[2]) if nested[2][:1] in "'\"" else nested[2]
     named = re.findall(r"Expected a dot import path string: (\S+)", text)[-1:]
     not_found = re.findall(r"expects a function or a callable class: (.*\S)", text)[-1:]
-    if named:  # jsonargparse says no more, also where the class is there and its init_args are wrong
+    unknown = re.findall(r"Option '(\w+)' is not accepted", text)[-1:]
+    if unknown and key.startswith("policies"):  # whatever else a policy may be, of which jsonargparse goes on to speak
+        complaint = f"there is no option {unknown[0]!r}"
+    elif named:  # jsonargparse says no more, also where the class is there and its init_args are wrong
         complaint = _no_class(key, named[0])
     elif not_found:
         complaint = f"there is no class {given}: {not_found[0]}."

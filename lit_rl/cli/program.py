@@ -20,6 +20,7 @@ import lit_rl
 import lit_rl.callbacks
 import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
+import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
@@ -122,7 +123,8 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        self.model.init_from = self.config_init.fit.get("init_from")
+        if self.config_init.fit.get("init_from") is not None:  # else it may be an option of the model's own
+            self.model.init_from = self.config_init.fit.init_from
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 logger.experiment.define_metric("*", step_metric="env_steps")

@@ -12,7 +12,7 @@ from lit_rl.distributions import distribution_for
 from lit_rl.errors import EnvError, SpaceError, env_error
 from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
 from lit_rl.observations import complaint, short, stacked
-from lit_rl.spec import space_to_dict
+from lit_rl.spec import EnvSpec, space_to_dict
 from lit_rl.trees import map_tree, row_converter, space_leaves
 
 NUMBERS = {float, int, np.float64, np.float32, np.int64}
@@ -39,7 +39,8 @@ def check_env(env: gym.Env, env_id: str) -> None:
     problem = reset_complaint(env.observation_space, result)
     if problem:
         raise EnvError(f"env={env_id}: reset returned {problem}.")
-    problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, _legal_action(env, result[0])))
+    spec = EnvSpec(env_id, env.observation_space, env.action_space)
+    problem = step_complaint(env.observation_space, _call(env_id, "step", env.step, legal_action(spec, result[0])))
     if problem:
         raise EnvError(f"env={env_id}: step returned {problem}.")
 
@@ -124,15 +125,15 @@ def is_usual(observation_space: gym.Space, result: Any) -> bool:
     return False
 
 
-def _legal_action(env: gym.Env, obs: Any) -> Any:
+def legal_action(spec: EnvSpec, obs: Any) -> Any:
     """A random action that the observation's action mask, if it has one, allows."""
-    mask_space = split_mask(env.observation_space)[1]
+    mask_space = split_mask(spec.observation_space)[1]
     if mask_space is None:
-        return env.action_space.sample()
-    distribution = distribution_for(env.action_space)
+        return spec.action_space.sample()
+    distribution = distribution_for(spec.action_space)
     parameters = np.zeros((1, distribution.num_outputs + distribution.num_scales), np.float32)
     mask = row_converter(mask_space)(obs[ACTION_MASK])
-    masks = ActionMasks(mask_space, env.action_space, distribution)
+    masks = ActionMasks(mask_space, spec.action_space, distribution)
     masks.apply_numpy(parameters, map_tree(lambda x: x[None], mask))
     action, _ = distribution.sample(parameters, np.random.default_rng(0))
     return distribution.to_env(map_tree(lambda x: x[0], action))

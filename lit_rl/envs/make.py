@@ -5,6 +5,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Annotated, Any
 
 import gymnasium as gym
@@ -12,23 +13,29 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces, hidden_statistics
+from lit_rl.envs.multi_agent import ActionMasksFromInfo, MultiAgentEnv, MultiAgentWrapper, has_agents, has_masks_in_info
+from lit_rl.envs.multi_agent_check import check_multi_agent_env
+from lit_rl.envs.pettingzoo import adapted
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
 from lit_rl.options import Arguments, Limit, OneOf, check_fields
-from lit_rl.spec import EnvSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 
 class _Maker(Limit):
     """What makes an environment."""
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, str) or callable(value)
+        return isinstance(value, str) or callable(value) or _makers_of(value) is not None
 
     def __repr__(self) -> str:
-        return "a gymnasium id such as 'CartPole-v1', 'package.module:Class', or a callable that returns an environment"
+        return (
+            "a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that returns an environment, or "
+            "a module of PettingZoo"
+        )
 
 
-Env = Annotated[str | Callable[..., gym.Env], _Maker()]
+Env = Annotated[str | Callable[..., Any] | ModuleType, _Maker()]
 Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
 Vectorization = Annotated[str, OneOf("sync", "async", "native")]
 
@@ -38,8 +45,10 @@ class EnvConfig:
     """How to make an environment, one at a time or vectorised.
 
     Attributes:
-        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment.
-        env_kwargs: passed to whichever of the three makes it.
+        env: a gymnasium id, `"package.module:Class"`, or a callable that returns an environment; of several agents a
+            `MultiAgentEnv`, or one of PettingZoo's, also as the module (or its name, "mpe2.simple_spread_v3") that has
+            `parallel_env` or `env`.
+        env_kwargs: passed to whichever of these makes it.
         wrappers: applied in order; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
         vectorization: "sync" steps the environments one after the other in this process, "async" gives each a process
             of its own, "native" uses the environment's own vector form (its vector entry point; a callable is called
@@ -53,6 +62,8 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.env, ModuleType):
+            object.__setattr__(self, "env", self.env.__name__)
         if isinstance(self.wrappers, str):
             raise OptionError(f"wrappers={self.wrappers!r}: expected a list.")
 
@@ -75,14 +86,35 @@ class EnvConfig:
         """One environment.
 
         Raises:
-            EnvError: if it cannot be found or made.
+            EnvError: if it cannot be found or made, or has several agents.
         """
-        env = self._wrap(self._construct(self.env_kwargs))
-        if isinstance(env, VectorEnv):
-            raise EnvError(f"env={self.env_id} made a VectorEnv: set vectorization='native' to use it.")
-        if not isinstance(env, gym.Env):
-            raise EnvError(f"env={self.env_id} made a {type(env).__name__}: expected a gymnasium.Env.")
-        return env
+        return self._checked(self._make_any())
+
+    def make_multi_agent(self) -> MultiAgentEnv:
+        """One environment of several agents, with their action masks in their observations.
+
+        Raises:
+            EnvError: if it cannot be found or made, or is none.
+        """
+        env = self._make_any()
+        if not has_agents(env):
+            raise EnvError(f"env={self.env_id} made a {type(env).__name__}: expected a MultiAgentEnv.")
+        return self._with_masks(env)
+
+    @functools.cached_property
+    def is_multi_agent(self) -> bool:
+        """Whether it is an environment of several agents: one is made to find out, unless that is known."""
+        named = isinstance(self.env, str) and self.env in gym.registry
+        if self.vectorization == "native" or named or (isinstance(self.env, type) and issubclass(self.env, gym.Env)):
+            return False
+        env = self._make_any()
+        env.close()
+        return has_agents(env)
+
+    def known_to_be(self, is_multi_agent: bool) -> "EnvConfig":
+        """The same, of which it need not be found out whether it is an environment of several agents."""
+        self.__dict__["is_multi_agent"] = is_multi_agent
+        return self
 
     def make_vector(
         self, num_envs: int, autoreset: AutoresetMode = AutoresetMode.SAME_STEP, info_keys: Sequence[str] = ()
@@ -107,12 +139,26 @@ class EnvConfig:
         """The spaces, read from an environment that is made, tried out for one step and closed again.
 
         Raises:
-            EnvError: if it cannot be made, or does not keep to gymnasium's interface.
+            EnvError: if it cannot be made, does not keep to gymnasium's interface, or has several agents.
+        """
+        found = self.try_out()
+        if isinstance(found, MultiAgentSpec):
+            raise EnvError(f"env={self.env_id} made an environment of several agents: expected a gymnasium.Env.")
+        return found
+
+    def try_out(self) -> EnvSpec | MultiAgentSpec:
+        """`spec`, or the agents and their spaces if there are several.
+
+        Raises:
+            EnvError: if it cannot be made, or does not keep to its interface.
         """
         native = self.vectorization == "native"
-        env: Any = self._make_native(1) if native else self.make()
+        env: Any = self._make_native(1) if native else self._make_any()
         try:
+            if not native and has_agents(env):
+                return self.known_to_be(True)._try_out_agents(env)
             if not native:
+                env = self._checked(env)
                 check_env(env, self.env_id)
             observation_space = env.single_observation_space if native else env.observation_space
             action_space = env.single_action_space if native else env.action_space
@@ -121,12 +167,39 @@ class EnvConfig:
             advice = hidden_statistics(env)
             if advice:
                 _warn_once(f"env={self.env_id}: {advice}")
+            self.known_to_be(False)
             return EnvSpec(self.env_id, observation_space, action_space)
         finally:
             env.close()
 
+    def _try_out_agents(self, env: MultiAgentEnv) -> MultiAgentSpec:
+        if self.vectorization != "sync":
+            raise OptionError(
+                f"vectorization={self.vectorization!r}: env={self.env_id} has several agents, and its copies are "
+                "stepped one after the other. Use 'sync', and more env runners."
+            )
+        return check_multi_agent_env(self._with_masks(env), self.env_id)
+
+    def _with_masks(self, env: MultiAgentEnv) -> MultiAgentEnv:
+        try:
+            return ActionMasksFromInfo(env) if has_masks_in_info(env) else env
+        except Exception as error:
+            raise env_error(self.env_id, "raised in reset", error) from error
+
+    def _make_any(self) -> Any:
+        return self._wrap(self._construct(self.env_kwargs))
+
+    def _checked(self, env: Any) -> gym.Env:
+        """An environment, if it is one of one agent."""
+        if isinstance(env, VectorEnv):
+            raise EnvError(f"env={self.env_id} made a VectorEnv: set vectorization='native' to use it.")
+        if not isinstance(env, gym.Env):
+            found = "an environment of several agents" if has_agents(env) else f"a {type(env).__name__}"
+            raise EnvError(f"env={self.env_id} made {found}: expected a gymnasium.Env.")
+        return env
+
     def _make_native(self, num_envs: int) -> VectorEnv:
-        if isinstance(self.env, str) and _entry_point(self.env) is None:
+        if isinstance(self.env, str) and self._entry_point() is None:
             env_spec = _registered(self.env)
             if env_spec.vector_entry_point is None:
                 raise OptionError(
@@ -151,13 +224,20 @@ class EnvConfig:
         return env
 
     def _construct(self, kwargs: dict[str, Any]) -> Any:
-        if callable(self.env):
-            return _call(self.env_id, self.env, **kwargs)
-        entry_point = _entry_point(self.env)
+        entry_point = self._entry_point()
         if entry_point is not None:
             return _call(self.env_id, entry_point, **kwargs)
         # What gymnasium's checker looks at once, lit_rl looks at in every step.
-        return _call(self.env_id, gym.make, _registered(self.env).id, **{"disable_env_checker": True, **kwargs})
+        return _call(self.env_id, gym.make, _registered(str(self.env)).id, **{"disable_env_checker": True, **kwargs})
+
+    def _entry_point(self) -> Callable[..., Any] | None:
+        """What makes the environment; None if gymnasium does, by its id."""
+        if callable(self.env):
+            return self.env
+        name = str(self.env)
+        if ":" not in name and "." in name and "/" not in name and name not in gym.registry:
+            return _of_module(name)
+        return _entry_point(name)
 
     def _wrap(self, env: Any) -> Any:
         for wrapper in self.wrappers:
@@ -176,8 +256,25 @@ class EnvConfig:
                     f"wrappers: {wrapper.__name__} wraps one environment, and env={self.env_id} with vectorization="
                     "'native' is many in one. Use a gymnasium.vector.VectorWrapper, or vectorization='sync'."
                 )
+            if isinstance(wrapper, type) and issubclass(wrapper, MultiAgentWrapper):
+                env = _call(self.env_id, adapted, env)
+            if isinstance(wrapper, type) and has_agents(env) != issubclass(wrapper, MultiAgentWrapper):
+                self._check_wrapper(wrapper, has_agents(env))
             env = _call(self.env_id, wrapper, env, **_with_tuples(wrapper, kwargs or {}))
-        return env
+        return _call(self.env_id, adapted, env)
+
+    def _check_wrapper(self, wrapper: type, has_agents: bool) -> None:
+        """Refuse a wrapper of one agent around several, and one of several around one."""
+        if has_agents and issubclass(wrapper, gym.Wrapper):
+            raise OptionError(
+                f"wrappers: {wrapper.__name__} wraps an environment of one agent, and env={self.env_id} has several. "
+                "Use a lit_rl.envs.multi_agent.MultiAgentWrapper, or wrap the agents inside."
+            )
+        if not has_agents and issubclass(wrapper, MultiAgentWrapper):
+            raise OptionError(
+                f"wrappers: {wrapper.__name__} wraps an environment of several agents, and env={self.env_id} has one. "
+                "Leave it out."
+            )
 
 
 def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
@@ -214,6 +311,28 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _makers_of(module: Any) -> Callable[..., Any] | None:
+    """What makes the environment of a module as PettingZoo has them; None if it is none."""
+    if not isinstance(module, ModuleType):
+        return None
+    return getattr(module, "parallel_env", None) or getattr(module, "env", None)
+
+
+def _of_module(name: str) -> Callable[..., Any]:
+    """What makes the environment of a module by its name."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise EnvError(
+            f"env={name!r} is neither a registered gymnasium environment nor a module to import ({error}). "
+            "PettingZoo's environments need lit-rl[multi-agent]."
+        ) from error
+    found = _makers_of(module)
+    if found is None:
+        raise EnvError(f"env={name!r}: the module has neither parallel_env nor env, as PettingZoo's have.")
+    return found
 
 
 def _entry_point(name: str) -> Callable[..., Any] | None:

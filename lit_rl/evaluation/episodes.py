@@ -10,7 +10,8 @@ from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import EnvError
+from lit_rl.errors import EnvError, OptionError
+from lit_rl.evaluation.agent_episodes import play_agents
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
 from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset, step
@@ -52,6 +53,19 @@ def play(
     Raises:
         EnvError: if the environment raises.
     """
+    if env.is_multi_agent:
+        if record:
+            raise OptionError(f"env={env.env_id} has several agents, whose episodes cannot be recorded yet.")
+        yield from play_agents(
+            env,
+            policy,
+            seeds,
+            deterministic=deterministic,
+            info_metrics=info_metrics,
+            num_envs=num_envs,
+            timeout_s=timeout_s,
+        )
+        return
     num_envs = min(num_envs, len(seeds))
     if not num_envs:
         return

@@ -52,9 +52,20 @@ def summarize(results: Sequence[EvaluationResult]) -> dict[str, float]:
             "return_iqm_high": high,
             "length_mean": np.mean([episode.length for episode in episodes]),
         }
+    for agent in sorted({agent for episode in episodes for agent in episode.returns or ()}):
+        metrics[f"return_mean/{agent}"] = np.mean([e.returns[agent] for e in episodes if agent in (e.returns or ())])
     for key in sorted({key for episode in episodes for key in episode.info}):
         metrics[f"info/{key}_mean"] = np.mean([e.info[key] for e in episodes if key in e.info])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def policy_returns(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """The mean return of an agent that acted by a policy, by its id; none where there is only one policy."""
+    found: dict[str, list[float]] = {}
+    for episode in (episode for result in results for episode in result.episodes):
+        for agent, policy_id in (episode.policies or {}).items():
+            found.setdefault(policy_id, []).append(episode.returns[agent])
+    return {policy_id: float(np.mean(found[policy_id])) for policy_id in sorted(found)}
 
 
 def interquartile_mean(x: np.ndarray) -> np.ndarray:

@@ -25,12 +25,31 @@ def check_fits(algorithm: Any, found: Mapping[str, Any], state_dict: Mapping[str
     Raises:
         CheckpointError: naming the first thing that differs.
     """
+    check_algorithm(algorithm, found)
+    check_policy_fits(algorithm, found)
+    check_shapes(algorithm, found, state_dict)
+
+
+def check_algorithm(algorithm: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another algorithm.
+
+    Raises:
+        CheckpointError: naming both.
+    """
     name = found["algorithm"]
     if name not in (ancestor.__name__ for ancestor in type(algorithm).__mro__):
         raise CheckpointError(
             f"The checkpoint was written by {name}: it cannot be loaded into {type(algorithm).__name__}."
         )
-    check_policy_fits(algorithm, found)
+
+
+def check_shapes(algorithm: Any, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of other weights.
+
+    Raises:
+        CheckpointError: naming the first that differs.
+    """
+    name = found["algorithm"]
     shapes = {key: tuple(tensor.shape) for key, tensor in algorithm.state_dict().items()}
     saved = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     if shapes != saved:

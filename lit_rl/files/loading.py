@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,29 @@ import torch
 from lit_rl.errors import CheckpointError
 from lit_rl.files import digests
 from lit_rl.networks import NetworkFactory
-from lit_rl.policy import POLICIES, Policy
+from lit_rl.policy import POLICIES, Policy, PolicySet, Random
+from lit_rl.spec import MultiAgentSpec
 
 log = logging.getLogger(__name__)
 
 # The section of a checkpoint that describes itself, and the newest form of it that this version reads.
-SECTION, FORMAT = "lit_rl", 4
+SECTION, FORMAT = "lit_rl", 5
 POLICY_PREFIX = "policy."
+SET = "PolicySet"  # what a checkpoint names in place of a class, if there are several policies
 
 
 def load_policy(
-    path: str | Path, network: NetworkFactory | None = None, policy_class: type[Policy] | None = None
-) -> Policy:
+    path: str | Path,
+    network: NetworkFactory | None = None,
+    policy_class: type[Policy] | None = None,
+    *,
+    policy: str | None = None,
+    policies: Mapping[str, Any] | None = None,
+    policy_mapping: Any = None,
+) -> Any:
     """The policy in a checkpoint, on the CPU, ready to act: `action, state = policy.act(obs)`.
+
+    If there are several it is a `PolicySet`: `actions, states = policies.act({agent: obs})`.
 
     Needs no environment, no Trainer and no Ray. It acts as it did in evaluation. If the file is damaged, that is the
     policy of the file it replaced (`<path>.previous`), with a warning.
@@ -33,21 +43,63 @@ def load_policy(
         network: the callable it was trained with, if that is not one of lit_rl's own. A file never decides what is
             imported.
         policy_class: the class it was trained with, if that is one of your own.
+        policy: of several policies that of this id alone; None gives them all as a `PolicySet`.
+        policies: of several policies the scripted ones of your own, by id.
+        policy_mapping: of several policies the mapping they were trained with, if that is a function.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or not lit_rl's, or needs `network` or `policy_class`.
+        CheckpointError: if the file is missing, damaged or not lit_rl's, or needs an argument that is not there.
     """
     checkpoint = read_checkpoint(path)
-    description = section(checkpoint, path)["policy"]
+    description, weights = section(checkpoint, path)["policy"], checkpoint["state_dict"]
+    if description["class"] != SET:
+        if policy is not None:
+            raise CheckpointError(f"Checkpoint {path} holds one policy: leave policy={policy!r} out.")
+        return _policy(description, weights, POLICY_PREFIX, network, policy_class)
+    parts = description["policies"]
+    if policy is not None:
+        if parts.get(policy) is None:
+            learned = [policy_id for policy_id, part in parts.items() if part is not None]
+            raise CheckpointError(f"Checkpoint {path} has no policy {policy!r} with weights, only {learned}.")
+        return _policy(parts[policy], weights, _prefix(policy, weights), network, policy_class)
+    found: dict[str, Any] = {}
+    for policy_id, part in parts.items():
+        scripted = description["scripted"].get(policy_id)
+        if part is not None:
+            found[policy_id] = _policy(part, weights, _prefix(policy_id, weights), network, policy_class)
+        elif policies is not None and policy_id in policies:
+            found[policy_id] = policies[policy_id]
+        elif scripted == Random.__name__:
+            found[policy_id] = Random()
+        else:
+            raise CheckpointError(
+                f"Checkpoint {path}: the policy {policy_id!r} is a script of yours, {scripted}: pass it in policies=."
+            )
+    mapping = description["mapping"] if policy_mapping is None else policy_mapping
+    if mapping is None:
+        raise CheckpointError(f"Checkpoint {path}: its mapping is a function: pass it as policy_mapping=.")
+    spec = MultiAgentSpec.from_dict(description["spec"])
+    return PolicySet(spec, found, mapping, description["trained"]).eval()
+
+
+def _policy(
+    description: dict[str, Any],
+    weights: Mapping[str, Any],
+    prefix: str,
+    network: NetworkFactory | None,
+    policy_class: type[Policy] | None,
+) -> Policy:
+    """The policy whose weights have names that begin with `prefix`."""
     policy = (policy_class or POLICIES.get(description["class"], Policy)).from_description(description, network=network)
-    policy.load_weights(
-        {
-            name.removeprefix(POLICY_PREFIX): tensor
-            for name, tensor in checkpoint["state_dict"].items()
-            if name.startswith(POLICY_PREFIX)
-        }
-    )
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    policy.load_weights(own)
     return policy.eval()
+
+
+def _prefix(policy_id: str, weights: Mapping[str, Any]) -> str:
+    """With what the names of a policy's weights begin, that is one of several."""
+    trained = f"algorithms.{policy_id}.{POLICY_PREFIX}"
+    return trained if any(name.startswith(trained) for name in weights) else f"frozen.{policy_id}."
 
 
 def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
@@ -159,7 +211,16 @@ def _from_3(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
         options["network"] = {"name": "default_network"}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Any]], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
+def _from_4(checkpoint: dict[str, Any], found: dict[str, Any]) -> None:
+    """There was always one policy: nothing is to be done."""
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+}
 
 
 def section(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:

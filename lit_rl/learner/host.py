@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Host:
     rank: int
     save_checkpoint: Callable[[str], Path]
     log_folder: Callable[[], Path]
+
+    def within(self, source: Source) -> "Host":
+        """The same surroundings, with another source: for an algorithm that others are part of."""
+        return replace(self, source=source)
 
 
 def make_host(

@@ -1,10 +1,12 @@
 """Batches on their way to the learner's device."""
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.rollout import Rollout
+from lit_rl.rollout import Rollout, Rollouts
 
 
 class Transfer:
@@ -17,7 +19,13 @@ class Transfer:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, batch: TensorDict, device: torch.device) -> TensorDict:
+    def __call__(self, batch: Any, device: torch.device) -> Any:
+        """A batch, or one for each policy, on a device; what is no batch stays as it is."""
+        if isinstance(batch, Rollouts):
+            return Rollouts({policy_id: self(rollout, device) for policy_id, rollout in batch.items()})
+        return self._moved(batch, device) if isinstance(batch, TensorDict) else batch
+
+    def _moved(self, batch: TensorDict, device: torch.device) -> TensorDict:
         if batch.device == device:
             return batch
         if device.type != "cuda":

@@ -1,7 +1,6 @@
 """Steps one vectorised environment with a policy. A plain class: Ray makes an actor of it, or nobody does."""
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +12,15 @@ from gymnasium.vector import AutoresetMode
 from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
 from lit_rl.envs.vector import Begin, SyncVectorEnv
-from lit_rl.errors import EnvError, EnvFailure, env_error, sentence
+from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.policy import Policy
-from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Phase, Restarts, Watchdog
+from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import check_finite
 from lit_rl.runners.fragment import Episode, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, step
+from lit_rl.runners.survival import Survival
 from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
 
@@ -69,15 +69,13 @@ class EnvRunner:
         self._num_envs = num_envs
         self._rollout_length = rollout_length
         self._info_metrics = tuple(info_metrics)
-        self._restarts = Restarts(faults)
-        self._faults = faults
         self._watchdog = watchdog or Watchdog()
+        self._survival = Survival(faults, self._watchdog)
         self._replayable = replayable
         self._reward_scale, self._reward_clip = reward_scale, reward_clip
         self._keep_states = keep_states and policy.has_memory
         self._accounted = 0  # env steps in fragments so far
         self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
-        self._failures: list[str] = []
         self._unproven: set[int] = set()  # environments that were rebuilt and did not make a step since
         env_seed, action_seed = seed.spawn(2)
         self._seeds = env_seed.spawn(num_envs)
@@ -206,10 +204,10 @@ class EnvRunner:
             self._history.add(view, self._is_init, self._lengths)
         delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())
         entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded))
-        fragment = Fragment(rows, packed_finals, episodes, self.policy_version, entry, tuple(self._failures))
+        fragment = Fragment(rows, packed_finals, episodes, self.policy_version, entry, tuple(self._survival.failures))
         self._accounted = watchdog.executed
         self._discarded.clear()
-        self._failures.clear()
+        self._survival.failures.clear()
         return fragment
 
     def close(self) -> None:
@@ -292,19 +290,19 @@ class EnvRunner:
     def _recover(self, b: int, what: str, error: Exception) -> int:
         """Environment b raised: the seed of the one in its place."""
         if b not in self._unproven:
-            self._restarts.went_well()
+            self._survival.went_well()
         self._unproven.add(b)
-        self._survive(env_error(self._env.env_id, f"raised in {what}", error), f"Environment {b} is")
+        self._survival.survive(env_error(self._env.env_id, f"raised in {what}", error), f"Environment {b} is")
         self._watchdog.enter(Phase.INIT)
         return _number(self._seeds[b].spawn(1)[0])
 
     def _rebuild_all(self, error: EnvFailure) -> None:
         """Begin again with new environments; the fragment so far is discarded."""
         if not self._unproven:
-            self._restarts.went_well()
+            self._survival.went_well()
         self._unproven = set(range(self._num_envs))
         while True:
-            self._survive(error, f"All {self._num_envs} environments are")
+            self._survival.survive(error, f"All {self._num_envs} environments are")
             lost = self._watchdog.executed - self._accounted - self._discarded.total()
             if lost:
                 self._discarded["env_error"] += lost
@@ -317,21 +315,6 @@ class EnvRunner:
                 return
             except EnvFailure as again:
                 error = again
-
-    def _survive(self, error: Exception, who: str) -> None:
-        """Count a failure, and wait before the next try; raises if the budget is spent."""
-        self._watchdog.enter(Phase.IDLE)
-        wait = self._restarts.failed()
-        if wait is None or not isinstance(error, EnvFailure):
-            if not self._faults.max_restarts or not isinstance(error, EnvFailure):
-                raise error
-            raise EnvFailure(
-                f"{sentence(error)} That was failure {self._restarts.total}, more than {self._restarts.budget} allows. "
-                "Mend the environment, or raise fault_tolerance.max_restarts."
-            ) from error
-        self._failures.append(f"{sentence(error)} {who} rebuilt.")
-        if wait > BACKOFF_S:  # the first in a row costs nobody anything
-            time.sleep(wait)
 
     def _after_next_step(self, t: int, done: np.ndarray, mask_rows: np.ndarray, reward_rows: np.ndarray) -> None:
         """NEXT_STEP: the step after an episode's end ignored its action and returned the next episode's first obs."""

@@ -21,6 +21,9 @@ class Episode(NamedTuple):
         steps: its transitions, if recorded: time-ordered arrays by name.
         seed: with which it was begun, if it was played for evaluation.
         cut: whether it had not ended when the time for it was over.
+        returns: with several agents, of each entry of `possible_agents` that took part (of a pattern the mean over its
+            agents); `return_` is the sum over all agents.
+        policies: the ids of their policies, if there are several.
     """
 
     return_: float
@@ -29,6 +32,8 @@ class Episode(NamedTuple):
     steps: dict[str, np.ndarray] | None = None
     seed: int | None = None
     cut: bool = False
+    returns: dict[str, float] | None = None
+    policies: dict[str, str] | None = None
 
 
 class Fragment(NamedTuple):
@@ -38,7 +43,7 @@ class Fragment(NamedTuple):
         rows: `observation, action, action_log_prob, reward, terminated, truncated, is_init` and, where not every row
             is a transition, `mask`; each [B, T, ...]; `last_observation` [B, *obs]; and, of a policy with memory,
             `state` [B, ...] before the first step, or [B, T, ...] before each. The parts of nested ones are named by
-            path: "observation/arm".
+            path: "observation/arm". Of time lines of different lengths also `length` [B] and `policy_version` [B, T].
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
             [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
         episodes: those that ended.
@@ -47,6 +52,7 @@ class Fragment(NamedTuple):
         failures: what environments raised, and was survived.
         busy_s: seconds it took, of a runner in a process of its own.
         idle_s: seconds that this was idle before it.
+        parts: of several policies the rows and finals of each that is trained, by its id; there are no others then.
     """
 
     rows: Packed
@@ -57,6 +63,16 @@ class Fragment(NamedTuple):
     failures: Sequence[str] = ()
     busy_s: float = 0.0
     idle_s: float = 0.0
+    parts: dict[str, tuple[Packed, Packed]] | None = None
+
+    def of(self, policy_id: str) -> "Fragment":
+        """The part of one policy."""
+        assert self.parts is not None
+        rows, finals = self.parts[policy_id]
+        return self._replace(rows=rows, finals=finals, parts=None)
+
+
+NOTHING = pack({})
 
 
 class FragmentLayout:
@@ -68,9 +84,12 @@ class FragmentLayout:
         state: what the policy carries at an episode's start, [B, ...]; None without memory.
         keep_states: `state` before every step, [B, T, ...], instead of the first alone.
         has_mask: whether rows have a `mask`.
+        ragged: whether time lines differ in length, and rows in their version.
     """
 
-    def __init__(self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool):
+    def __init__(
+        self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool, ragged: bool = False
+    ):
         self._num_envs = num_envs
         # dtype and shape of each array: of one row, [...], and of those that there are once per environment, [B, ...].
         self._rows: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -89,6 +108,9 @@ class FragmentLayout:
         self._rows |= dict.fromkeys(
             ["terminated", "truncated", "is_init", *(["mask"] if has_mask else [])], ("|b1", ())
         )
+        if ragged:
+            self._rows["policy_version"] = ("<i8", ())
+            self._once["length"] = ("<i8", (num_envs,))
         self._layouts: dict[int, tuple[int, Layout]] = {}  # size in bytes and layout of fragments of each length
         self._finals = space_leaves(spec.observation_space, "final_observation")
         self._no_finals = self._packed([], [], 1)
@@ -102,6 +124,11 @@ class FragmentLayout:
             self._layouts[length] = len(packed.buffer), packed.layout
         num_bytes, layout = self._layouts[length]
         return Packed(np.empty(num_bytes, np.uint8), layout)
+
+    @property
+    def row_fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtype and the shape of one row of each array that has rows."""
+        return dict(self._rows)
 
     def pack_finals(
         self, finals: Sequence[tuple[int, int, Tree]], failed: Sequence[tuple[int, int]], length: int
@@ -135,8 +162,8 @@ class FragmentLayout:
         return pack({"final_step": steps, **columns})
 
 
-def put(rows: np.ndarray, b: int, values: Any) -> None:
-    """`values` [...] into environment b's row of `rows` [B, ...]."""
+def put(rows: np.ndarray, b: int | np.ndarray, values: Any) -> None:
+    """`values` [...] into environment b's row of `rows` [B, ...], or [N, ...] into those of N environments."""
     rows[b] = values
 
 

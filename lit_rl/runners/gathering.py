@@ -21,10 +21,13 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
     """One rollout [B] of all fragments, stacked along B.
 
     Args:
-        fragments: of equal T.
+        fragments: of equal T, unless their time lines have a `length` each.
         copy: whether the result must own its memory, because the fragments' is read-only (from Ray).
     """
     parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
+    longest = max(part["is_init"].shape[1] for part in parts)
+    for part in parts:
+        _lengthen(part, longest)
     width = max(part["final_step"].shape[1] for part in parts)
     has_length = any("length" in part for part in parts)
     has_mask = has_length or any("mask" in part for part in parts)
@@ -43,8 +46,10 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
     else:
         columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
     batch, length = columns["reward"].shape
-    version = np.repeat([fragment.policy_version for fragment in fragments], [len(part["reward"]) for part in parts])
-    columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
+    if "policy_version" not in columns:
+        versions = [fragment.policy_version for fragment in fragments]
+        version = np.repeat(versions, [len(part["reward"]) for part in parts])
+        columns["policy_version"] = torch.from_numpy(version)[:, None].expand(batch, length)
     next_ = {name: columns.pop(name) for name in NEXT}
     next_["done"] = next_["terminated"] | next_["truncated"]
     rollout = Rollout({**nest(columns), "next": next_}, [batch])
@@ -66,6 +71,9 @@ def evened(rollout: Rollout, device: torch.device) -> Rollout:
         env_steps *= distributed.world_size()
     batch = padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
     batch.env_steps = env_steps
+    mask = mask_of(batch)
+    if mask is not None:
+        batch.has_rows = bool(distributed.greatest([int(mask.any())], device)[0])
     return batch
 
 
@@ -100,6 +108,17 @@ def _without_steps(rollout: Any) -> Any:
     rollout["mask"].fill_(False)
     rollout["length"].fill_(0)
     return rollout
+
+
+def _lengthen(part: dict[str, np.ndarray], longest: int) -> None:
+    """Pad the rows of a fragment whose time lines have a `length`, up to `longest`."""
+    missing = longest - part["is_init"].shape[1]
+    if not missing:
+        return
+    for name, array in part.items():
+        if not name.startswith(("last_", "final_", "state")) and name != "length":
+            part[name] = np.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2))
+    part["policy_version"][:, -missing:] = part["policy_version"].max()  # padding is of no other age than the rest
 
 
 def _pad(array: np.ndarray, missing: int, value: int) -> np.ndarray:

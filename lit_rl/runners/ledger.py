@@ -14,12 +14,14 @@ class Entry(NamedTuple):
         end: and after.
         delivered: real transitions among them.
         discarded: the rest, by reason.
+        agent_steps: with several agents, transitions of all of them in the fragment; env steps are calls of `step`.
     """
 
     start: int
     end: int
     delivered: int
     discarded: dict[str, int]
+    agent_steps: int = 0
 
 
 class Ledger:
@@ -32,6 +34,7 @@ class Ledger:
             fragment was read), "unknown" (as "died" on a node that is gone: at most so many).
         restarts: runners that were replaced, and environments that were rebuilt.
         dropped: of the delivered transitions, those that were too old to learn from.
+        agent_steps: with several agents, transitions of all of them that were delivered.
     """
 
     def __init__(self) -> None:
@@ -39,6 +42,7 @@ class Ledger:
         self.discarded: Counter[str] = Counter()
         self.restarts = 0
         self.dropped = 0
+        self.agent_steps = 0
         self._accounted: dict[tuple[int, int], int] = {}  # of each incarnation: its env steps that are accounted for
 
     @property
@@ -60,6 +64,7 @@ class Ledger:
             )
         self._accounted[runner, incarnation] = entry.end
         self.delivered += entry.delivered
+        self.agent_steps += entry.agent_steps
         self.discarded.update(entry.discarded)
 
     def discard(self, runner: int, incarnation: int, executed: int, reason: str) -> int:
@@ -80,12 +85,14 @@ class Ledger:
             "discarded": dict(self.discarded),
             "restarts": self.restarts,
             "dropped": self.dropped,
+            "agent_steps": self.agent_steps,
         }
 
     def load(self, state: dict) -> None:
         """Go on from what `state` returned."""
         self.delivered, self.restarts = state["delivered"], state["restarts"]
         self.dropped = state.get("dropped", 0)  # absent from older checkpoints
+        self.agent_steps = state.get("agent_steps", 0)  # likewise
         self.discarded = Counter(state["discarded"])
 
     def add(self, state: dict) -> None:
@@ -93,4 +100,5 @@ class Ledger:
         self.delivered += state["delivered"]
         self.restarts += state["restarts"]
         self.dropped += state.get("dropped", 0)
+        self.agent_steps += state.get("agent_steps", 0)
         self.discarded.update(state["discarded"])

@@ -12,8 +12,9 @@ from lit_rl.policy import Policy
 from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import FaultTolerance, Watchdog
 from lit_rl.runners.ledger import Ledger
+from lit_rl.runners.multi_agent_runner import MultiAgentEnvRunner
 from lit_rl.runners.placement import Placement
-from lit_rl.runners.pool import LocalPool, Pool
+from lit_rl.runners.pool import LocalPool, Pool, Runner
 from lit_rl.runners.ray_pool import RunnerPool
 
 log = logging.getLogger(__name__)
@@ -57,22 +58,23 @@ def make_pool(
         rollout_length, faults, info_metrics, keep_states, reward_scale, reward_clip: see `EnvRunner`.
     """
 
-    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
+    is_multi_agent = env.is_multi_agent
+
+    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> Runner:
         key = (*seed.spawn_key, 0, runner * world_size + rank, incarnation, collected)
-        return EnvRunner(
-            env,
-            make_policy(),
-            num_envs=num_envs,
-            rollout_length=rollout_length,
-            seed=np.random.SeedSequence(seed.entropy, spawn_key=key),
-            info_metrics=info_metrics,
-            keep_states=keep_states,
-            faults=faults,
-            watchdog=watchdog,
-            replayable=not num_env_runners,
-            reward_scale=reward_scale,
-            reward_clip=reward_clip,
-        )
+        options: dict[str, Any] = {
+            "num_envs": num_envs,
+            "rollout_length": rollout_length,
+            "seed": np.random.SeedSequence(seed.entropy, spawn_key=key),
+            "info_metrics": info_metrics,
+            "keep_states": keep_states,
+            "faults": faults,
+            "watchdog": watchdog,
+            "replayable": not num_env_runners,
+            "reward_scale": reward_scale,
+            "reward_clip": reward_clip,
+        }
+        return (MultiAgentEnvRunner if is_multi_agent else EnvRunner)(env, make_policy(), **options)
 
     if saved is not None and collected and (num_env_runners or not saved):
         rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")
@@ -87,7 +89,7 @@ def make_pool(
 def _go_on(pool: LocalPool, saved: list[dict[str, Any]], env: EnvConfig, num_envs: int) -> None:
     """Go on from a checkpoint's episodes, and tell how many of them cannot."""
     restarted = pool.set_state(saved)
-    before = len(saved[0].get("begins", ())) or num_envs
+    before = len(saved[0].get("begins", saved[0].get("copies", ()))) or num_envs
     if restarted and before != num_envs:
         log.warning(
             "Resumed: all %d episodes begin afresh, since the checkpoint is of %d environments.", num_envs, before

@@ -7,13 +7,32 @@ import torch
 
 from lit_rl.errors import EnvError
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner
 from lit_rl.runners.faults import Watchdog
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.ledger import Ledger
 
-# (runner, incarnation, watchdog) -> a new EnvRunner. An incarnation has a seed of its own.
-MakeRunner = Callable[[int, int, Watchdog], EnvRunner]
+
+class Runner(Protocol):
+    """What a pool needs of a runner, be its environments of one agent or of several: see `EnvRunner`."""
+
+    policy: Any
+
+    @property
+    def executed(self) -> int: ...
+
+    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None: ...
+
+    def sample(self) -> Fragment: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> int: ...
+
+    def close(self) -> None: ...
+
+
+# (runner, incarnation, watchdog) -> a new runner. An incarnation has a seed of its own.
+MakeRunner = Callable[[int, int, Watchdog], Runner]
 
 
 class Pool(Protocol):

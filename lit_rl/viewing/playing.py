@@ -134,7 +134,8 @@ def _imported(option: str, name: str) -> Any:
 def _check_env(path: Any, env: str) -> None:
     module, colon, _ = env.rpartition(":")
     if (colon and module not in TRUSTED_PLUGINS) or (not colon and env not in gym.registry):
-        option = env if colon else f"package.module:{env} with the module that registers it"
+        is_module = "." in env and "/" not in env  # as PettingZoo's environments are named
+        option = env if colon or is_module else f"package.module:{env} with the module that registers it"
         raise CheckpointError(
             f"Checkpoint {path} names the environment {env}, which is not gymnasium's own. A file does not decide what "
             f"is imported: if you trust it, add --env {option}."

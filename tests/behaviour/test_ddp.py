@@ -236,3 +236,12 @@ def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(
     assert len(slow) == len(fast) and slow[0] == fast[0] == 8 and slow.count(0) > 10 and fast.count(8) > 30
     delivered = sum(rank["ledger"]["delivered"] for rank in ranks)
     assert int(ranks[0]["weights"]["env_steps"]) == sum(slow) + sum(fast) == delivered <= 16 * 40
+
+
+def test_policies_that_appear_on_one_rank_and_for_a_while_neither_hang_nor_skew(tmp_path: Path) -> None:
+    run_python(TESTS / "ddp_multi_agent.py", tmp_path, cwd=tmp_path, timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["rows"] != second["rows"] and first["updates"] == dict.fromkeys(("one", "two", "three"), 12)
+    assert first["loss"] == second["loss"] and len(first["loss"]) == 6
+    for name, weight in first["weights"].items():
+        assert weight.isfinite().all() and torch.equal(weight, second["weights"][name]), name

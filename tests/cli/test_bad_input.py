@@ -217,7 +217,7 @@ ENVS = [
     env("low above high", "low above high", "low", "high"),
     Case(
         "several agents", [*TINY, "--data.env", "test_bad_input:parallel_env"],
-        ["env=test_bad_input:parallel_env", "ParallelEnv", "gymnasium.Env"], 1,
+        ["env=test_bad_input:parallel_env", "ParallelEnv", "possible_agents"], 1,
     ),
 ]  # fmt: skip
 CASES = CONFIG + ENVS

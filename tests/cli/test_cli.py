@@ -309,3 +309,60 @@ def test_a_warning_is_one_line_without_the_code_it_comes_from(monkeypatch: pytes
     assert (
         warnings.formatwarning("The loss\n is not finite.", UserWarning, "module.py", 3) == "The loss is not finite.\n"
     )
+
+
+SEVERAL = """
+seed_everything: 1
+model:
+  class_path: MultiAgent
+  init_args:
+    policies:
+      first: {class_path: PPO, init_args: {lr: 1.0e-3, minibatch_size: 32, num_epochs: 1}}
+      second: {class_path: Random}
+    policy_mapping: {agent_0: first, agent_1: second}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    env: lit_rl.envs.multi_agent:ReplicatedEnv
+    env_kwargs: {env: CartPole-v1, num_agents: 2}
+    rollout_length: 16
+    max_env_steps: 256
+    evaluation: {episodes: 2}
+trainer: {accelerator: cpu, devices: 1, enable_progress_bar: false, enable_model_summary: false, logger: false}
+"""
+
+
+def test_several_policies_run_from_a_config(capsys: pytest.CaptureFixture) -> None:
+    Path("several.yaml").write_text(SEVERAL)
+    lit_rl("fit", "--config", "several.yaml", "--model.policies.first.lr", "2e-3")
+    (checkpoint,) = Path().rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["state_dict"]["env_steps"] == 256
+    assert saved["hyper_parameters"]["policies"]["first"]["options"]["lr"] == 2e-3
+    lit_rl("validate", "--config", "several.yaml", "--ckpt_path", str(checkpoint))
+    assert "second/eval/return_mean" in capsys.readouterr().out
+    lit_rl("play", str(checkpoint), "--env", "lit_rl.envs.multi_agent:ReplicatedEnv", "--episodes", "1")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Episode 1: return")]
+    assert "(agent_0 " in line and ", agent_1 " in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("lr: 1.0e-3", "lrr: 1.0e-3"), "policies: there is no option 'lrr'. Did you mean 'lr'?"),
+        (("lr: 1.0e-3", "lr: -1"), "lr=-1.0: expected a number, above 0."),
+        (("Random", "Randm"), "there is no class Randm"),
+        (("agent_1: second", "agent_1: third"), "'third' for 'agent_1': expected one of the policies"),
+    ],
+)
+def test_what_is_wrong_inside_of_policies_is_told(
+    capsys: pytest.CaptureFixture, change: tuple[str, str], words: str
+) -> None:
+    Path("several.yaml").write_text(SEVERAL.replace(*change))
+    assert words in fails(capsys, "fit", "--config", "several.yaml")[1]
+
+
+def test_an_unknown_option_of_one_policy_is_named(capsys: pytest.CaptureFixture) -> None:
+    Path("several.yaml").write_text(SEVERAL)
+    code, line = fails(capsys, "fit", "--config", "several.yaml", "--model.policies.first.lrr", "1")
+    assert code == 2 and "policies.first.lrr=1: there is no option 'lrr'. Did you mean 'lr'?" in line

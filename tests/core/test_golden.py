@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers import TESTS
 
-from lit_rl import DQN, PPO, load_policy
+from lit_rl import DQN, PPO
 from lit_rl.files.loading import FORMAT
 from lit_rl.networks.build import default_network
 
 GOLDEN = TESTS / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-from make import OBS, digest, runs  # noqa: E402
+from make import actions_of, digest, runs  # noqa: E402
 
 OLD_PPO = {
     "minibatch_size": 32,
@@ -62,8 +62,7 @@ def test_dqn_without_a_network_had_every_policys_default_one_up_to_format_3(name
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_kept_checkpoint_acts_loads_and_goes_on(path: Path, make_trainer: Any, tmp_path: Path) -> None:
     expected = json.loads((path.parent / "expected.json").read_text())[path.stem]
-    policy = load_policy(path)
-    assert [int(policy.act(obs)[0]) for obs in OBS] == expected["actions"]
+    assert actions_of(path) == expected["actions"]
     algorithm, data = runs(256)[path.stem]
     if path.stem == "dqn" and path.parent.name < "format_4":
         algorithm = DQN(network=default_network)

@@ -206,8 +206,8 @@ def test_check_ending_returns_it_in_lower_case_and_names_the_others() -> None:
         (lambda: Evaluation(env_kwargs=[1]), "evaluation.env_kwargs=[1]: expected a dict of arguments."),
         (
             lambda: Evaluation(env=3),
-            "evaluation.env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', or a callable "
-            "that returns an environment.",
+            "evaluation.env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that "
+            "returns an environment, or a module of PettingZoo.",
         ),
         (
             lambda: Evaluation(num_env_runners=-1),
@@ -237,8 +237,8 @@ def test_check_ending_returns_it_in_lower_case_and_names_the_others() -> None:
         (lambda: RolloutDataModule("CartPole-v1", placement=None), "placement=None: expected Placement(...)."),
         (
             lambda: RolloutDataModule(3),
-            "env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', or a callable that returns "
-            "an environment.",
+            "env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that returns an "
+            "environment, or a module of PettingZoo.",
         ),
     ],
 )  # fmt: skip

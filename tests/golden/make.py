@@ -15,7 +15,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from lit_rl import DQN, PPO, ReplayDataModule, RolloutDataModule, load_policy
+from lit_rl import DQN, IMPALA, PPO, MultiAgent, Random, ReplayDataModule, RolloutDataModule, load_policy
 from lit_rl.files.loading import FORMAT
 
 FOLDER = Path(__file__).parent
@@ -24,11 +24,20 @@ OBS = np.linspace(-1, 1, 40, dtype=np.float32).reshape(10, 4)
 
 def runs(max_env_steps: int) -> dict[str, tuple[Any, Any]]:
     """By name, an algorithm and its data."""
-    shared = {"env": "CartPole-v1", "num_envs_per_env_runner": 2, "seed": 0, "max_env_steps": max_env_steps}
+    shared: dict[str, Any] = {"env": "CartPole-v1", "num_envs_per_env_runner": 2, "seed": 0}
+    shared |= {"max_env_steps": max_env_steps}
+    three = {"env": "lit_rl.envs.multi_agent:ReplicatedEnv", "env_kwargs": {"env": "CartPole-v1", "num_agents": 3}}
     return {
         "ppo": (
             PPO(minibatch_size=32, num_epochs=1, normalize_observations=True, normalize_returns=True),
             RolloutDataModule(rollout_length=32, rollouts_per_epoch=1, **shared),
+        ),
+        "several": (
+            MultiAgent(
+                {"one": PPO(minibatch_size=32, num_epochs=1), "two": IMPALA(), "random": Random()},
+                policy_mapping={"agent_0": "one", "agent_1": "two", "*": "random"},
+            ),
+            RolloutDataModule(rollout_length=32, rollouts_per_epoch=1, **shared | three),
         ),
         "dqn": (
             DQN(),
@@ -38,6 +47,15 @@ def runs(max_env_steps: int) -> dict[str, tuple[Any, Any]]:
             ),
         ),
     }  # fmt: skip
+
+
+def actions_of(path: Path) -> list[int]:
+    """What a checkpoint's policy does; of several policies that of each agent whose policy is learned."""
+    policy = load_policy(path)
+    if path.stem != "several":
+        return [int(policy.act(obs)[0]) for obs in OBS]
+    acted = [policy.act({"agent_0": obs, "agent_1": obs})[0] for obs in OBS]
+    return [int(action) for actions in acted for action in actions.values()]
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
@@ -55,8 +73,7 @@ def main() -> None:
         trainer.fit(algorithm, data)
         path = folder / f"{name}.ckpt"
         trainer.save_checkpoint(path)
-        actions = [int(load_policy(path).act(obs)[0]) for obs in OBS]
-        expected[name] = {"weights": digest(algorithm.state_dict()), "actions": actions}
+        expected[name] = {"weights": digest(algorithm.state_dict()), "actions": actions_of(path)}
     (folder / "expected.json").write_text(json.dumps(expected) + "\n")
 
 

@@ -375,7 +375,7 @@ def test_statistics_take_each_row_once_however_often_it_comes(cls: type) -> None
 
 
 def host(policy_lag: int) -> Any:
-    source = SimpleNamespace(rollout_shape=(2, 8), policy_lag=policy_lag, budget=None, seed=0)
+    source = SimpleNamespace(rollout_shape=(2, 8), policy_lag=policy_lag, budget=None, seed=0, ragged=False)
     return SimpleNamespace(source=source, is_resumed=False, rank=0)
 
 

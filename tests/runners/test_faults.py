@@ -129,7 +129,7 @@ class Sometimes(SampleEnv):
 def test_every_env_step_is_delivered_once_or_discarded_with_a_reason(
     vectorization: str, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("lit_rl.runners.survival.time.sleep", lambda seconds: None)
     options = {"step": 0.02, "reset": 0.05}
     env, spec = EnvConfig("test_faults:Sometimes", options), SPEC
     if vectorization == "native":
@@ -158,7 +158,7 @@ def sometimes_vector(num_envs: int, **options: float) -> Any:
 
 
 def test_rebuilt_environments_never_begin_as_another_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("lit_rl.runners.survival.time.sleep", lambda seconds: None)
     runner = runner_of(EnvConfig("test_faults:Sometimes", {"step": 0.3, "reset": 0.0}), num_envs=4, faults=MANY)
     begins = []
     for _ in range(50):
@@ -170,7 +170,7 @@ def test_rebuilt_environments_never_begin_as_another_did(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("max_restarts", [0, 3])
 def test_the_budget_ends_what_fails_too_often(max_restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("lit_rl.runners.env_runner.time.sleep", slept.append)
+    monkeypatch.setattr("lit_rl.runners.survival.time.sleep", slept.append)
     env = EnvConfig("test_faults:Sometimes", {"step": 1.0, "reset": 0.0})
     runner = make_runner(env, Policy(SPEC), num_envs=1, faults=FaultTolerance(max_restarts=max_restarts))
     with pytest.raises(EnvFailure, match="raised in step: OSError: no step") as caught:

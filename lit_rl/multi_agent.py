@@ -1,0 +1,362 @@
+"""Several algorithms in one run, one for each policy of a multi-agent environment."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+import lit_rl
+from lit_rl.algorithm import Algorithm, seed_for
+from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.evaluation.summary import EvaluationResult, policy_returns
+from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes, init_from
+from lit_rl.files.loading import load_policy
+from lit_rl.learner.host import make_host
+from lit_rl.learner.refusals import check_trainer
+from lit_rl.networks import check_nameable, describe_network
+from lit_rl.off_policy import OffPolicy
+from lit_rl.options import Names
+from lit_rl.policy import EpisodeInfo, Policy, PolicySet
+from lit_rl.policy.mapping import PolicyMapping
+from lit_rl.policy.policy_set import check_ids
+from lit_rl.policy.scripted import Random, Scripted
+from lit_rl.rollout import Rollouts
+from lit_rl.roster import is_pattern
+from lit_rl.source import Source, source_of
+from lit_rl.spec import EnvSpec, MultiAgentSpec
+
+CHILDREN = 102  # first number of SeedSequence keys of the algorithms
+
+
+class MultiAgent(Algorithm):
+    """Ordinary algorithms, one per policy, beside policies that are not trained.
+
+    Each has its own options, networks, optimizer, normalisers and schedules, and learns from the rows of the agents
+    that act by its policy, with one update per rollout. Their metrics begin with the policy's id: `team/loss/policy`.
+
+    Reads a `Rollouts`: a rollout for each policy that is trained.
+
+    Args:
+        policies: by id: an on-policy algorithm such as `PPO()`; the path of a checkpoint, whose policy acts as it is;
+            `Random()`, or another object with `act(obs)`.
+        policy_mapping: which agent acts by which policy: an id for all, a dict of patterns such as
+            `{"red_*": "team", "*": "random"}`, of which the first that matches wins, or a function of an agent and an
+            `EpisodeInfo`. None: the only policy, or the one that is called as the agent.
+        train: ids of the algorithms that learn; None: all of them. The others' policies act as they are.
+        init_from: checkpoints by policy id, from whose policies these begin.
+        spec: the environment's agents and spaces, a `MultiAgentSpec` in plain data; None takes the datamodule's.
+    """
+
+    policy: Any
+    spec: Any
+    init_from: Any
+
+    def __init__(
+        self,
+        policies: dict[str, Algorithm | Scripted | str],
+        *,
+        policy_mapping: str | dict[str, str] | Callable[[str, EpisodeInfo], str] | None = None,
+        train: Names | None = None,
+        init_from: dict[str, str] | None = None,
+        spec: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.take_options()
+        if not isinstance(policies, Mapping) or not policies:
+            raise OptionError(f"policies={policies!r}: expected a dict of algorithms and other policies by id.")
+        check_ids(policies)
+        made = {policy_id: _made(policy_id, given) for policy_id, given in policies.items()}
+        self.ids = tuple(made)
+        self.algorithms: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Algorithm)})
+        self.frozen: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Policy)})
+        self.scripted = {i: x for i, x in made.items() if not isinstance(x, nn.Module)}
+        self.trained = self._chosen(train)
+        for policy_id in init_from or ():
+            if policy_id not in self.algorithms:
+                raise OptionError(f"init_from: {policy_id!r}: expected one of the algorithms {list(self.algorithms)}.")
+        self.init_from = init_from
+        self.given_mapping = policy_mapping
+        self.spec = None if spec is None else MultiAgentSpec.from_dict(spec)
+        self._num_optimizers: dict[str, int] = {}
+
+    def keep_options(self, options: dict[str, Any], caller: Any) -> None:
+        """Keep what is plain data; algorithms describe themselves in a checkpoint."""
+        mapping = options.get("policy_mapping")
+        self.hparams.update({"policy_mapping": mapping if isinstance(mapping, str | dict) else None})
+        if options.get("train") is not None:
+            self.hparams.update({"train": list(options["train"])})
+
+    # --- networks -------------------------------------------------------------------------------------------------
+
+    def build_networks(self, source: Source) -> None:
+        found = source.spec
+        if isinstance(found, EnvSpec):
+            raise OptionError(
+                f"model=MultiAgent: env={found.env_id} has one agent: expected an environment of several. Use the "
+                "algorithm by itself."
+            )
+        if self.spec is None and found is None:
+            raise OptionError(
+                "MultiAgent does not know its environment: expected a datamodule, as in trainer.fit(algorithm, "
+                "RolloutDataModule('mpe2.simple_tag_v3')), or spec=."
+            )
+        if self.spec is not None and found is not None and self.spec.to_dict()["agents"] != found.to_dict()["agents"]:
+            raise OptionError(
+                f"The weights are for the agents {list(self.spec.agents)} of {self.spec.env_id}, but the datamodule's "
+                f"environment {found.env_id} has {list(found.agents)}, or other spaces of theirs. Use the environment "
+                "they were trained on."
+            )
+        if "policy" in self.__dict__:
+            return
+        self.spec = self.spec or found
+        mapping = PolicyMapping(self._mapping(), self.ids)
+        specs = {}
+        for policy_id in self.ids:
+            names = mapping.names_of(policy_id, list(self.spec.agents))
+            specs[policy_id] = self.spec.shared(names, policy_id)
+        for policy_id, algorithm in self.algorithms.items():
+            algorithm.build_networks(_Part(source, specs[policy_id], self.ids.index(policy_id), None))
+        policies = {i: self._policy_of(i, specs[i]) for i in self.ids}
+        # No module of its own: its parts belong to the algorithms.
+        self.__dict__["policy"] = PolicySet(self.spec, policies, mapping.given, self.trained)
+
+    def configure_model(self) -> None:
+        is_new, paths = "policy" not in self.__dict__, self.init_from or {}
+        if isinstance(paths, str):
+            raise OptionError(
+                f"init_from={paths!r}: expected a dict of checkpoints by policy with MultiAgent, as in "
+                f"--model.init_from '{{{self.trained[0]}: {paths}}}'."
+            )
+        self.build_networks(source_of(self._trainer))
+        for policy_id, path in paths.items() if is_new else ():
+            init_from(self.algorithms[policy_id], path)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        found: list[torch.optim.Optimizer] = []
+        for policy_id in self.trained:
+            optimizers = self.algorithms[policy_id].configure_optimizers()
+            optimizers = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
+            self._num_optimizers[policy_id] = len(optimizers)
+            found += optimizers
+        return found
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        for algorithm in self.algorithms.values():
+            check_trainer(self.trainer, algorithm)
+        return super().configure_callbacks()
+
+    def setup(self, stage: str) -> None:
+        for algorithm in self.algorithms.values():
+            algorithm.budget = self.source.budget
+            if stage == "fit" and self.trainer.checkpoint_callbacks:
+                check_nameable(algorithm.network)
+        super().setup(stage)
+
+    # --- learning -------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        optimizers: Any = self.optimizers()
+        left = list(optimizers) if isinstance(optimizers, list) else [optimizers]
+        hosts = {}
+        for policy_id in self.trained:
+            mine = [left.pop(0) for _ in range(self._num_optimizers[policy_id])]
+            share = len(self.policy.slots_of(policy_id)) / self.spec.num_slots
+            part = _Part(self.source, self.policy.spec_of(policy_id), self.ids.index(policy_id), share)
+            hosts[policy_id] = make_host(self.algorithms[policy_id], self, mine, part)
+        own = hosts[self.trained[0]].within(self.source)
+        if not own.is_resumed:
+            own.source.restart()
+        self.attach(own)
+        for policy_id, host in hosts.items():
+            self.algorithms[policy_id].attach(host)
+
+    def follow_schedules(self) -> None:
+        for policy_id in self.trained:
+            self.algorithms[policy_id].follow_schedules()
+
+    def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
+        if not isinstance(batch, Rollouts):
+            raise OptionError(
+                f"MultiAgent was given a {type(batch).__name__} to learn from: expected a lit_rl.rollout.Rollouts, as "
+                "RolloutDataModule gives it."
+            )
+        metrics: dict[str, Tensor | float] = {}
+        self.count("env_steps", batch.env_steps)
+        self.count("updates", 1)
+        for policy_id in self.trained:
+            algorithm, rollout = self.algorithms[policy_id], batch[policy_id]
+            found = algorithm.metrics_of(rollout)
+            if not rollout.has_rows:
+                algorithm.count("updates", 1)  # versions are those of all policies
+            metrics |= {f"{policy_id}/{name}": value for name, value in found.items()}
+        return metrics
+
+    @property
+    def skipped_updates(self) -> int:
+        return sum(self.algorithms[policy_id].skipped_updates for policy_id in self.trained)
+
+    # --- evaluation and checkpoints -------------------------------------------------------------------------------
+
+    def summarized(self, results: Sequence[EvaluationResult], prefix: str) -> dict[str, float]:
+        found, returns = super().summarized(results, prefix), policy_returns(results)
+        return found | {f"{policy_id}/{prefix}/return_mean": value for policy_id, value in returns.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        arguments = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        arguments.pop("network", None)
+        arguments["policies"] = {policy_id: self._described(policy_id) for policy_id in self.ids}
+
+    def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+        check_algorithm(self, found)
+        there = found["policy"]["policies"]
+        if list(there) != list(self.ids):
+            raise CheckpointError(f"The checkpoint has the policies {list(there)}, this MultiAgent {list(self.ids)}.")
+        for policy_id, algorithm in self.algorithms.items():
+            check_policy_fits(algorithm, {"policy": there[policy_id]})
+        check_shapes(self, found, state_dict)
+
+    def rank_state(self) -> dict[str, Any]:
+        found = {}
+        for policy_id in self.trained:
+            algorithm = self.algorithms[policy_id]
+            found[policy_id] = algorithm.resume_state() | {"skipped_updates": algorithm.skipped_updates}
+        return found
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        for policy_id in self.trained:
+            algorithm = self.algorithms[policy_id]
+            algorithm.load_resume_state(state[policy_id])
+            algorithm.resume_skipped(state[policy_id]["skipped_updates"])
+
+    def resume_skipped(self, skipped: int) -> None:
+        """Nothing: each algorithm goes on with its own number."""
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _chosen(self, train: Sequence[str] | None) -> list[str]:
+        if isinstance(train, str):
+            train = [train]
+        for policy_id in train or ():
+            if policy_id not in self.algorithms:
+                raise OptionError(
+                    f"train: {policy_id!r} is no policy with an algorithm: expected some of {list(self.algorithms)}."
+                )
+        chosen = [i for i in self.algorithms if train is None or i in train]
+        if not chosen:
+            raise OptionError(f"train={train!r}: nothing is learned. Name one of {list(self.algorithms)}.")
+        for policy_id in chosen:
+            if isinstance(self.algorithms[policy_id], OffPolicy):
+                raise OptionError(
+                    f"policies[{policy_id!r}]={type(self.algorithms[policy_id]).__name__}(...): MultiAgent trains "
+                    "on-policy algorithms such as PPO, APPO and IMPALA. Replay for some of several policies is not "
+                    "there yet."
+                )
+        return chosen
+
+    def _mapping(self) -> Any:
+        if self.given_mapping is not None:
+            return self.given_mapping
+        if len(self.ids) == 1:
+            return self.ids[0]
+        missing = [name for name in self.spec.agents if is_pattern(name) or name not in self.ids]
+        if missing:
+            raise OptionError(
+                f"policy_mapping: expected it, since no policy is called {missing[0]!r} as the agent is. Give a dict "
+                f"of patterns, as in policy_mapping={{{missing[0]!r}: {self.ids[0]!r}, ...}}."
+            )
+        return {name: name for name in self.spec.agents}
+
+    def _policy_of(self, policy_id: str, spec: EnvSpec) -> Policy | Scripted:
+        if policy_id in self.algorithms:
+            return self.algorithms[policy_id].policy
+        if policy_id in self.scripted:
+            return self.scripted[policy_id]
+        policy = self.frozen[policy_id]
+        for kind in ("observation_space", "action_space"):
+            there, here = getattr(policy.spec, kind), getattr(spec, kind)
+            if there != here:
+                raise OptionError(
+                    f"policies[{policy_id!r}]: the checkpoint's policy has {kind} {there}, its agents have {here}. Use "
+                    "one that was trained on the same spaces."
+                )
+        return policy
+
+    def _described(self, policy_id: str) -> dict[str, Any]:
+        """One of the policies in plain data, from which `_made` makes it again."""
+        if policy_id in self.algorithms:
+            algorithm = self.algorithms[policy_id]
+            options = dict(algorithm.hparams) | {"network": describe_network(algorithm.network)}
+            return {"class": _class_name(type(algorithm)), "options": options}
+        if policy_id in self.frozen:
+            return {"policy": self.frozen[policy_id].describe()}
+        return {"class": _class_name(type(self.scripted[policy_id])), "options": {}}
+
+
+class _Part(Source):
+    """The datamodule, as the algorithm of one policy sees it.
+
+    Args:
+        source: the datamodule.
+        spec: of the policy's agents.
+        number: of the policy, which gives it a seed of its own.
+        share: of all agents that may be its own; None before there is a rollout.
+    """
+
+    ragged = True
+
+    def __init__(self, source: Source, spec: EnvSpec, number: int, share: float | None):
+        self._source, self._share = source, share
+        self.spec = spec
+        self.seed = None if source.seed is None else seed_for(source.seed, CHILDREN, number)
+        self.clock = source.clock
+
+    @property
+    def budget(self) -> int | None:
+        return self._source.budget
+
+    @property
+    def rollout_shape(self) -> tuple[int, int] | None:
+        shape = self._source.rollout_shape
+        return None if shape is None or self._share is None else (round(shape[0] * self._share), shape[1])
+
+    @property
+    def policy_lag(self) -> int:
+        return self._source.policy_lag
+
+
+def _made(policy_id: str, given: Any) -> Any:
+    """An algorithm, a policy that is not trained, or a scripted one."""
+    if isinstance(given, str | Path):
+        policy = load_policy(given)
+        if isinstance(policy, PolicySet):
+            raise OptionError(
+                f"policies[{policy_id!r}]={str(given)!r} holds several policies: load one with load_policy(path, "
+                "policy=...) and pass it."
+            )
+        return policy.requires_grad_(False).train()
+    if isinstance(given, dict) and "policy" in given:
+        return Policy.from_description(given["policy"]).requires_grad_(False)
+    if isinstance(given, dict) and "class" in given:
+        cls = getattr(lit_rl, given["class"], None) if given["class"] in lit_rl.__all__ else None
+        if not (isinstance(cls, type) and issubclass(cls, Algorithm | Random)):  # a file may name anything
+            raise CheckpointError(
+                f"The checkpoint's policy {policy_id!r} is of the class {given['class']}, which is none of lit_rl's "
+                "own: pass policies= with it."
+            )
+        return cls(**given["options"])
+    if isinstance(given, Algorithm | Policy) or (isinstance(given, Scripted) and not isinstance(given, type)):
+        return given
+    raise OptionError(
+        f"policies[{policy_id!r}]={given!r}: expected an algorithm such as PPO(), a checkpoint's path, Random(), or an "
+        "object with act(obs)."
+    )
+
+
+def _class_name(cls: type) -> str:
+    """How a checkpoint names a class: those of lit_rl by their name alone."""
+    own = getattr(lit_rl, cls.__name__, None) if cls.__name__ in lit_rl.__all__ else None
+    return cls.__name__ if own is cls else f"{cls.__module__}:{cls.__qualname__}"

@@ -1,0 +1,303 @@
+"""Steps copies of a multi-agent environment with one policy for all agents, or several. A plain class, as `EnvRunner`.
+
+Each agent of each copy is a slot with a time line of its own, which has a row for each time the agent acted. The row is
+complete when the agent is asked again, or leaves; rewards in between are summed into it. One that is not complete at a
+fragment's end is carried over to the next, with the log-probability and version it was sampled with.
+
+Shapes: B slots, N agents that act now.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lit_rl.envs.copies import Copies, Events, Outcome, returns_by_name
+from lit_rl.envs.make import EnvConfig
+from lit_rl.errors import EnvError, env_error
+from lit_rl.policy import Policy, PolicySet
+from lit_rl.runners.acting import final_observation
+from lit_rl.runners.cast import Actor, Cast
+from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
+from lit_rl.runners.finite import OF_POLICY
+from lit_rl.runners.fragment import NOTHING, Episode, Fragment
+from lit_rl.runners.ledger import Entry
+from lit_rl.runners.survival import Survival
+from lit_rl.runners.time_lines import TimeLines
+from lit_rl.runners.transport import Packed
+
+
+class MultiAgentEnvRunner:
+    """Collects fragments of B time lines from `num_envs` copies of an environment, for each policy that is trained.
+
+    A fragment is `rollout_length` calls of each copy's `step`, and has as many rows as its agents acted. A copy that
+    raises is rebuilt alone: its agents' episodes end by truncation before what they did last.
+
+    Args:
+        env: how to make the copies.
+        policy: what acts, one for all agents or several; the runner's own copy, on the CPU.
+        num_envs: how many copies.
+        rollout_length: env steps of each copy in a fragment.
+        seed: of the copies' first resets and of the actions.
+        info_metrics: keys of `info[agent]` to report for each episode.
+        keep_states: keep the state before every row, instead of the first alone.
+        faults: how many failures of copies are survived.
+        watchdog: what is told of every phase.
+        replayable: keep what `get_state` needs of the episodes under way.
+        reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
+        reward_clip: rewards of fragments, as summed and scaled, are clipped to plus or minus this; None leaves them.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        policy: Policy | PolicySet,
+        *,
+        num_envs: int,
+        rollout_length: int,
+        seed: np.random.SeedSequence,
+        info_metrics: Sequence[str] = (),
+        keep_states: bool = False,
+        faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
+        watchdog: Watchdog | None = None,
+        replayable: bool = False,
+        reward_scale: float = 1.0,
+        reward_clip: float | None = None,
+    ):
+        self.policy = policy.eval()
+        self.policy_version = 0
+        self._epsilons = [0.0] * rollout_length
+        self._env, self._num_envs, self._rollout_length = env, num_envs, rollout_length
+        self._watchdog = watchdog or Watchdog()
+        self._survival = Survival(faults, self._watchdog)
+        self._reward_scale, self._reward_clip = reward_scale, reward_clip
+        self._accounted = 0  # env steps in fragments so far
+        self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
+        self._unproven: set[int] = set()  # copies that were rebuilt and did not make a step since
+        env_seed, action_seed = seed.spawn(2)
+        self._seeds = [np.random.default_rng(child) for child in env_seed.spawn(num_envs)]  # what gives episodes theirs
+        policy.rng = np.random.default_rng(action_seed)
+        self._watchdog.enter(Phase.INIT)
+        self._replayable = replayable
+        self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable)
+        self._cast = Cast(policy, self._copies)
+        self._lines = [self._lines_of(actor, keep_states) for actor in self._cast.actors]
+        events = Events()
+        for b in range(num_envs):
+            self._begin(b, events)
+        self._take(events)
+        self._watchdog.enter(Phase.IDLE)
+
+    @property
+    def executed(self) -> int:
+        """Env steps so far."""
+        return self._watchdog.executed
+
+    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+        """Say what the next fragments are collected with: see `EnvRunner.set_version`."""
+        self.policy.see_weights()
+        self.policy_version = version
+        self._epsilons = [epsilon for epsilon in epsilons for _ in range(self._rollout_length)]
+
+    def sample(self) -> Fragment:
+        """Step every copy `rollout_length` times for each of `epsilons`.
+
+        Raises:
+            EnvError: if copies raise more often than is survived, or give what they must not give.
+        """
+        try:
+            return self._collect()
+        finally:
+            self._watchdog.enter(Phase.IDLE)
+
+    def close(self) -> None:
+        self._copies.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """The generators and, if `replayable`, the episodes under way, as plain data and tensors."""
+        policy: Any = self.policy
+        rng = policy.rng_state() if isinstance(policy, PolicySet) else policy.rng.bit_generator.state
+        state = {"action_rng": rng}
+        if self._replayable:
+            state["copies"] = [self._copies.state(b) for b in range(self._num_envs)]
+            state["seeds"] = [rng.bit_generator.state for rng in self._seeds]
+            state["cast"] = self._cast.state()
+            state["lines"] = [None if lines is None else lines.state() for lines in self._lines]
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> int:
+        """Go on from what `get_state` returned; returns how many episodes could not, and start afresh.
+
+        Each copy is reset as it was when its episode began, and given the episode's actions again. If its agents then
+        observe what they did, it goes on.
+        """
+        if not self._replayable or len(state.get("copies", ())) != self._num_envs:
+            return self._num_envs
+        size, events, restarted = self._copies.roster.num_slots, Events(), 0
+        for rng, saved in zip(self._seeds, state["seeds"]):
+            rng.bit_generator.state = saved
+        for b, saved in enumerate(state["copies"]):
+            slots = np.arange(b * size, (b + 1) * size)
+            if self._copies.begin_again(b, saved):
+                self._cast.load(state["cast"], b, slots)
+                for lines, of_lines in zip(self._lines, state["lines"]):
+                    if lines is not None:
+                        lines.load(of_lines, slots)
+                continue
+            for lines in self._lines:
+                if lines is not None:
+                    lines.clear(slots)
+            self._begin(b, events)
+            restarted += 1
+        self._take(events)
+        if isinstance(self.policy, PolicySet):
+            self.policy.load_rng_state(state["action_rng"])
+        else:
+            self.policy.rng.bit_generator.state = state["action_rng"]
+        return restarted
+
+    def _collect(self) -> Fragment:
+        cast, watchdog, episodes, failed = self._cast, self._watchdog, list[Episode](), 0
+        trained: Any = [actor.policy for actor, lines in zip(cast.actors, self._lines) if lines is not None]
+        for epsilon in self._epsilons:
+            for policy in trained:
+                policy.epsilon = epsilon
+            actions: list[Any] = [None] * sum(len(group.asked) for group in cast.groups)
+            for group, choice, chosen in cast.act(lambda policy: policy.sample):
+                lines = self._lines[group.number]
+                if choice is not None and lines is not None:
+                    lines.act(group.slots, *choice, self.policy_version)
+                for place, action in zip(group.places, chosen):
+                    actions[place] = action
+            watchdog.enter(Phase.STEP)
+            events = self._copies.step(iter(actions))
+            watchdog.executed += self._num_envs
+            failed += len(events.failed)
+            self._unproven.intersection_update(events.failed)
+            for b in events.failed:
+                cast.begin(b, self._copies.seed_of(b))
+            for outcome in events.over:
+                episodes.append(episode_of(self._copies, cast, outcome))
+                self._begin(outcome.copy, events)
+            self._take(events)
+        if failed:
+            self._discarded["env_error"] += failed
+        num_rows = sum(lines.num_complete for lines in self._lines if lines is not None)
+        parts = {
+            actor.policy_id: self._finished(lines)
+            for actor, lines in zip(cast.actors, self._lines)
+            if lines is not None
+        }
+        delivered = self._num_envs * len(self._epsilons) - failed
+        entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded), num_rows)
+        rows, finals = parts.get("", (NOTHING, NOTHING))
+        fragment = Fragment(rows, finals, episodes, self.policy_version, entry, tuple(self._survival.failures))
+        if "" not in parts:
+            fragment = fragment._replace(parts=parts)
+        self._accounted = watchdog.executed
+        self._discarded.clear()
+        self._survival.failures.clear()
+        return fragment
+
+    def _lines_of(self, actor: Actor, keep_states: bool) -> TimeLines | None:
+        """Where what a policy does is recorded; None if it is not trained."""
+        policy, slots = self.policy, None
+        if isinstance(policy, PolicySet):
+            if actor.policy_id not in policy.trained:
+                return None
+            size = self._copies.roster.num_slots
+            slots = np.add.outer(np.arange(self._num_envs) * size, policy.slots_of(actor.policy_id)).ravel()
+        num = self._copies.num_slots
+        return TimeLines(
+            actor.spec, num, state=actor.state, keep_states=keep_states and actor.state is not None, slots=slots
+        )
+
+    def _finished(self, lines: TimeLines) -> tuple[Packed, Packed]:
+        """What is complete of time lines, with rewards as they are learned from."""
+        rows, finals = lines.fragment(self.policy_version)
+        view = rows.views()
+        self._check_finite(lines, view | finals.views())
+        reward = view["reward"]
+        if self._reward_scale != 1.0:
+            reward *= np.float32(self._reward_scale)
+        if self._reward_clip is not None:
+            np.clip(reward, -self._reward_clip, self._reward_clip, out=reward)
+        return rows, finals
+
+    def _begin(self, b: int, events: Events) -> None:
+        """Begin an episode in copy b, with a seed of its own."""
+        seed = self._next_seed(b)
+        self._watchdog.enter(Phase.RESET)
+        self._cast.begin(b, seed)
+        self._copies.begin(b, seed, events)
+        self._watchdog.enter(Phase.STEP)
+
+    def _take(self, events: Events) -> None:
+        """Take in what a step brought, and who acts next."""
+        all_lines, owner = self._lines, self._cast.owner
+        for slot, reward in events.credited:
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.credit(slot, reward)
+        for slot in events.dropped:
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.drop(slot)
+        for slot, terminated, truncated, obs in events.ended:
+            lines, policy = all_lines[owner[slot]], self._cast.actors[owner[slot]].policy
+            if lines is not None and policy is not None:
+                lines.end(slot, terminated, truncated, None if obs is None else final_observation(policy, obs))
+        for number, lines in enumerate(all_lines):
+            again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
+            if lines is not None and again:
+                lines.complete(again)
+        self._cast.take(events)
+        for group in self._cast.groups:
+            lines = all_lines[group.number]
+            if lines is not None:
+                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
+
+    def _recover(self, b: int, what: str, error: Exception) -> int:
+        """Copy b raised: the seed of the one in its place."""
+        if b not in self._unproven:
+            self._survival.went_well()
+        self._unproven.add(b)
+        self._survival.survive(env_error(self._env.env_id, f"raised in {what}", error), f"Copy {b} is")
+        self._watchdog.enter(Phase.INIT)
+        return self._next_seed(b)
+
+    def _next_seed(self, b: int) -> int:
+        return int(self._seeds[b].integers(2**32))
+
+    def _check_finite(self, lines: TimeLines, view: dict[str, np.ndarray]) -> None:
+        """Refuse numbers that are not finite, in rows and what follows them."""
+        for path, array in view.items():
+            if array.dtype.kind != "f" or math.isfinite(array.sum()) or np.isfinite(array).all():
+                continue
+            line = int(np.argwhere(~np.isfinite(array))[0][0])
+            value = array[line][~np.isfinite(array[line])].flat[0]
+            roster = self._copies.roster
+            copy, at = divmod(int(lines.slots[line]), roster.num_slots)
+            who = f"agent {roster.names[at]!r}" if len(roster.names) == roster.num_slots else f"slot {at}"
+            what = path.removeprefix("last_").removeprefix("final_").split("/")[0]
+            mend = "The policy has diverged: lower lr." if what in OF_POLICY else "Mend the environment."
+            raise EnvError(
+                f"env={self._env.env_id}: {what}={value} of {who} of copy {copy}: expected finite numbers. {mend}"
+            )
+
+
+def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Episode:
+    """An episode of all agents of a copy.
+
+    Args:
+        copies: of the environment.
+        cast: who acted in it.
+        outcome: of the episode.
+        **more: further fields.
+    """
+    returns = returns_by_name(copies.roster, outcome.returns)
+    total = math.fsum(outcome.returns.values())
+    policies = cast.policies_of(outcome.copy)
+    return Episode(total, outcome.length, outcome.info, returns=returns, policies=policies, **more)

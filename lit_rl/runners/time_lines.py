@@ -1,0 +1,193 @@
+"""Time lines of agents that act when they are asked: as many rows as an agent acted, whatever went on meanwhile.
+
+Shapes: B time lines, T rows of the longest of them, N of the time lines, of which something is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_rl.runners.fragment import FragmentLayout, put
+from lit_rl.runners.transport import Packed
+from lit_rl.spec import EnvSpec
+from lit_rl.trees import Tree, iterate, map_tree, nest
+
+ROOM = 16  # rows of each time line at first
+
+
+class TimeLines:
+    """Rows of B time lines, which differ in length. A row is complete when its agent is asked again, or has ended.
+
+    A row that is not complete at the end of a fragment is not in it: the next one begins with it, as it was.
+
+    Args:
+        spec: of all of them.
+        num_slots: of all agents.
+        state: what the policy carries at an episode's start, of all slots; None without memory.
+        keep_states: keep the state before every row, instead of the first alone.
+        slots: those of which there are time lines, [B]; None: all of them.
+    """
+
+    def __init__(
+        self, spec: EnvSpec, num_slots: int, *, state: Tree, keep_states: bool, slots: np.ndarray | None = None
+    ):
+        self.slots = np.arange(num_slots) if slots is None else slots
+        kept = None if state is None else map_tree(lambda x: x[self.slots], state)
+        self._layout = FragmentLayout(
+            spec, len(self.slots), state=kept, keep_states=keep_states, has_mask=True, ragged=True
+        )
+        self._place = {slot: b for b, slot in enumerate(self.slots.tolist())}
+        self._keep_states = keep_states
+        self._fields = self._layout.row_fields
+        self._num_slots = num_slots
+        self._count = np.zeros(num_slots, np.int64)  # complete rows
+        self._goes_on = np.zeros(num_slots, np.bool_)  # whether there is a row after them, with an observation at least
+        self._pending = [0.0] * num_slots  # rewards of the row that is not complete
+        self._columns: dict[str, np.ndarray] = {}
+        self._make_room(ROOM)
+        # The state before each time line's first row, and before its newest.
+        self._first_state, self._state = (None if state is None else map_tree(np.array, state) for _ in range(2))
+        self._finals: list[tuple[int, int, Tree]] = []
+
+    @property
+    def num_complete(self) -> int:
+        """Complete rows of all time lines."""
+        return int(self._count.sum())
+
+    def ask(self, slots: np.ndarray, obs: Tree, is_init: np.ndarray) -> None:
+        """Agents are to act: a row of each begins.
+
+        Args:
+            slots: their time lines, [N].
+            obs: what they see, [N, *obs].
+            is_init: whether they begin an episode, [N].
+        """
+        row = self._count[slots]
+        if len(row) and row.max() >= len(self._columns["is_init"][0]):
+            self._make_room(2 * len(self._columns["is_init"][0]))
+        for path, values in iterate(obs, "observation"):
+            self._columns[path][slots, row] = values
+        self._columns["is_init"][slots, row] = is_init
+        self._goes_on[slots] = True
+
+    def act(self, slots: np.ndarray, action: Tree, log_prob: np.ndarray, state: Tree, version: int) -> None:
+        """What the agents do that were asked, and the state [N, ...] before."""
+        row = self._count[slots]
+        for path, values in iterate(action, "action"):
+            self._columns[path][slots, row] = values
+        self._columns["action_log_prob"][slots, row] = log_prob
+        self._columns["policy_version"][slots, row] = version
+        if state is None:
+            return
+        first = row == 0
+        map_tree(lambda rows, x: put(rows, slots, x), self._state, state)
+        map_tree(lambda rows, x: put(rows, slots[first], x[first]), self._first_state, state)
+        if self._keep_states:
+            for path, values in iterate(state, "state"):
+                self._columns[path][slots, row] = values
+
+    def credit(self, slot: int, reward: float) -> None:
+        """A reward for what a time line's agent did last."""
+        self._pending[slot] += reward
+
+    def complete(self, slots: Sequence[int]) -> None:
+        """What these agents did last is complete, and they go on."""
+        at, pending = np.array(slots, np.int64), self._pending
+        self._columns["reward"][at, self._count[at]] = [pending[slot] for slot in slots]
+        self._count[at] += 1
+        for slot in slots:
+            pending[slot] = 0.0
+
+    def end(self, slot: int, terminated: bool, truncated: bool, obs: Tree | None) -> None:
+        """An agent has left; without a final observation, which nothing then looks at, its last one stands for it."""
+        row = int(self._count[slot])
+        self._finals.append((slot, row, self._obs(slot, row) if obs is None else obs))
+        self._columns["terminated"][slot, row], self._columns["truncated"][slot, row] = terminated, truncated
+        self.complete([slot])
+        self._goes_on[slot] = False
+
+    def drop(self, slot: int) -> None:
+        """An agent's environment failed: its episode is truncated before what it did last."""
+        row = int(self._count[slot])
+        last = row - 1
+        if row and not (self._columns["terminated"][slot, last] or self._columns["truncated"][slot, last]):
+            self._columns["truncated"][slot, last] = True
+            self._finals.append((slot, last, self._obs(slot, row)))
+        self._pending[slot] = 0.0
+        self._goes_on[slot] = False
+
+    def fragment(self, version: int) -> tuple[Packed, Packed]:
+        """Rows and finals of all that is complete, see `Fragment`; what is not begins the next one.
+
+        Args:
+            version: of the policy now.
+        """
+        count, slots = self._count, self.slots
+        num_rows = max(1, int(count.max()))
+        rows = self._layout.allocate(num_rows)
+        view = rows.views()
+        for path, column in self._columns.items():
+            view[path][...] = column[slots, :num_rows]
+        view["mask"][...] = np.arange(num_rows) < count[slots, None]
+        view["policy_version"][~view["mask"]] = version  # padding is of no other age than the rest
+        view["length"][...] = count[slots]
+        last = np.where(self._goes_on, count, np.maximum(count - 1, 0))[slots]
+        for path in (path for path in self._columns if path.split("/")[0] == "observation"):
+            view[f"last_{path}"][...] = self._columns[path][slots, last]
+        if self._first_state is not None and not self._keep_states:
+            map_tree(lambda rows, x: np.copyto(rows, x[slots]), nest(view)["state"], self._first_state)
+        finals = self._layout.pack_finals([(self._place[slot], t, obs) for slot, t, obs in self._finals], [], num_rows)
+        self._finals = []
+        open_ = np.flatnonzero(self._goes_on)
+        for column in self._columns.values():
+            column[open_, 0] = column[open_, count[open_]]
+        self._columns["terminated"][...] = self._columns["truncated"][...] = False  # until an agent ends
+        if self._first_state is not None:
+            map_tree(lambda rows, x: put(rows, open_, x[open_]), self._first_state, self._state)
+        self._count = np.zeros_like(count)
+        return rows, finals
+
+    def state(self) -> dict[str, Any]:
+        """What begins the next fragment, between two of them, as tensors."""
+        arrays = {f"column/{path}": column[:, 0] for path, column in self._columns.items()}
+        arrays |= {"pending": np.array(self._pending), "goes_on": self._goes_on}
+        if self._state is not None:
+            arrays |= dict(iterate(self._first_state, "first")) | dict(iterate(self._state, "newest"))
+        return {path: torch.from_numpy(np.array(array)) for path, array in arrays.items()}
+
+    def load(self, state: Mapping[str, torch.Tensor], slots: np.ndarray) -> None:
+        """Have some slots go on from what `state` returned."""
+        arrays = {path: tensor.numpy()[slots] for path, tensor in state.items()}
+        for path, column in self._columns.items():
+            column[slots, 0] = arrays[f"column/{path}"]
+        self._goes_on[slots] = arrays["goes_on"]
+        for slot, reward in zip(slots.tolist(), arrays["pending"].tolist()):
+            self._pending[slot] = reward
+        if self._state is not None:
+            for name, tree in (("first", self._first_state), ("newest", self._state)):
+                for path, rows in iterate(tree, name):
+                    rows[slots] = arrays[path]
+
+    def clear(self, slots: np.ndarray) -> None:
+        """Forget what is under way in some slots."""
+        self._goes_on[slots] = False
+        for slot in slots.tolist():
+            self._pending[slot] = 0.0
+
+    def _make_room(self, num_rows: int) -> None:
+        """Have room for so many rows of each time line."""
+        old = self._columns
+        self._columns = {
+            path: np.zeros((self._num_slots, num_rows, *shape), dtype)
+            for path, (dtype, shape) in self._fields.items()
+            if path != "mask"
+        }
+        for path, column in old.items():
+            self._columns[path][:, : column.shape[1]] = column
+
+    def _obs(self, slot: int, row: int) -> Any:
+        """A copy of an observation."""
+        obs = {path: x[slot, row].copy() for path, x in self._columns.items() if path.split("/")[0] == "observation"}
+        return nest(obs)["observation"]
