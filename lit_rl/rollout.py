@@ -55,12 +55,16 @@ class Rollouts(dict[str, Rollout]):
     """Rollouts of several policies by their ids, all collected in the same env steps.
 
     Attributes:
-        env_steps: see `Rollout`.
+        env_steps, has_rows: see `Rollout`.
     """
 
     @property
     def env_steps(self) -> int:
         return next(iter(self.values())).env_steps
+
+    @property
+    def has_rows(self) -> bool:
+        return any(rollout.has_rows for rollout in self.values())
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
