@@ -51,15 +51,15 @@ def runs() -> list[Path]:
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
-    steps = (
-        data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1) * max(1, data.get("num_env_runners", 0))
-    )
+    fragments = data.get("fragments_per_batch") or max(1, data.get("num_env_runners", 0))
+    steps, updates = fragments * data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1), 1
     if config["data"]["class_path"] == "ReplayDataModule":
         begin = -(-data["batch_size"] // steps) * steps
         more = ["--data.learning_starts", str(begin), "--data.update_to_data", str(1 / steps)]
         steps += begin
     else:
         more = ["--model.num_epochs", "1"] if config["model"]["class_path"] == "PPO" else []
+        updates = data.get("num_reuses", 1)
     if config["model"]["init_args"].get("compile"):  # takes half a minute; see test_compiled.py
         more += ["--model.compile", "false"]
     lit_rl(
@@ -70,7 +70,7 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     weights = load_plainly(checkpoint)["state_dict"]
     for path in (*Path("runs").rglob("best.ckpt"), *Path("runs").rglob("rank_0/*.pt")):
         load_plainly(path)
-    assert int(weights["env_steps"]) == steps and int(weights["updates"]) == 1
+    assert (int(weights["env_steps"]), int(weights["updates"])) == (steps, updates)
     assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
 
 
