@@ -20,7 +20,7 @@ class Recipe:
 
     Attributes:
         name: what `--config` takes.
-        algorithm, env: the class and the environment.
+        algorithm, env: the class and the environment, without their modules.
         env_steps: of one run: those it took where it was measured, its budget where not.
         episodes, seeds: of the measurement; 0 and "" where there is none.
         median: over the seeds, of the mean return of the greedy episodes; None where it is not measured.
@@ -51,7 +51,7 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(
         name=path.stem,
         algorithm=config["model"]["class_path"].rpartition(".")[2],
-        env=data["env"],
+        env=data["env"].rpartition(":")[2],
         env_steps=int(steps[1].replace(",", "")) if measured and steps else data["max_env_steps"],
         episodes=int(measured[1]) if measured else 0,
         seeds=measured[2] if measured else "",
