@@ -30,6 +30,11 @@ class Roster:
             return agent
         return next((pattern for pattern in self._patterns if fnmatchcase(agent, pattern)), None)
 
+    def slots_of(self, names: Sequence[str]) -> list[int]:
+        """Where agents of some of `names` may be put."""
+        found = [slot for name, slot in self._slots.items() if name in names]
+        return found + (list(range(len(self._slots), self.num_slots)) if any(map(is_pattern, names)) else [])
+
     def free_slot(self, agent: str, taken: Mapping[str, int]) -> int | None:
         """Where an agent that appears is put: always in the same slot if it is known beforehand.
 

@@ -56,9 +56,14 @@ class MultiAgentSpec:
     max_agents: int | None = None
 
     @property
+    def roster(self) -> Roster:
+        """Where agents are put."""
+        return Roster(list(self.agents), self.max_agents)
+
+    @property
     def num_slots(self) -> int:
         """Agents at a time, at most."""
-        return Roster(list(self.agents), self.max_agents).num_slots
+        return self.roster.num_slots
 
     def shared(self, names: Sequence[str] | None = None, policy_id: str | None = None) -> EnvSpec:
         """The spaces that agents have in common, for one policy of theirs.

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from lit_rl.envs.check import NUMBERS
+from lit_rl.envs.info import metric
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import MultiAgentEnv
 from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final, stranger
@@ -346,13 +346,9 @@ class _Copy:
     def _read_info(self, info: Any) -> None:
         found = {}
         for key in self._info_keys:
-            if isinstance(info, dict) and key in info:
-                try:
-                    value = float(info[key])
-                except (TypeError, ValueError) as error:
-                    raise EnvError(f"info_metrics: info[{key!r}]={info[key]!r} is not a number.") from error
-                if not math.isnan(value):
-                    found[key] = value
+            value = metric(key, info[key]) if isinstance(info, dict) and key in info else None
+            if value is not None:
+                found[key] = value
         self._infos.append(found)
 
 

@@ -1,15 +1,31 @@
 """`info` is the user's: of what environments put there, what was asked for is read, and nothing else."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lit_rl.errors import EnvError
+
 
 def asked_for(info: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The values of those keys that are there, as they are now."""
     return {key: copy.copy(info[key]) for key in keys if key in info}
+
+
+def metric(key: str, value: Any) -> float | None:
+    """A value that was asked for as a number; None if it is NaN, which counts as absent.
+
+    Raises:
+        EnvError: if it is not a number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, LookupError) as error:
+        raise EnvError(f"info_metrics: info[{key!r}]={value!r} is not a number.") from error
+    return None if math.isnan(number) else number
 
 
 class GathersInfo:

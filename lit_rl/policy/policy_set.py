@@ -12,7 +12,6 @@ from lit_rl.errors import OptionError
 from lit_rl.policy.base import Policy
 from lit_rl.policy.mapping import EpisodeInfo, Mapped, PolicyMapping
 from lit_rl.policy.scripted import Script, Scripted
-from lit_rl.roster import Roster, is_pattern
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 MAPPING = 1  # last number of the mapping's SeedSequence key; those of scripted policies are from 2 on
@@ -95,14 +94,8 @@ class PolicySet(nn.Module):
 
     def slots_of(self, policy_id: str) -> np.ndarray:
         """The slots of one copy of the environment in which a policy's agents may be."""
-        names, roster = self.names_of(policy_id), Roster(list(self.spec.agents), self.spec.max_agents)
-        if self.mapping.is_function:
-            return np.arange(roster.num_slots)
-        known = [name for name in roster.names if not is_pattern(name)]
-        slots = [slot for slot, name in enumerate(known) if name in names]
-        if any(map(is_pattern, names)):
-            slots += range(len(known), roster.num_slots)
-        return np.array(slots, np.int64)
+        names = list(self.spec.agents) if self.mapping.is_function else self.names_of(policy_id)
+        return np.array(self.spec.roster.slots_of(names), np.int64)
 
     def script(self, policy_id: str) -> Script | None:
         """A scripted policy at work; None if it is none."""

@@ -19,7 +19,7 @@ from lit_rl.runners.finite import check_finite
 from lit_rl.runners.fragment import Episode, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
-from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, step
+from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, scale_rewards, step
 from lit_rl.runners.survival import Survival
 from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
@@ -196,10 +196,7 @@ class EnvRunner:
         packed_finals = self._layout.pack_finals(finals, failed, length)
         finals_view = packed_finals.views() if finals or failed else {}
         check_finite(self._env.env_id, view | finals_view, begun, lengths, self._is_init)
-        if self._reward_scale != 1.0:
-            reward_rows *= np.float32(self._reward_scale)
-        if self._reward_clip is not None:
-            np.clip(reward_rows, -self._reward_clip, self._reward_clip, out=reward_rows)
+        scale_rewards(reward_rows, self._reward_scale, self._reward_clip)
         if self._history is not None:
             self._history.add(view, self._is_init, self._lengths)
         delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())

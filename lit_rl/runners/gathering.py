@@ -62,18 +62,16 @@ def evened(rollout: Rollout, device: torch.device) -> Rollout:
 
     Ranks then make equally many minibatches, and all of them have a `mask` if one has.
     """
-    env_steps, has_mask, size = rollout.env_steps, int(mask_of(rollout) is not None), len(rollout)
-    numbers = [size, -size, has_mask, env_steps, -env_steps]
-    most, minus_fewest, masked, most_steps, minus_fewest_steps = distributed.greatest(numbers, device)
+    env_steps, mask, size = rollout.env_steps, mask_of(rollout), len(rollout)
+    has_rows = mask is None or bool(mask.any())
+    numbers = [size, -size, int(mask is not None), int(has_rows), env_steps, -env_steps]
+    most, minus_fewest, masked, any_rows, most_steps, minus_fewest_steps = distributed.greatest(numbers, device)
     if most_steps != -minus_fewest_steps:
         env_steps = int(distributed.all_reduce_sum(torch.tensor(env_steps, device=device)))
     else:
         env_steps *= distributed.world_size()
     batch = padded(rollout, most, masked=bool(masked) or most != -minus_fewest)
-    batch.env_steps = env_steps
-    mask = mask_of(batch)
-    if mask is not None:
-        batch.has_rows = bool(distributed.greatest([int(mask.any())], device)[0])
+    batch.env_steps, batch.has_rows = env_steps, bool(any_rows)
     return batch
 
 
@@ -117,7 +115,7 @@ def _lengthen(part: dict[str, np.ndarray], longest: int) -> None:
         return
     for name, array in part.items():
         if not name.startswith(("last_", "final_", "state")) and name != "length":
-            part[name] = np.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2))
+            part[name] = _pad(array, missing, 0)
     part["policy_version"][:, -missing:] = part["policy_version"].max()  # padding is of no other age than the rest
 
 

@@ -24,6 +24,7 @@ from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import OF_POLICY
 from lit_rl.runners.fragment import NOTHING, Episode, Fragment
 from lit_rl.runners.ledger import Entry
+from lit_rl.runners.stepping import scale_rewards
 from lit_rl.runners.survival import Survival
 from lit_rl.runners.time_lines import TimeLines
 from lit_rl.runners.transport import Packed
@@ -219,11 +220,7 @@ class MultiAgentEnvRunner:
         rows, finals = lines.fragment(self.policy_version)
         view = rows.views()
         self._check_finite(lines, view | finals.views())
-        reward = view["reward"]
-        if self._reward_scale != 1.0:
-            reward *= np.float32(self._reward_scale)
-        if self._reward_clip is not None:
-            np.clip(reward, -self._reward_clip, self._reward_clip, out=reward)
+        scale_rewards(view["reward"], self._reward_scale, self._reward_clip)
         return rows, finals
 
     def _begin(self, b: int, events: Events) -> None:

@@ -1,6 +1,5 @@
 """What collecting and evaluating both do with a vector environment: reset it, check and read what it gives."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
+from lit_rl.envs.info import metric
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
@@ -65,11 +65,8 @@ def read_info(info: dict[str, Any], keys: Sequence[str], b: int) -> dict[str, fl
         present = info.get(f"_{key}")
         if values is None or (present is not None and not present[b]):
             continue
-        try:
-            value = float(values[b])
-        except (TypeError, ValueError, LookupError) as error:
-            raise EnvError(f"info_metrics: info[{key!r}]={values[b]!r} is not a number.") from error
-        if not math.isnan(value):
+        value = metric(key, values[b])
+        if value is not None:
             found[key] = value
     return found
 
@@ -99,6 +96,14 @@ def step(envs: Any, env: EnvConfig, actions: Any) -> Any:
         return envs.step(actions)
     except Exception as error:
         raise env_error(env.env_id, "raised in step", error) from error
+
+
+def scale_rewards(rewards: np.ndarray, scale: float, clip: float | None) -> None:
+    """Rewards as they are learned from, in place: multiplied, then clipped to plus or minus `clip`."""
+    if scale != 1.0:
+        rewards *= np.float32(scale)
+    if clip is not None:
+        np.clip(rewards, -clip, clip, out=rewards)
 
 
 def check_spaces(envs: Any, policy: Policy) -> None:

@@ -49,7 +49,7 @@ def test_a_clock_begins_after_the_first_batches() -> None:
 
 
 def test_the_ideal_is_a_step_that_only_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_scaling, "LENGTHS", {10: 1})
+    monkeypatch.setattr(async_scaling, "LENGTHS", {10: 8})
     cell = async_scaling.measure(sleep_ms=10, runners=2, seconds=0.1)
     # One process steps both of them here, one after the other: at most half of the ideal.
     assert 0 < cell["of_ideal"] <= 0.5
@@ -164,7 +164,7 @@ def test_an_env_step_too_many_is_seen() -> None:
 def test_memory_and_shares_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_faults, "STEP_S", 0.0)
     monkeypatch.setattr(async_faults, "SAMPLE_S", 0.01)
-    found = async_faults.memory(minutes=0.01)
+    found = async_faults.memory(minutes=0.03)
     assert found["ledger_exact"] and found["updates"] > 2 and len(found["samples"]) > 2
     assert found["least_share"] == pytest.approx(0.5, abs=0.2)
     assert 100 < found["first_mb"] <= found["last_mb"] + 50
