@@ -67,6 +67,18 @@ class Rollouts(dict[str, Rollout]):
         return any(rollout.has_rows for rollout in self.values())
 
 
+def map_rollouts(function: Callable[[Rollout], Rollout], batch: Any) -> Any:
+    """`function` of a rollout, or of each policy's."""
+    if isinstance(batch, Rollouts):
+        return Rollouts({policy_id: function(rollout) for policy_id, rollout in batch.items()})
+    return function(batch)
+
+
+def rollouts_in(batch: Rollout | Rollouts) -> list[Rollout]:
+    """A rollout, or each policy's, as a list."""
+    return list(batch.values()) if isinstance(batch, Rollouts) else [batch]
+
+
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T]; 0 in padding.
 
