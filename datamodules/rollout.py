@@ -13,7 +13,6 @@ from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
-from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Fraction, Positive
 from lit_rl.rollout import Rollout, Rollouts, map_rollouts, mask_of, rollouts_in
