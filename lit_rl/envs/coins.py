@@ -24,7 +24,7 @@ class CoinGame(MultiAgentEnv):
     coins has won. It ends by termination: players see how much time is left.
 
     Observations [17]: the nearest three coins and the other four agents, each as steps to go to the right and up, team
-    mate before opponents before the fox; the own place; the time left. All but the last are divided by the board's size.
+    mate before opponents before the fox; the own place; the time left. All but that are divided by the board's size.
     Actions: 0 stay, 1 up, 2 right, 3 down, 4 left.
 
     Args:
