@@ -336,7 +336,7 @@ class RolloutDataModule(EnvDataModule):
         if not len(versions):  # this rank has none
             return
         lag = updates - float(versions.double().mean())
-        steps = lag * self.attached_trainer.global_step / updates
+        steps = lag * self.attached_trainer.global_step / updates / len(self.algorithm.learners)  # of a policy
         if steps >= OLD:
             self._said_old = True
             rank_zero_warn(

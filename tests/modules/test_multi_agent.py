@@ -238,6 +238,12 @@ def test_every_policy_learns_from_each_rollout_again(monkeypatch: pytest.MonkeyP
     assert seen_agents(seen, "one")[0] + seen_agents(seen, "two").total() == 2 * source.ledger.agent_steps
 
 
+def test_how_old_rows_are_counts_the_gradient_steps_of_one_policy(recwarn: pytest.WarningsRecorder) -> None:
+    algorithm = MultiAgent({"one": IMPALA(), "two": APPO()}, policy_mapping={"a": "one", "*": "two"})
+    fit(algorithm, data(num_reuses=25, max_env_steps=32), limit_val_batches=0)
+    assert not [each for each in recwarn if "gradient steps old" in str(each.message)]  # at most 24, of two policies 48
+
+
 def test_past_fragments_join_every_policys_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_ray.use(monkeypatch, 1.0)
     seen = Seen()
