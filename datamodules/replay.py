@@ -12,6 +12,7 @@ from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
+from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, taken, with_fields_of
 from lit_rl.replay import ReplayBuffer, ReplayStream
@@ -67,12 +68,21 @@ class ReplayDataModule(EnvDataModule):
         if stage != "fit":
             return
         algorithm = self.algorithm
-        if not isinstance(algorithm, OffPolicy):
+        if isinstance(algorithm, MultiAgent):
+            found = algorithm.off_policy
+            for policy_id in algorithm.on_policy:
+                raise OptionError(
+                    f"policies[{policy_id!r}]={algorithm.name_of(policy_id)}(...): ReplayDataModule feeds off-policy "
+                    "algorithms such as DQN and SAC alone. Use RolloutDataModule(replay=Replay(...)), which feeds both."
+                )
+        elif isinstance(algorithm, OffPolicy):
+            found = {ALONE: algorithm}
+        else:
             raise OptionError(
                 f"model={type(algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
                 "SAC. Use RolloutDataModule."
             )
-        self.feed({ALONE: algorithm}, {ALONE: self.replay})
+        self.feed(found, dict.fromkeys(found, self.replay))
 
     def train_dataloader(self) -> "ReplayLoader":
         self.set_threads()
@@ -85,7 +95,7 @@ class ReplayDataModule(EnvDataModule):
         """The next Lightning batch."""
         return ReplayStream(self._minibatches)
 
-    def _minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
+    def _minibatches(self, stream: ReplayStream) -> Iterator[tuple[str, TensorDict]]:
         """Step environments and yield minibatches, until the batch's env steps are taken and learned from."""
         trainer, algorithm = self.attached_trainer, self.algorithm
         begin = self._env_steps = algorithm.env_steps_done
@@ -100,8 +110,9 @@ class ReplayDataModule(EnvDataModule):
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             self.sample_s = stream.waited_s  # here, since whoever takes minibatches may stop at any
-            for feed in self.feeds.values():
-                yield from feed.minibatches(self.has_reached_max_steps)
+            for policy_id, feed in self.feeds.items():
+                for minibatch in feed.minibatches(self.has_reached_max_steps):
+                    yield policy_id, minibatch
             if self.has_reached_max_steps():
                 return
         if self._budget_left(self._env_steps) < self._max_rows:

@@ -22,7 +22,7 @@ class Transfer:
     def __call__(self, batch: Any, device: torch.device) -> Any:
         """A batch, or one for each policy, on a device; what is no batch stays as it is."""
         if isinstance(batch, Rollouts):
-            return Rollouts({policy_id: self(rollout, device) for policy_id, rollout in batch.items()})
+            return batch.map(lambda rollout: self(rollout, device))
         return self._moved(batch, device) if isinstance(batch, TensorDict) else batch
 
     def _moved(self, batch: TensorDict, device: torch.device) -> TensorDict:

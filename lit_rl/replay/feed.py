@@ -14,6 +14,8 @@ from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.replay.buffer import ReplayBuffer
 from lit_rl.replay.options import CompleteReplay, Replay
+from lit_rl.replay.stream import ReplayStream
+from lit_rl.rollout import mask_of
 from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.trees import iterate
 
@@ -34,6 +36,7 @@ class ReplayFeed:
         owed: updates that rows ask for and are not made yet.
         stored: rows of all ranks since the buffer was empty.
         env_steps: of all ranks so far, with those that are not learned from yet.
+        some_are_empty: whether the buffers of some ranks have no rows.
     """
 
     def __init__(self, algorithm: OffPolicy, replay: Replay):
@@ -43,6 +46,8 @@ class ReplayFeed:
         self.owed = 0.0
         self.stored = 0
         self.env_steps = 0
+        self.some_are_empty = False
+        self._example: dict[str, Any] | None = None  # a minibatch, while ranks without rows may need it
 
     # --- env steps ------------------------------------------------------------------------------------------------
 
@@ -113,23 +118,49 @@ class ReplayFeed:
                 assert self.buffer is not None
                 self.buffer.update_priorities(minibatch["index"], minibatch["priority"])
 
+    def stream(self, env_steps: int, is_over: Callable[[], bool]) -> ReplayStream:
+        """Those that are due as a batch, which brings so many env steps of all ranks."""
+        stream = ReplayStream(lambda _: ((ALONE, minibatch) for minibatch in self.minibatches(is_over)))
+        stream.env_steps = env_steps
+        return stream
+
     def draw(self) -> TensorDict:
         """A minibatch, on the algorithm's device."""
+        algorithm = self.algorithm
+        minibatch = self._masked(self._drawn() if self.buffer else None) if self.some_are_empty else self._drawn()
+        return minibatch if algorithm.device.type == "cpu" else minibatch.to(algorithm.device, non_blocking=True)
+
+    def _drawn(self) -> TensorDict:
         assert self.buffer is not None
         algorithm, options = self.algorithm, self.options
         length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, options.num_steps, self.beta
         if length is None:
-            minibatch = self.buffer.sample(options.batch_size, gamma=gamma, num_steps=steps, beta=beta)
-        else:
-            minibatch = self.buffer.sample_sequences(
-                options.batch_size // length,
-                length=length,
-                burn_in=algorithm.burn_in,
-                gamma=gamma,
-                num_steps=steps,
-                beta=beta,
-            )
-        return minibatch if algorithm.device.type == "cpu" else minibatch.to(algorithm.device, non_blocking=True)
+            return self.buffer.sample(options.batch_size, gamma=gamma, num_steps=steps, beta=beta)
+        return self.buffer.sample_sequences(
+            options.batch_size // length,
+            length=length,
+            burn_in=algorithm.burn_in,
+            gamma=gamma,
+            num_steps=steps,
+            beta=beta,
+        )
+
+    def _masked(self, minibatch: TensorDict | None) -> TensorDict:
+        """A minibatch with a `mask`. That of a rank without rows is another rank's, without a real row.
+
+        Args:
+            minibatch: None on ranks without rows, of which there are some.
+        """
+        if self._example is None:
+            found = distributed.gather(None if minibatch is None else minibatch.to_dict())
+            self._example = next(one for one in found if one is not None)
+        if minibatch is None:
+            masked = TensorDict(self._example, [len(self._example["index"])]).clone()
+            masked["mask"] = torch.zeros_like(masked["next", "terminated"])
+            return masked
+        if mask_of(minibatch) is None:
+            minibatch["mask"] = torch.ones_like(minibatch["next", "terminated"])
+        return minibatch
 
     @property
     def beta(self) -> float:
@@ -218,13 +249,17 @@ class ReplayFeeds(dict[str, ReplayFeed]):
 
     def take(self, fragments: Sequence[tuple[int, Fragment]], rollout_length: int, device: torch.device) -> int:
         """Put what runners collected into the buffers; returns the env steps of all ranks."""
-        taken = [
+        taken: Any = [
             feed.extend([(n, f if policy_id == ALONE else f.of(policy_id)) for n, f in fragments], rollout_length)
             for policy_id, feed in self.items()
         ]
         env_steps = sum(fragment.entry.delivered for _, fragment in fragments)  # with several agents not those taken
         if distributed.world_size() > 1:
-            *taken, env_steps = distributed.all_reduce_sum(torch.tensor([*taken, env_steps], device=device)).tolist()
+            empty = [int(not feed.buffer) for feed in self.values()]
+            counts = distributed.all_reduce_sum(torch.tensor([*taken, *empty, env_steps], device=device)).tolist()
+            taken, empty, env_steps = counts[: len(self)], counts[len(self) : -1], counts[-1]
+            for feed, num_ranks in zip(self.values(), empty):
+                feed.some_are_empty = num_ranks > 0
         for feed, rows in zip(self.values(), taken):
             feed.count(rows, env_steps)
         return env_steps
