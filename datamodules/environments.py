@@ -339,8 +339,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         for return_, length, info, *returns in state["episodes"]:
             self._episodes.append(Episode(return_, length, info, returns=returns[0] if returns else None))
         self._runner_states = self._saved_runners = state["runners"]
-        trainer = self.attached_trainer
-        self.feeds.load(state, files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}")
+        if self.feeds:
+            trainer = self.attached_trainer
+            self.feeds.load(state, files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}")
 
     def feed(self, algorithms: Mapping[str, OffPolicy], replays: Mapping[str, Replay]) -> None:
         """Have replay buffers for algorithms, by policy.

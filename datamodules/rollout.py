@@ -213,6 +213,7 @@ class RolloutDataModule(EnvDataModule):
 
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
+        self.feeds.begin(self.algorithm.env_steps_done)
         self.start_runners(self._epsilons())
 
     def finish_rollout(self) -> Rollout | Rollouts:
@@ -239,7 +240,6 @@ class RolloutDataModule(EnvDataModule):
 
     def _epsilons(self) -> Epsilons:
         """The probabilities of random actions of the policies that learn from replay, in rollouts begun now."""
-        self.feeds.begin(self.algorithm.env_steps_done)
         self.feeds.make_buffers()
         return self.feeds.epsilons(self._max_rows)
 

@@ -290,15 +290,11 @@ class ReplayFeeds(dict[str, ReplayFeed]):
         if self._saved:
             self.make_buffers()  # nothing was drawn from them yet: they go on to the next checkpoint
         owed = {policy_id: feed.owed for policy_id, feed in self.items()}
-        saved = (
-            {}
-            if weights_only
-            else {
-                policy_id: feed.buffer.save(folder) | {"stored": feed.stored, "folder": str(folder)}
-                for policy_id, feed in self.items()
-                if feed.buffer is not None and feed.options.checkpoint_buffer and (folder := self._staged(policy_id))
-            }
-        )
+        saved = {}
+        for policy_id, feed in self.items():
+            if feed.buffer is not None and feed.options.checkpoint_buffer and not weights_only:
+                folder = self._staged(policy_id)
+                saved[policy_id] = feed.buffer.save(folder) | {"stored": feed.stored, "folder": str(folder)}
         if ALONE not in self:
             return {"owed": owed, "replays": saved}
         return {"owed": owed[ALONE]} | ({"replay": saved[ALONE]} if saved else {})
