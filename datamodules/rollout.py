@@ -18,7 +18,7 @@ from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Fraction, Positive
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.options import Replay, Replays
-from lit_rl.rollout import Rollout, Rollouts, mask_of
+from lit_rl.rollout import Rollout, Rollouts, map_rollouts, mask_of, rollouts_in
 from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.runners.free_running import FreeRunning
 from lit_rl.runners.gathering import evened, nothing_like, to_rollout
@@ -91,7 +91,7 @@ class RolloutDataModule(EnvDataModule):
         self._stream = FreeRunning(self.prefetch, self.broadcast_interval, self.max_policy_lag)
         self._buffer = CircularBuffer(self.circular_buffer_batches, self.num_reuses)
         self._replay: FragmentReplay | None = None
-        self._template: Rollout | None = None  # of the form of this rank's rollouts
+        self._template: Rollout | Rollouts | None = None  # of the form of this rank's batches
         self._is_last = False  # whether the budget has no room for another rollout
         self._restarts = 0  # of runners, before the last rollout
         self._begun: float | None = None  # when the first batch was asked for
@@ -115,17 +115,18 @@ class RolloutDataModule(EnvDataModule):
                 f"replay=...: expected none with {name}. It is for the off-policy algorithms of a MultiAgent; one by "
                 "itself takes a ReplayDataModule. Leave it out."
             )
-        if isinstance(algorithm, MultiAgent) and self.is_free_running:
+        if self.feeds and self.is_free_running:
             raise OptionError(
-                f"prefetch={self.prefetch}: expected 0 or 1 with MultiAgent, or fixed_lag. Free-running runners of "
-                "several policies are not there yet."
+                f"prefetch={self.prefetch}: expected 0 or 1 with replay, or fixed_lag. Free-running runners do not "
+                "fill replay buffers yet."
             )
-        for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
-            if getattr(self, option) != nothing and not algorithm.LEARNS_AGAIN:
-                raise OptionError(
-                    f"{option}={getattr(self, option)}: {name} learns from each rollout once. Use APPO or IMPALA, or "
-                    "leave it out."
-                )
+        for learner in algorithm.learners:
+            for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
+                if getattr(self, option) != nothing and not learner.LEARNS_AGAIN:
+                    raise OptionError(
+                        f"{option}={getattr(self, option)}: {type(learner).__name__} learns from each rollout once. "
+                        "Use APPO or IMPALA, or leave it out."
+                    )
 
     def _replays_of(self, algorithm: MultiAgent) -> dict[str, Replay]:
         """The options of the replay buffers, by policy.
@@ -195,7 +196,7 @@ class RolloutDataModule(EnvDataModule):
             self._buffer.drop_older(self.algorithm.updates_done + 1 - self.max_policy_lag)
         if self._is_last and not self._buffer.is_due:
             self.stop_at_budget()
-        for rollout in batch.values() if isinstance(batch, Rollouts) else [batch]:
+        for rollout in rollouts_in(batch):
             self._watch_age(rollout)
         self.sample_s = time.perf_counter() - started
         self._waited_s += self.sample_s
@@ -206,10 +207,7 @@ class RolloutDataModule(EnvDataModule):
             return self._free_batch()
         if not (isinstance(self._pool, RunnerPool) and self._pool.num_asked):
             self.start_rollout()
-        found, device = self.finish_rollout(), self.algorithm.device
-        if isinstance(found, Rollouts):
-            return found.map(lambda rollout: evened(rollout, device))
-        return evened(found, device)
+        return self._evened(self.finish_rollout())
 
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
@@ -222,17 +220,13 @@ class RolloutDataModule(EnvDataModule):
         fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
         self._watch_restarts()
-        parts = fragments[0][1].parts
-        if parts is None:
-            return self._rollout_of(fragments)
-        copy, others = bool(self.num_env_runners), [i for i in parts if i not in self.feeds]
-        rollouts = {i: to_rollout([fragment.of(i) for _, fragment in fragments], copy=copy) for i in others}
-        return Rollouts(rollouts, self._streams_of(fragments))
+        found = self._rollout_of(fragments)
+        if isinstance(found, Rollouts) and self.feeds:
+            found.streams = self._streams_of(fragments)
+        return found
 
     def _streams_of(self, fragments: list[tuple[int, Fragment]]) -> dict[str, ReplayStream]:
         """Put fragments into the replay buffers; returns the minibatches that are due, by policy."""
-        if not self.feeds:
-            return {}
         algorithm = self.algorithm
         self.feeds.begin(algorithm.env_steps_done)
         env_steps = self.feeds.take(fragments, self.rollout_length, algorithm.device)
@@ -263,7 +257,7 @@ class RolloutDataModule(EnvDataModule):
         assert isinstance(self._pool, RunnerPool)
         return self._pool
 
-    def _free_batch(self) -> Rollout:
+    def _free_batch(self) -> Rollout | Rollouts:
         """The next fragments of free-running runners; a rank that has none in time joins the others without rows."""
         algorithm, dropped_steps, room = self.algorithm, 0, self._room
         while True:
@@ -274,14 +268,15 @@ class RolloutDataModule(EnvDataModule):
             self.ledger.dropped += steps
             dropped_steps += steps
             if taken:
-                rollout = self._rollout_of(taken)
-                self._template = nothing_like(rollout) if self._template is None else self._template
+                found = self._rollout_of(taken)
+                self._template = map_rollouts(nothing_like, found) if self._template is None else self._template
             else:
                 assert self._template is not None  # see _take
-                rollout = nothing_like(self._template)
-            rollout.env_steps += dropped_steps
-            batch = evened(rollout, algorithm.device)
-            if mask_of(batch) is None:
+                found = map_rollouts(nothing_like, self._template)
+            for rollout in rollouts_in(found):
+                rollout.env_steps += dropped_steps
+            batch = self._evened(found)
+            if isinstance(batch, Rollout) and mask_of(batch) is None:
                 return batch
             is_spent = room < self._num_fragments
             most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
@@ -301,21 +296,34 @@ class RolloutDataModule(EnvDataModule):
             timeout_s=math.inf if alone else self.stream_timeout_s,
         )
 
-    def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout:
-        """A rollout of new fragments, and of past ones if they are replayed."""
+    def _rollout_of(self, fragments: list[tuple[int, Fragment]]) -> Rollout | Rollouts:
+        """A rollout of new fragments, and of past ones if they are replayed; one for each of several policies."""
         new = [fragment for _, fragment in fragments]
         if not self.replay_fraction:
-            return to_rollout(new, copy=bool(self.num_env_runners))
+            return self._joined(new, copy=bool(self.num_env_runners))
         if self._replay is None:
             seed = self._seed_sequence(REPLAY, self.attached_trainer.global_rank, self._collected)
             self._replay = FragmentReplay(self.replay_fraction, self.replay_buffer_fragments, seed)
         oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
-        rollout = to_rollout([*new, *self._replay.draw(len(new), oldest)], copy=True)
+        past = self._replay.draw(len(new), oldest)
+        found = self._joined([*new, *past], copy=True)
         self._replay.add(new)
-        num_new = len(new) * self.num_envs_per_env_runner * self.num_slots
-        rollout["is_new"] = torch.arange(len(rollout)) < num_new
-        rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
-        return rollout
+        for rollout in rollouts_in(found):
+            num_lines = len(rollout) // (len(new) + len(past))  # of a fragment
+            rollout["is_new"] = torch.arange(len(rollout)) < num_lines * len(new)
+            rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
+        return found
+
+    def _joined(self, fragments: list[Fragment], *, copy: bool) -> Rollout | Rollouts:
+        parts = fragments[0].parts
+        if parts is None:
+            return to_rollout(fragments, copy=copy)
+        learned = [policy_id for policy_id in parts if policy_id not in self.feeds]
+        return Rollouts({i: to_rollout([fragment.of(i) for fragment in fragments], copy=copy) for i in learned})
+
+    def _evened(self, found: Rollout | Rollouts) -> Any:
+        """This rank's rollouts as a batch, see `evened`."""
+        return map_rollouts(functools.partial(evened, device=self.algorithm.device), found)
 
     def rollouts_left(self, env_steps: int) -> int:
         """How many whole rollouts the budget still has room for."""
@@ -344,13 +352,13 @@ class RolloutDataModule(EnvDataModule):
         ahead = -(-(self.prefetch + self.num_env_runners) // self._num_fragments)
         return ahead * self.num_reuses + self.broadcast_interval - 1
 
-    def _oldest_version(self, batch: Rollout) -> int:
+    def _oldest_version(self, batch: Rollout | Rollouts) -> int:
         """Of the weights that acted, on any rank: all have to keep the same batches."""
         if self.max_policy_lag is None:
             return 0
-        mask, algorithm = mask_of(batch), self.algorithm
-        versions = batch["policy_version"] if mask is None else batch["policy_version"][mask]
-        oldest = int(versions.min()) if len(versions) else algorithm.updates_done
+        algorithm = self.algorithm
+        versions = [_versions(rollout) for rollout in rollouts_in(batch)]
+        oldest = min([algorithm.updates_done, *(int(found.min()) for found in versions if len(found))])
         return -distributed.greatest([-oldest], algorithm.device)[0]
 
     def _check_stream(self) -> None:
@@ -398,12 +406,11 @@ class RolloutDataModule(EnvDataModule):
         updates = self.algorithm.updates_done
         if self._said_old or not updates or not self.policy_lag:
             return
-        mask = mask_of(batch)
-        versions = batch["policy_version"] if mask is None else batch["policy_version"][mask]
+        versions = _versions(batch)
         if not len(versions):  # this rank has none
             return
         lag = updates - float(versions.double().mean())
-        steps = lag * self.attached_trainer.global_step / updates
+        steps = lag * self.attached_trainer.global_step / updates / len(self.algorithm.learners)  # of a policy
         if steps >= OLD:
             self._said_old = True
             rank_zero_warn(
@@ -488,6 +495,12 @@ class RolloutDataModule(EnvDataModule):
     @property
     def _rows_per_epoch(self) -> int:
         return self.rollouts_per_epoch * self._max_rows
+
+
+def _versions(rollout: Rollout) -> torch.Tensor:
+    """Of the policies that acted, one for each real row."""
+    mask = mask_of(rollout)
+    return rollout["policy_version"].flatten() if mask is None else rollout["policy_version"][mask]
 
 
 class RolloutLoader:

@@ -243,6 +243,11 @@ class Algorithm(TakesOptions, L.LightningModule):
         return self._host
 
     @property
+    def learners(self) -> Sequence["Algorithm"]:
+        """What learns from a batch, each from its own part: itself, if it is not made of several."""
+        return [self]
+
+    @property
     def clock(self) -> int:
         """What time it is by the clock of its source: env steps, or updates."""
         by_updates = self._host is not None and self._host.source.clock == "updates"

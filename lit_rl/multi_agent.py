@@ -85,6 +85,10 @@ class MultiAgent(Algorithm):
         self.spec = None if spec is None else MultiAgentSpec.from_dict(spec)
         self._num_optimizers: dict[str, int] = {}
 
+    @property
+    def learners(self) -> Sequence[Algorithm]:
+        return [self.algorithms[policy_id] for policy_id in self.trained]
+
     def keep_options(self, options: dict[str, Any], caller: Any) -> None:
         """Keep what is plain data; algorithms describe themselves in a checkpoint."""
         mapping = options.get("policy_mapping")

@@ -64,10 +64,6 @@ class Rollouts(dict[str, Rollout]):
         super().__init__(rollouts)
         self.streams = dict(streams or {})
 
-    def map(self, function: Callable[[Rollout], Rollout]) -> "Rollouts":
-        """What a function makes of each rollout, with the same streams."""
-        return Rollouts({policy_id: function(rollout) for policy_id, rollout in self.items()}, self.streams)
-
     @property
     def env_steps(self) -> int:
         parts: list[Rollout | ReplayStream] = [*self.values(), *self.streams.values()]
@@ -76,6 +72,18 @@ class Rollouts(dict[str, Rollout]):
     @property
     def has_rows(self) -> bool:
         return bool(self.streams) or any(rollout.has_rows for rollout in self.values())
+
+
+def map_rollouts(function: Callable[[Rollout], Rollout], batch: Any) -> Any:
+    """`function` of a rollout, or of each policy's."""
+    if isinstance(batch, Rollouts):
+        return Rollouts({policy_id: function(rollout) for policy_id, rollout in batch.items()}, batch.streams)
+    return function(batch)
+
+
+def rollouts_in(batch: Rollout | Rollouts) -> list[Rollout]:
+    """A rollout, or each policy's, as a list."""
+    return list(batch.values()) if isinstance(batch, Rollouts) else [batch]
 
 
 def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:

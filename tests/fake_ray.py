@@ -4,6 +4,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ class FakeRay:
     """
 
     exceptions = ray.exceptions
+    cloudpickle = SimpleNamespace(dumps=lambda x: x, loads=lambda x: x)  # there is one process
 
     def __init__(self, seconds: Sequence[float]):
         self.seconds, self.now = seconds, 0.0

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -13,6 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces, hidden_statistics
+from lit_rl.envs.entry_points import Wrapper, entry_point, wrapper_of
 from lit_rl.envs.multi_agent import ActionMasksFromInfo, MultiAgentEnv, MultiAgentWrapper, has_agents, has_masks_in_info
 from lit_rl.envs.multi_agent_check import check_multi_agent_env
 from lit_rl.envs.pettingzoo import adapted
@@ -36,7 +36,6 @@ class _Maker(Limit):
 
 
 Env = Annotated[str | Callable[..., Any] | ModuleType, _Maker()]
-Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
 Vectorization = Annotated[str, OneOf("sync", "async", "native")]
 
 
@@ -237,20 +236,11 @@ class EnvConfig:
         name = str(self.env)
         if ":" not in name and "." in name and "/" not in name and name not in gym.registry:
             return _of_module(name)
-        return _entry_point(name)
+        return entry_point(name)
 
     def _wrap(self, env: Any) -> Any:
         for wrapper in self.wrappers:
-            kwargs: dict[str, Any] = {}
-            if isinstance(wrapper, dict):
-                if len(wrapper) != 1:
-                    raise OptionError(f"wrappers: expected one 'package.module:Class' and its kwargs, got {wrapper!r}.")
-                ((wrapper, kwargs),) = wrapper.items()
-            if isinstance(wrapper, str):
-                found = _entry_point(wrapper)
-                if found is None:
-                    raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
-                wrapper = found
+            wrapper, kwargs = wrapper_of(wrapper)
             if isinstance(env, VectorEnv) and isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper):
                 raise OptionError(
                     f"wrappers: {wrapper.__name__} wraps one environment, and env={self.env_id} with vectorization="
@@ -260,7 +250,7 @@ class EnvConfig:
                 env = _call(self.env_id, adapted, env)
             if isinstance(wrapper, type) and has_agents(env) != issubclass(wrapper, MultiAgentWrapper):
                 self._check_wrapper(wrapper, has_agents(env))
-            env = _call(self.env_id, wrapper, env, **_with_tuples(wrapper, kwargs or {}))
+            env = _call(self.env_id, wrapper, env, **kwargs)
         return _call(self.env_id, adapted, env)
 
     def _check_wrapper(self, wrapper: type, has_agents: bool) -> None:
@@ -333,31 +323,6 @@ def _of_module(name: str) -> Callable[..., Any]:
     if found is None:
         raise EnvError(f"env={name!r}: the module has neither parallel_env nor env, as PettingZoo's have.")
     return found
-
-
-def _entry_point(name: str) -> Callable[..., Any] | None:
-    """The class or function `"package.module:name"` means, or None if the string is a gymnasium id."""
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        return None
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise EnvError(f"{name!r}: cannot import {module_name!r} ({error}).") from error
-    found = getattr(module, attribute, None)
-    if found is None and attribute not in gym.registry and "/" not in attribute and "-v" not in attribute:
-        raise EnvError(f"{name!r}: the module {module_name!r} has no {attribute!r}.")
-    return found
-
-
-def _with_tuples(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with tuples where they are declared: a YAML file has lists alone, which gymnasium's wrappers refuse."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a callable that does not say
-        return kwargs
-    declared = {name for name, p in parameters.items() if str(p.annotation).lower().startswith("tuple")}
-    return {k: tuple(v) if k in declared and isinstance(v, list) else v for k, v in kwargs.items()}
 
 
 def _whose(env_id: str) -> str:

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from lit_rl.envs.entry_points import Wrapper, wrapper_of
 from lit_rl.errors import EnvError
 from lit_rl.masks import ACTION_MASK
 from lit_rl.roster import Roster
@@ -164,12 +165,15 @@ class ReplicatedEnv(MultiAgentEnv):
     Args:
         env: a gymnasium id, or a callable that makes an environment.
         num_agents: how many.
+        wrappers: of each environment, applied in order, as the datamodules take them.
         **env_kwargs: of each environment.
     """
 
-    def __init__(self, env: Any, num_agents: int = 2, **env_kwargs: Any):
+    def __init__(self, env: Any, num_agents: int = 2, wrappers: Sequence[Wrapper] = (), **env_kwargs: Any):
         make = env if callable(env) else lambda **kwargs: gym.make(env, **kwargs)
-        self._envs = {f"agent_{i}": make(**env_kwargs) for i in range(num_agents)}
+        self._envs: dict[str, gym.Env] = {f"agent_{i}": make(**env_kwargs) for i in range(num_agents)}
+        for wrapper, kwargs in map(wrapper_of, wrappers):
+            self._envs = {agent: wrapper(made, **kwargs) for agent, made in self._envs.items()}
         self.possible_agents = list(self._envs)
 
     def observation_space(self, agent: str) -> gym.Space:

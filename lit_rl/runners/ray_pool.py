@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lit_rl.errors import EnvFailure, LitRLError, RunnerError
+from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
 from lit_rl.runners.fragment import Epsilons, Fragment
@@ -87,11 +87,12 @@ class RunnerPool:
         placement: Placement = Placement(),  # noqa: B008
     ):
         import ray
+        from ray import cloudpickle
 
         self.ledger = ledger
         self._ray = ray
         self._actor_class = ray.remote(**placement.options())(_RunnerActor)
-        self._make_runner = make_runner
+        self._make_runner = cloudpickle.dumps(make_runner)  # the actor reads it, and can say why it cannot
         self._faults = faults
         self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
         self._reference: Any = None  # Ray's, to the weights that were sent last
@@ -403,7 +404,7 @@ class RunnerPool:
 class _RunnerActor:
     """An EnvRunner in a process of its own, that ends with the process that made it."""
 
-    def __init__(self, make_runner: MakeRunner, runner: int, incarnation: int, faults: FaultTolerance, beats: str):
+    def __init__(self, make_runner: bytes, runner: int, incarnation: int, faults: FaultTolerance, beats: str):
         torch.set_num_threads(1)
         host, _, path = beats.partition(":")
         on_this_machine = host == socket.gethostname() and os.path.exists(path)
@@ -411,7 +412,7 @@ class _RunnerActor:
         # An actor whose constructor raises is a dead actor to Ray: keep the error for the first call instead.
         self._error: Exception | None = None
         try:
-            self._runner = make_runner(runner, incarnation, watchdog)
+            self._runner = _read(make_runner)(runner, incarnation, watchdog)
         except LitRLError as error:
             self._error = error
         self._ended: float | None = None  # when the last fragment was complete
@@ -432,3 +433,22 @@ class _RunnerActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def _read(make_runner: bytes) -> MakeRunner:
+    """What this process was sent by the learner.
+
+    Raises:
+        EnvError: if the code of an environment, a wrapper or a policy cannot be imported here.
+    """
+    from ray import cloudpickle
+
+    try:
+        read: MakeRunner = cloudpickle.loads(make_runner)
+    except (ImportError, AttributeError) as error:
+        raise EnvError(
+            f"An env runner's process cannot import what it was given ({type(error).__name__}: {error}): expected the "
+            "code of env, wrappers and policy_class in modules that can be imported there. Put them beside the script, "
+            "install them, or name their folder in PYTHONPATH."
+        ) from error
+    return read

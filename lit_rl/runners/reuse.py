@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lit_rl.rollout import Rollout
+from lit_rl.rollout import Rollout, Rollouts, map_rollouts
 from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.transport import Packed
 
 
 class _Kept(NamedTuple):
-    batch: Rollout
+    batch: Rollout | Rollouts
     oldest: int
 
 
@@ -36,7 +37,7 @@ class CircularBuffer:
         """Whether a repeat comes before the next new batch."""
         return bool(self._due)
 
-    def add(self, batch: Rollout, oldest: int = 0) -> None:
+    def add(self, batch: Rollout | Rollouts, oldest: int = 0) -> None:
         """Keep a batch that is learned from now, whose rows are of policy version `oldest` and later ones."""
         self._push(_Kept(batch, oldest))
 
@@ -45,12 +46,9 @@ class CircularBuffer:
         for _ in range(self._num_batches - 1):
             self._push(None)
 
-    def repeat(self) -> Rollout:
+    def repeat(self) -> Rollout | Rollouts:
         """The batch that is due, marked as one that is not new."""
-        batch = self._due.popleft().batch
-        repeated = Rollout(dict(batch.items()), batch.batch_size)
-        repeated["is_new"] = batch["is_init"].new_zeros(len(batch))
-        return repeated
+        return map_rollouts(_not_new, self._due.popleft().batch)
 
     def drop_older(self, version: int) -> None:
         """Forget batches with rows of versions before this one."""
@@ -96,6 +94,17 @@ class FragmentReplay:
     def add(self, fragments: Sequence[Fragment]) -> None:
         """Keep fragments: a copy, since their memory is Ray's."""
         for fragment in fragments:
-            rows = fragment.rows._replace(buffer=fragment.rows.buffer.copy())
-            finals = fragment.finals._replace(buffer=fragment.finals.buffer.copy())
-            self._fragments.append(fragment._replace(rows=rows, finals=finals, episodes=[], failures=()))
+            parts = fragment.parts and {i: (_own(rows), _own(finals)) for i, (rows, finals) in fragment.parts.items()}
+            rows, finals = _own(fragment.rows), _own(fragment.finals)
+            self._fragments.append(fragment._replace(rows=rows, finals=finals, parts=parts, episodes=[], failures=()))
+
+
+def _not_new(rollout: Rollout) -> Rollout:
+    again = Rollout(dict(rollout.items()), rollout.batch_size)
+    again["is_new"] = rollout["is_init"].new_zeros(len(rollout))
+    again.has_rows = rollout.has_rows
+    return again
+
+
+def _own(packed: Packed) -> Packed:
+    return packed._replace(buffer=packed.buffer.copy())

@@ -192,6 +192,16 @@ def test_copies_of_an_environment_begin_with_seeds_of_their_own() -> None:
     assert (first["agent_0"] == again["agent_0"]).all()
 
 
+def test_copies_of_an_environment_are_wrapped_each() -> None:
+    by_name: list = ["lit_rl.envs.cartpole:HideVelocities", {"gymnasium.wrappers:TimeLimit": {"max_episode_steps": 3}}]
+    env = ReplicatedEnv("CartPole-v1", 2, wrappers=by_name)
+    obs, _ = env.reset(seed=0)
+    assert [x.shape for x in obs.values()] == [(2,), (2,)] and env.observation_space("agent_1").shape == (2,)
+    for step in range(3):
+        truncated = env.step({"agent_0": step % 2, "agent_1": step % 2})[3]
+    assert truncated == {"agent_0": True, "agent_1": True}
+
+
 def test_agent_id_appends_which_agent_sees() -> None:
     vector = EnvConfig(ReplicatedEnv, {"env": CounterEnv}, [AgentId])
     assert vector.try_out().shared().observation_space.shape == (3,)

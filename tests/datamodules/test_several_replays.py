@@ -497,6 +497,14 @@ def test_replay_is_for_several_policies() -> None:
         fit(several(DQN(), two=PPO(**SMALL)), late)
 
 
+def test_free_running_runners_fill_no_replay_buffers() -> None:
+    algorithm = several(DQN(), two=IMPALA())
+    with pytest.raises(OptionError, match="prefetch=2: expected 0 or 1 with replay, or fixed_lag"):
+        fit(algorithm, rollout_data(num_env_runners=1, prefetch=2))
+    with pytest.raises(OptionError, match="num_reuses=2: DQN learns from each rollout once"):
+        fit(algorithm, rollout_data(num_reuses=2))
+
+
 def test_a_replay_data_module_feeds_off_policy_algorithms_alone() -> None:
     sentence = r"policies\['two'\]=PPO\(...\): ReplayDataModule feeds .* Use RolloutDataModule\(replay=Replay\(...\)\)"
     with pytest.raises(OptionError, match=sentence):

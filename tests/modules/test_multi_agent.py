@@ -204,7 +204,7 @@ def test_a_function_maps_anew_in_each_episode_and_never_within() -> None:
     assert int(total) == source.ledger.agent_steps
 
 
-@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_runners_in_actors_feed_every_policy(monkeypatch: pytest.MonkeyPatch, prefetch: int) -> None:
     fake_ray.use(monkeypatch, 1.0, 1.5)
     seen = Seen()
@@ -213,6 +213,65 @@ def test_runners_in_actors_feed_every_policy(monkeypatch: pytest.MonkeyPatch, pr
     fit(algorithm, source, callbacks=[seen], limit_val_batches=0)
     assert set(seen_agents(seen, "one")) == {0} and set(seen_agents(seen, "two")) == {1, 2}
     assert algorithm.env_steps_done == 320
+    if prefetch:  # rows are of older weights, which all policies have the same count of
+        ages = [
+            k - int(batch["one"]["policy_version"][batch["one"]["mask"]].min()) for k, batch in enumerate(seen.batches)
+        ]
+        assert ages[0] == 0 and max(ages) >= 1
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_every_policy_learns_from_each_rollout_again(monkeypatch: pytest.MonkeyPatch, prefetch: int) -> None:
+    fake_ray.use(monkeypatch, 1.0, 1.5)
+    seen = Seen()
+    algorithm = MultiAgent({"one": IMPALA(), "two": APPO()}, policy_mapping={"a": "one", "*": "two"})
+    source = data(num_env_runners=min(prefetch, 1), prefetch=prefetch, num_reuses=2, max_env_steps=320)
+    fit(algorithm, source, callbacks=[seen], limit_val_batches=0)
+    assert algorithm.env_steps_done == 320 == source.ledger.delivered and len(seen.batches) == 20
+    for policy_id in ("one", "two"):
+        assert algorithm.algorithms[policy_id].updates_done == 20
+        for first, again in zip(seen.batches[::2], seen.batches[1::2]):
+            assert "is_new" not in first[policy_id] and not again[policy_id]["is_new"].any()
+            assert_same(first[policy_id]["observation"], again[policy_id]["observation"])
+    assert seen_agents(seen, "one")[0] + seen_agents(seen, "two").total() == 2 * source.ledger.agent_steps
+
+
+def test_how_old_rows_are_counts_the_gradient_steps_of_one_policy(recwarn: pytest.WarningsRecorder) -> None:
+    algorithm = MultiAgent({"one": IMPALA(), "two": APPO()}, policy_mapping={"a": "one", "*": "two"})
+    fit(algorithm, data(num_reuses=25, max_env_steps=32), limit_val_batches=0)
+    assert not [each for each in recwarn if "gradient steps old" in str(each.message)]  # at most 24, of two policies 48
+
+
+def test_past_fragments_join_every_policys_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0)
+    seen = Seen()
+    algorithm = MultiAgent({"one": IMPALA(), "two": APPO()}, policy_mapping={"a": "one", "*": "two"})
+    source = data(num_env_runners=1, prefetch=2, replay_fraction=0.5, max_env_steps=320)
+    fit(algorithm, source, callbacks=[seen], limit_val_batches=0)
+    assert algorithm.env_steps_done == 320 == source.ledger.delivered
+    later, past = seen.batches[1:], 0
+    for batch in later:
+        assert batch["one"]["is_new"].tolist() == [True] * 2 + [False] * 2  # of one agent in two copies
+        assert batch["two"]["is_new"].tolist() == [True] * 4 + [False] * 4
+        for policy_id in ("one", "two"):
+            new, mask = batch[policy_id]["is_new"], batch[policy_id]["mask"]
+            past += int(mask[~new].sum())
+    new_rows = sum(int(r["mask"][: len(r) // 2].sum()) for batch in later for r in batch.values())
+    first = sum(int(rollout["mask"].sum()) for rollout in seen.batches[0].values())
+    assert past > 100 and first + new_rows == source.ledger.agent_steps
+
+
+def test_no_policy_learns_from_rows_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0, 9.0)  # one is nine times slower
+    seen = Seen()
+    algorithm = MultiAgent({"one": IMPALA(), "two": APPO()}, policy_mapping={"a": "one", "*": "two"})
+    source = data(num_env_runners=2, prefetch=2, fragments_per_batch=1, max_policy_lag=4, max_env_steps=960)
+    fit(algorithm, source, callbacks=[seen], limit_val_batches=0)
+    assert source.ledger.dropped > 0 and algorithm.env_steps_done == source.ledger.delivered
+    for k, batch in enumerate(seen.batches):
+        for rollout in batch.values():
+            # An open action keeps the version it was sampled with: it may be one fragment older than the rest.
+            assert (k - rollout["policy_version"][rollout["mask"]]).median() <= 4
 
 
 def test_a_policy_that_nobody_acts_by_for_a_while_keeps_the_clock() -> None:
@@ -443,11 +502,8 @@ def test_a_path_for_all_policies_is_refused() -> None:
 
 
 def test_what_is_not_there_yet_is_refused() -> None:
-    algorithm = MultiAgent({"one": IMPALA()})
-    with pytest.raises(OptionError, match="prefetch=2: expected 0 or 1 with MultiAgent"):
-        fit(algorithm, data(num_env_runners=1, prefetch=2))
-    with pytest.raises(OptionError, match="num_reuses=2: MultiAgent learns from each rollout once"):
-        fit(algorithm, data(num_reuses=2))
+    with pytest.raises(OptionError, match="num_reuses=2: PPO learns from each rollout once"):
+        fit(MultiAgent({"one": PPO(), "two": IMPALA()}, policy_mapping={"a": "one", "*": "two"}), data(num_reuses=2))
 
 
 def test_a_plain_algorithm_is_pointed_to_multi_agent_where_spaces_differ() -> None:

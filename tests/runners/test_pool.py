@@ -4,7 +4,9 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from helpers import run_python
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
-from lit_rl.errors import RunnerError
+from lit_rl.errors import EnvError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners import ray_session as session
 from lit_rl.runners.env_runner import EnvRunner
@@ -107,6 +109,21 @@ def test_a_killed_runner_is_replaced_while_the_other_goes_on() -> None:
     assert not np.array_equal(a, b)
     assert ledger.executed == ledger.delivered + ledger.discarded["died"]
     pool.close()
+
+
+def test_code_that_an_actor_cannot_import_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("only_in_this_process")
+    module.Env = type("Env", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    given = module.Env()
+
+    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner:
+        raise AssertionError(given)
+
+    ledger = Ledger()
+    with pytest.raises(EnvError, match=r"cannot import what it was given .*No module named 'only_in_this_process'"):
+        RunnerPool(make_runner, 1, ledger)
+    assert ledger.restarts == 0
 
 
 def test_what_a_dead_runner_had_executed_is_known() -> None:
