@@ -1,10 +1,12 @@
 """What every datamodule with environments does: make them, run them, evaluate in them."""
 
 import contextlib
+import functools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,10 +23,14 @@ from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.evaluation.evaluator import Evaluator
 from lit_rl.evaluation.options import Evaluation
 from lit_rl.evaluation.summary import EvaluationResult
+from lit_rl.files.checkpoint import files_beside
 from lit_rl.learner.transfer import Transfer
+from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
+from lit_rl.replay.feed import ReplayFeeds
+from lit_rl.replay.options import Replay
 from lit_rl.runners.faults import FaultTolerance, time_limit
-from lit_rl.runners.fragment import Episode, Fragment
+from lit_rl.runners.fragment import Episode, Epsilons, Fragment
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.making import make_pool
 from lit_rl.runners.placement import Placement
@@ -37,7 +43,7 @@ log = logging.getLogger(__name__)
 TRY_OUTS = 3  # of an environment that raises, before training
 SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
-RUNNERS, EVALUATION = 0, 1
+RUNNERS, EVALUATION, REPLAY_BUFFERS = 0, 1, 2
 EVALUATION_OPTIONS = ("episodes", "deterministic", "timeout_s", "env_kwargs", "parallel")  # with eval_ before, once
 
 
@@ -76,7 +82,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         **{f"eval_{name}": f"evaluation=Evaluation({name}=...)" for name in EVALUATION_OPTIONS},
     }
 
-    keep_states = False  # whether runners keep a policy's state before every step
     env: EnvConfig
     evaluation: Evaluation
     num_env_runners: int
@@ -127,13 +132,13 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self.spec: EnvSpec | MultiAgentSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
+        self.feeds = ReplayFeeds()  # of what learns from replay buffers
         self._transfer = Transfer()
         self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times `rollout_length` env steps came, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
-        self._resume: dict[str, Any] | None = None
         self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
         self._saved_runners: list[dict[str, Any]] | None = None  # of a checkpoint, which the next pool goes on from
 
@@ -174,6 +179,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self._pool = None
         if self._evaluator is not None:
             self._evaluator.close()
+        self.feeds.close()
         self._restore_minimum()
 
     # --- what runners and evaluation need ------------------------------------------------------------------------
@@ -277,7 +283,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             found = distributed.all_reduce_sum(found.to(self.algorithm.device))
         sums = found.tolist()
         means = {f"rollout/{name}": t / n for name, t, n in zip(names, sums, sums[len(names) :]) if n}
-        return means | dict(zip(counts, sums[-len(counts) :]))
+        return means | dict(zip(counts, sums[-len(counts) :])) | self.feeds.metrics()
 
     def step_counts(self) -> dict[str, float]:
         """This rank's steps that are no env steps learned from, by the names of the metrics."""
@@ -287,9 +293,10 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         return counts
 
     def restart(self) -> None:
-        self._collected, self._resume, self._runner_states, self.ledger = 0, None, [], Ledger()
+        self._collected, self._runner_states, self.ledger = 0, [], Ledger()
         self._saved_runners = None
         self._episodes.clear()
+        self.feeds.restart()
 
     def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
         return {
@@ -301,6 +308,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 for e in self._episodes
             ],
             "runners": self._runner_states if self._pool is None else self._pool.get_state(),
+            **self.feeds.state(weights_only),
         }
 
     def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
@@ -313,7 +321,9 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self.load_rank_state(states[rank])
         else:
             nothing = {"ledger": Ledger().state(), "episodes": [], "runners": []}
-            self.load_rank_state({key: x for key, x in states[0].items() if key != "replay"} | nothing)
+            others = {key: x for key, x in states[0].items() if key not in ("replay", "replays")}
+            self.load_rank_state(others | nothing)
+        self.feeds.share_out(len(states), world_size)
         if rank == 0:
             for state in states[world_size:]:
                 self.ledger.add(state["ledger"])
@@ -329,9 +339,36 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         for return_, length, info, *returns in state["episodes"]:
             self._episodes.append(Episode(return_, length, info, returns=returns[0] if returns else None))
         self._runner_states = self._saved_runners = state["runners"]
-        self._resume = state
+        if self.feeds:
+            trainer = self.attached_trainer
+            self.feeds.load(state, files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}")
 
-    def start_runners(self, epsilons: Sequence[float] = (0.0,)) -> None:
+    def feed(self, algorithms: Mapping[str, OffPolicy], replays: Mapping[str, Replay]) -> None:
+        """Have replay buffers for algorithms, by policy.
+
+        Raises:
+            OptionError: if one of them would never learn.
+        """
+        budget, trainer = self.max_env_steps, self.attached_trainer
+        for replay in replays.values():
+            if budget is not None and replay.learning_starts >= budget:
+                raise OptionError(
+                    f"learning_starts={replay.learning_starts}: expected less than max_env_steps={budget}, or nothing "
+                    "is ever learned. Lower it."
+                )
+        self.feeds.setup(
+            algorithms,
+            replays,
+            seed=functools.partial(self._seed_sequence, REPLAY_BUFFERS, trainer.global_rank),
+            log_folder=lambda: Path(trainer.log_dir or trainer.default_root_dir),
+        )
+
+    def has_reached_max_steps(self) -> bool:
+        """Whether the Trainer's `max_steps` are taken."""
+        trainer = self.attached_trainer
+        return 0 <= trainer.max_steps <= trainer.global_step
+
+    def start_runners(self, epsilons: Epsilons = (0.0,)) -> None:
         """Have the runners that wait begin to collect, with the weights the policy has now.
 
         Args:
@@ -480,7 +517,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             placement=self.placement,
             saved=saved,
             info_metrics=self.info_metrics,
-            keep_states=self.keep_states,
+            keep_states=self.feeds.keep_states,
             reward_scale=self.reward_scale,
             reward_clip=self.reward_clip,
         )

@@ -13,10 +13,13 @@ from lit_rl import distributed
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
+from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Fraction, Positive
+from lit_rl.replay import ReplayStream
+from lit_rl.replay.options import Replay, Replays
 from lit_rl.rollout import Rollout, Rollouts, map_rollouts, mask_of, rollouts_in
-from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.runners.free_running import FreeRunning
 from lit_rl.runners.gathering import evened, nothing_like, to_rollout
 from lit_rl.runners.ray_pool import RunnerPool
@@ -49,6 +52,8 @@ class RolloutDataModule(EnvDataModule):
         circular_buffer_batches: rollouts in that buffer: with more, newer ones come before a repeat.
         replay_fraction: share of each batch that past fragments are, at least 0 and below 1, with APPO or IMPALA.
         replay_buffer_fragments: past fragments that are kept for it.
+        replay: the replay buffers of the off-policy algorithms of a `MultiAgent`, see `Replay`: the same options for
+            all, or by policy. They learn after each rollout, in proportion to the rows of their own agents.
     """
 
     rollouts_per_epoch: int
@@ -61,6 +66,7 @@ class RolloutDataModule(EnvDataModule):
     circular_buffer_batches: int
     replay_fraction: float
     replay_buffer_fragments: int
+    replay: Replay | dict[str, Replay] | None
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class RolloutDataModule(EnvDataModule):
         circular_buffer_batches: Count = 1,
         replay_fraction: Fraction = 0.0,
         replay_buffer_fragments: Count = 64,
+        replay: Replays | None = None,
         **options: Any,
     ):
         super().__init__(env, **options)
@@ -101,6 +108,18 @@ class RolloutDataModule(EnvDataModule):
             raise OptionError(
                 f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule."
             )
+        if isinstance(algorithm, MultiAgent):
+            self.feed(algorithm.off_policy, self._replays_of(algorithm))
+        elif self.replay is not None:
+            raise OptionError(
+                f"replay=...: expected none with {name}. It is for the off-policy algorithms of a MultiAgent; one by "
+                "itself takes a ReplayDataModule. Leave it out."
+            )
+        if self.feeds and self.is_free_running:
+            raise OptionError(
+                f"prefetch={self.prefetch}: expected 0 or 1 with replay, or fixed_lag. Free-running runners do not "
+                "fill replay buffers yet."
+            )
         for learner in algorithm.learners:
             for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
                 if getattr(self, option) != nothing and not learner.LEARNS_AGAIN:
@@ -108,6 +127,42 @@ class RolloutDataModule(EnvDataModule):
                         f"{option}={getattr(self, option)}: {type(learner).__name__} learns from each rollout once. "
                         "Use APPO or IMPALA, or leave it out."
                     )
+
+    def _replays_of(self, algorithm: MultiAgent) -> dict[str, Replay]:
+        """The options of the replay buffers, by policy.
+
+        Raises:
+            OptionError: if they are not those of the policies that need some.
+        """
+        off_policy = algorithm.off_policy
+        given = self.replay if isinstance(self.replay, dict) else dict.fromkeys(off_policy, self.replay)
+        for policy_id in given:
+            if policy_id in off_policy:
+                continue
+            if policy_id in algorithm.trained:
+                raise OptionError(
+                    f"replay[{policy_id!r}]: expected none for {algorithm.name_of(policy_id)}, which learns from "
+                    "rollouts. Leave it out."
+                )
+            raise OptionError(
+                f"replay[{policy_id!r}]: expected some of the policies that learn from replay, {list(off_policy)}. "
+                "Leave it out."
+            )
+        if self.replay is not None and not off_policy:
+            raise OptionError(
+                f"replay=...: none of the policies that are trained, {algorithm.trained}, has an off-policy algorithm. "
+                "Leave it out."
+            )
+        found = {}
+        for policy_id in off_policy:
+            replay = given.get(policy_id)
+            if replay is None:
+                raise OptionError(
+                    f"policies[{policy_id!r}]={algorithm.name_of(policy_id)}(...): it learns from a replay buffer. "
+                    "Give RolloutDataModule(replay=Replay(...)) or, if all are off-policy, use ReplayDataModule."
+                )
+            found[policy_id] = replay
+        return found
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
@@ -156,7 +211,8 @@ class RolloutDataModule(EnvDataModule):
 
     def start_rollout(self) -> None:
         """Have the runners begin to collect, with the weights the policy has now."""
-        self.start_runners()
+        self.feeds.begin(self.algorithm.env_steps_done)
+        self.start_runners(self._epsilons())
 
     def finish_rollout(self) -> Rollout | Rollouts:
         """The rollout that was begun first, this rank's."""
@@ -164,7 +220,22 @@ class RolloutDataModule(EnvDataModule):
         fragments = distributed.together(self._pool.finish, self.algorithm.device)
         self.took(fragments)
         self._watch_restarts()
-        return self._rollout_of(fragments)
+        found = self._rollout_of(fragments)
+        if isinstance(found, Rollouts) and self.feeds:
+            found.streams = self._streams_of(fragments)
+        return found
+
+    def _streams_of(self, fragments: list[tuple[int, Fragment]]) -> dict[str, ReplayStream]:
+        """Put fragments into the replay buffers; returns the minibatches that are due, by policy."""
+        algorithm = self.algorithm
+        self.feeds.begin(algorithm.env_steps_done)
+        env_steps = self.feeds.take(fragments, self.rollout_length, algorithm.device)
+        return {policy_id: feed.stream(env_steps, self.has_reached_max_steps) for policy_id, feed in self.feeds.items()}
+
+    def _epsilons(self) -> Epsilons:
+        """The probabilities of random actions of the policies that learn from replay, in rollouts begun now."""
+        self.feeds.make_buffers()
+        return self.feeds.epsilons(self._max_rows)
 
     def _start_ahead(self, batch: Rollout | Rollouts) -> None:
         """Have runners collect while the learner is at `batch`, with the weights of before."""
@@ -173,8 +244,10 @@ class RolloutDataModule(EnvDataModule):
 
     def _ask(self, *, ahead: int, most: int | None = None, interval: int = 0) -> None:
         """Ask runners for fragments with the weights of now, see `RunnerPool.start`."""
-        algorithm = self.algorithm
-        self._runners.start(algorithm.policy, algorithm.updates_done, ahead=ahead, most=most, interval=interval)
+        algorithm, epsilons = self.algorithm, self._epsilons()
+        self._runners.start(
+            algorithm.policy, algorithm.updates_done, epsilons, ahead=ahead, most=most, interval=interval
+        )
 
     @property
     def _runners(self) -> RunnerPool:
@@ -245,7 +318,8 @@ class RolloutDataModule(EnvDataModule):
         parts = fragments[0].parts
         if parts is None:
             return to_rollout(fragments, copy=copy)
-        return Rollouts({i: to_rollout([fragment.of(i) for fragment in fragments], copy=copy) for i in parts})
+        learned = [policy_id for policy_id in parts if policy_id not in self.feeds]
+        return Rollouts({i: to_rollout([fragment.of(i) for fragment in fragments], copy=copy) for i in learned})
 
     def _evened(self, found: Rollout | Rollouts) -> Any:
         """This rank's rollouts as a batch, see `evened`."""

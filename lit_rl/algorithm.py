@@ -125,6 +125,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         self._host: Host | None = None
         self._resume: dict[str, Any] | None = None
         self._num_saved = 0  # batches with which skipped steps began
+        self._skipped_before = 0  # gradient steps, before the batch
         self._broken_batch = ""  # where the last of them is
         self._unchecked: list[tuple[TensorDict, Update]] = []
         self._numbers: dict[str, tuple[Tensor, int, int]] = {}  # counters, their version, and what they said then
@@ -453,16 +454,24 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
         """Learn from a batch: what is to be logged of that, over all ranks."""
+        self.begin_batch()
+        return self.end_batch(self.learn_from(batch))
+
+    def begin_batch(self) -> None:
+        """Gradient steps on a new batch are to be taken."""
         steps = self.host.steps
-        skipped = steps.skipped
+        self._skipped_before = steps.skipped
         steps.norms.clear()
-        metrics = self.learn_from(batch)
+
+    def end_batch(self, metrics: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
+        """The metrics of a batch, over all ranks, with those of its gradient steps."""
+        steps = self.host.steps
         if steps.norms:
             metrics["optim/grad_norm"] = torch.stack(steps.norms).mean()
         if distributed.world_size() > 1:
             means = distributed.rank_mean(torch.tensor([float(v) for v in metrics.values()], device=self.device))
             metrics = dict(zip(metrics, means.tolist()))
-        if steps.skipped > skipped:  # the steps that were taken have finite means
+        if steps.skipped > self._skipped_before:  # the steps that were taken have finite means
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["optim/skipped_updates"] = steps.skipped
         metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]

@@ -15,7 +15,7 @@ from lit_rl.evaluation.summary import EvaluationResult, policy_returns
 from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes, init_from
 from lit_rl.files.loading import load_policy
 from lit_rl.learner.host import make_host
-from lit_rl.learner.refusals import check_trainer
+from lit_rl.learner.refusals import check_streams, check_trainer
 from lit_rl.networks import check_nameable, describe_network
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Names
@@ -23,6 +23,7 @@ from lit_rl.policy import EpisodeInfo, Policy, PolicySet
 from lit_rl.policy.mapping import PolicyMapping
 from lit_rl.policy.policy_set import check_ids
 from lit_rl.policy.scripted import Random, Scripted
+from lit_rl.replay import ReplayStream
 from lit_rl.rollout import Rollouts
 from lit_rl.roster import is_pattern
 from lit_rl.source import Source, source_of
@@ -35,12 +36,14 @@ class MultiAgent(Algorithm):
     """Ordinary algorithms, one per policy, beside policies that are not trained.
 
     Each has its own options, networks, optimizer, normalisers and schedules, and learns from the rows of the agents
-    that act by its policy, with one update per rollout. Their metrics begin with the policy's id: `team/loss/policy`.
+    that act by its policy: an on-policy one with one update per rollout, an off-policy one from a replay buffer of its
+    own. Their metrics begin with the policy's id: `team/loss/policy`.
 
-    Reads a `Rollouts`: a rollout for each policy that is trained.
+    Reads a `ReplayStream`, if all are off-policy, or a `Rollouts`: a rollout or a stream for each policy that is
+    trained.
 
     Args:
-        policies: by id: an on-policy algorithm such as `PPO()`; the path of a checkpoint, whose policy acts as it is;
+        policies: by id: an algorithm such as `PPO()` or `DQN()`; the path of a checkpoint, whose policy acts as it is;
             `Random()`, or another object with `act(obs)`.
         policy_mapping: which agent acts by which policy: an id for all, a dict of patterns such as
             `{"red_*": "team", "*": "random"}`, of which the first that matches wins, or a function of an agent and an
@@ -150,6 +153,8 @@ class MultiAgent(Algorithm):
     def configure_callbacks(self) -> Sequence[L.Callback]:
         for algorithm in self.algorithms.values():
             check_trainer(self.trainer, algorithm)
+        for algorithm in () if self.on_policy else self.off_policy.values():
+            check_streams(self.trainer, algorithm)
         return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
@@ -181,22 +186,64 @@ class MultiAgent(Algorithm):
         for policy_id in self.trained:
             self.algorithms[policy_id].follow_schedules()
 
+    @property
+    def off_policy(self) -> dict[str, OffPolicy]:
+        """The algorithms that learn from replay buffers, by policy."""
+        found = {policy_id: self.algorithms[policy_id] for policy_id in self.trained}
+        return {policy_id: x for policy_id, x in found.items() if isinstance(x, OffPolicy)}
+
+    @property
+    def on_policy(self) -> list[str]:
+        """The policies whose algorithms learn from rollouts."""
+        return [policy_id for policy_id in self.trained if policy_id not in self.off_policy]
+
+    def name_of(self, policy_id: str) -> str:
+        """The class of a policy's algorithm."""
+        return type(self.algorithms[policy_id]).__name__
+
     def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
-        if not isinstance(batch, Rollouts):
+        if isinstance(batch, ReplayStream):
+            found = self._learned_from_stream(batch)
+        elif isinstance(batch, Rollouts):
+            found = self._learned_from_rollouts(batch)
+        else:
             raise OptionError(
-                f"MultiAgent was given a {type(batch).__name__} to learn from: expected a lit_rl.rollout.Rollouts, as "
-                "RolloutDataModule gives it."
+                f"MultiAgent was given a {type(batch).__name__} to learn from: expected a lit_rl.rollout.Rollouts or a "
+                "lit_rl.replay.ReplayStream, as RolloutDataModule and ReplayDataModule give them."
             )
-        metrics: dict[str, Tensor | float] = {}
+        return {f"{policy_id}/{name}": x for policy_id, metrics in found.items() for name, x in metrics.items()}
+
+    def _learned_from_rollouts(self, batch: Rollouts) -> dict[str, dict[str, Tensor | float]]:
+        """The metrics of each algorithm."""
+        found = {}
         self.count("env_steps", batch.env_steps)
         self.count("updates", 1)
         for policy_id in self.trained:
-            algorithm, rollout = self.algorithms[policy_id], batch[policy_id]
-            found = algorithm.metrics_of(rollout)
+            algorithm = self.algorithms[policy_id]
+            if policy_id in batch.streams:
+                found[policy_id] = algorithm.metrics_of(batch.streams[policy_id])
+                continue
+            rollout = batch[policy_id]
+            found[policy_id] = algorithm.metrics_of(rollout)
             if not rollout.has_rows:
                 algorithm.count("updates", 1)  # versions are those of all policies
-            metrics |= {f"{policy_id}/{name}": value for name, value in found.items()}
-        return metrics
+        return found
+
+    def _learned_from_stream(self, stream: ReplayStream) -> dict[str, dict[str, Tensor | float]]:
+        """The metrics of each algorithm, all of which are off-policy."""
+        algorithms = self.off_policy
+        for algorithm in algorithms.values():
+            algorithm.begin_batch()
+        for policy_id, minibatch in stream.by_policy():
+            self._count_env_steps(stream.take_env_steps())
+            algorithms[policy_id].learn_from_minibatch(minibatch)
+            self.count("updates", 1)
+        self._count_env_steps(stream.take_env_steps())
+        return {policy_id: algorithm.end_batch(algorithm.learned()) for policy_id, algorithm in algorithms.items()}
+
+    def _count_env_steps(self, more: int) -> None:
+        for algorithm in (self, *self.off_policy.values()) if more else ():
+            algorithm.count("env_steps", more)
 
     @property
     def skipped_updates(self) -> int:
@@ -252,13 +299,6 @@ class MultiAgent(Algorithm):
         chosen = [i for i in self.algorithms if train is None or i in train]
         if not chosen:
             raise OptionError(f"train={train!r}: nothing is learned. Name one of {list(self.algorithms)}.")
-        for policy_id in chosen:
-            if isinstance(self.algorithms[policy_id], OffPolicy):
-                raise OptionError(
-                    f"policies[{policy_id!r}]={type(self.algorithms[policy_id]).__name__}(...): MultiAgent trains "
-                    "on-policy algorithms such as PPO, APPO and IMPALA. Replay for some of several policies is not "
-                    "there yet."
-                )
         return chosen
 
     def _mapping(self) -> Any:

@@ -5,15 +5,18 @@ from typing import Any
 
 import lightning as L
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.algorithm import Algorithm
+from lit_rl.algorithm import Algorithm, Update
 from lit_rl.learner.refusals import check_streams
 from lit_rl.options import CountOrZero, TwoOrMore, UnitInterval
 
 
 class OffPolicy(Algorithm):
-    """Base of algorithms that are fed by a `ReplayDataModule`. A subclass gives what an `Algorithm`'s does.
+    """Base of algorithms that learn from a replay buffer. A subclass gives what an `Algorithm`'s does.
+
+    They are fed by a `ReplayDataModule` or, as parts of a `MultiAgent`, also by a `RolloutDataModule` with `replay`.
 
     `update` is given one minibatch: transitions [M] or, with memory, sequences [S, L]: see `ReplayBuffer.sample` and
     `sample_sequences`.
@@ -39,6 +42,7 @@ class OffPolicy(Algorithm):
     ):
         super().__init__(**options)
         self.take_options()
+        self._updates: list[Update] = []  # of the batch under way
 
     @property
     def gamma(self) -> float:
@@ -63,14 +67,26 @@ class OffPolicy(Algorithm):
         return super().configure_callbacks()
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
-        """`update` for each minibatch of a stream; the means of what it returned where no step was skipped."""
-        updates = []
+        """`update` for each minibatch of a stream."""
         for minibatch in batch:
             self.count("env_steps", batch.take_env_steps())
-            updates.append(self.checked_update(minibatch))
-            self.count("updates", 1)
+            self.learn_from_minibatch(minibatch)
         self.count("env_steps", batch.take_env_steps())
+        return self.learned()
+
+    def begin_batch(self) -> None:
+        super().begin_batch()
+        self._updates.clear()
+
+    def learn_from_minibatch(self, minibatch: TensorDict) -> None:
+        """`update` for one minibatch of a batch."""
+        self._updates.append(self.checked_update(minibatch))
+        self.count("updates", 1)
+
+    def learned(self) -> dict[str, Tensor | float]:
+        """The batch is over: the means of what `update` returned where no step was skipped."""
         self.check_updates()
+        updates, self._updates = self._updates, []
         metrics: dict[str, list[Tensor]] = {}
         for update in updates:
             for name, value in () if update.skipped else update.metrics.items():

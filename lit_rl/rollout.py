@@ -19,7 +19,7 @@ Where some of it was learned from before, `is_new` [B] says which time lines wer
 Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of each, N rows, D features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.distributed import masked_mean, row_means
+from lit_rl.replay.stream import ReplayStream
 from lit_rl.returns import real_steps
 from lit_rl.trees import Tree, leaves, map_tree
 
@@ -55,22 +56,28 @@ class Rollouts(dict[str, Rollout]):
     """Rollouts of several policies by their ids, all collected in the same env steps.
 
     Attributes:
+        streams: by id, minibatches for the algorithms that learn from replay buffers.
         env_steps, has_rows: see `Rollout`.
     """
 
+    def __init__(self, rollouts: Mapping[str, Rollout], streams: Mapping[str, ReplayStream] | None = None):
+        super().__init__(rollouts)
+        self.streams = dict(streams or {})
+
     @property
     def env_steps(self) -> int:
-        return next(iter(self.values())).env_steps
+        parts: list[Rollout | ReplayStream] = [*self.values(), *self.streams.values()]
+        return parts[0].env_steps
 
     @property
     def has_rows(self) -> bool:
-        return any(rollout.has_rows for rollout in self.values())
+        return bool(self.streams) or any(rollout.has_rows for rollout in self.values())
 
 
 def map_rollouts(function: Callable[[Rollout], Rollout], batch: Any) -> Any:
     """`function` of a rollout, or of each policy's."""
     if isinstance(batch, Rollouts):
-        return Rollouts({policy_id: function(rollout) for policy_id, rollout in batch.items()})
+        return Rollouts({policy_id: function(rollout) for policy_id, rollout in batch.items()}, batch.streams)
     return function(batch)
 
 

@@ -64,6 +64,7 @@ def set_priority(batch: TensorDict, td_error: Tensor) -> None:
     size, mask = td_error.detach().abs(), mask_of(batch)
     if mask is not None:
         size = size * mask
+    if mask is not None and mask.ndim > 1:
         mean = size.sum(1) / mask.sum(1).clamp(min=1)
         size = MAX_SHARE * size.amax(1) + (1 - MAX_SHARE) * mean
     batch["priority"] = size

@@ -144,9 +144,8 @@ class DQN(OffPolicy):
     def epsilon_at(self, env_steps: int) -> float:
         return self.epsilon.at(env_steps, self.budget)
 
-    def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
-        metrics = super().learn_from(batch)
-        return {**metrics, "policy/epsilon": self.epsilon_at(self.env_steps_done)}
+    def learned(self) -> dict[str, Tensor | float]:
+        return {**super().learned(), "policy/epsilon": self.epsilon_at(self.env_steps_done)}
 
     def update(self, batch: TensorDict) -> dict[str, Tensor | float]:
         hp = self.hp

@@ -6,6 +6,7 @@ one whose compiled functions are run as they are written.
 """
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tensordict import TensorDict
 
 from lit_rl import DQN, MLP, SAC, TQC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule
 from lit_rl.off_policy import OffPolicy
+from lit_rl.rollout import mask_of
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import iterate, nest
 
@@ -57,7 +59,7 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     found = {}
     for name, (kind, spec) in CASES.items():
-        for memory in (False, True):
+        for memory, alone in itertools.product((False, True), repeat=2):
             torch.manual_seed(0)
             algorithm: Any = kind(spec=spec, network=LSTMNetwork if memory else None)
             algorithm.configure_model()
@@ -66,14 +68,20 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
                     p, (p[..., :2] * 1e3).sin().detach()
                 )
             share = 4 // world_size
-            batch = minibatch(algorithm, spec, memory)[rank * share :][:share]
+            batch = minibatch(algorithm, spec, memory)
+            if not alone:
+                batch = batch[rank * share :][:share]
+            elif world_size > 1:  # as a `ReplayFeed` has it where the second rank has no rows
+                mask = torch.ones_like(batch["next", "terminated"]) if mask_of(batch) is None else batch["mask"]
+                batch["mask"] = mask & (rank == 0)
             algorithm.optimize = lambda loss: loss.backward()
             algorithm.update(batch)
             for parameter, gradient in ((n, p.grad) for n, p in algorithm.named_parameters() if p.requires_grad):
                 if world_size > 1:  # as DDP does
                     dist.all_reduce(gradient)
                     gradient /= world_size
-                found[f"{name}, {'memory' if memory else 'rows'}: {parameter}"] = gradient
+                kind_of = f"{'memory' if memory else 'rows'}{', one rank alone' if alone else ''}"
+                found[f"{name}, {kind_of}: {parameter}"] = gradient
     torch.save(found, folder / f"off-policy-{world_size}-{rank}.pt")
     if world_size > 1:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray.exceptions
 
-from lit_rl.datamodules import RolloutDataModule
+from lit_rl.datamodules.environments import EnvDataModule
 
 
 class _Reference:
@@ -110,6 +110,6 @@ def use(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> FakeRay:
     """Have datamodules make their runners in this process, by a clock of their own."""
     fake = FakeRay(seconds)
     monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(RolloutDataModule, "_connect_ray", lambda self: None)
+    monkeypatch.setattr(EnvDataModule, "_connect_ray", lambda self: None)
     monkeypatch.setattr(signal, "setitimer", lambda *_: (0.0, 0.0))  # the runners' watchdogs would end this process
     return fake

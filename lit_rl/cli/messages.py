@@ -57,8 +57,10 @@ def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequen
     named = re.findall(r"Expected a dot import path string: (\S+)", text)[-1:]
     not_found = re.findall(r"expects a function or a callable class: (.*\S)", text)[-1:]
     unknown = re.findall(r"Option '(\w+)' is not accepted", text)[-1:]
-    if unknown and key.startswith("policies"):  # whatever else a policy may be, of which jsonargparse goes on to speak
+    if unknown and key.startswith(("policies", "replay")):  # of what else they may be jsonargparse goes on to speak
         complaint = f"there is no option {unknown[0]!r}"
+        if key.startswith("replay"):
+            given, text = "", text[text.rindex("Problem with given class_path") :]
     elif named:  # jsonargparse says no more, also where the class is there and its init_args are wrong
         complaint = _no_class(key, named[0])
     elif not_found:

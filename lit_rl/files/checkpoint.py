@@ -136,10 +136,10 @@ def _remove_strays(folder: Path) -> None:
 
 
 def _replays(checkpoint: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a checkpoint says of each rank's replay buffer, with the name of the rank's folder."""
+    """What a checkpoint says of each rank's replay buffer, or of several, with the name of the rank's folder."""
     for rank, state in enumerate(checkpoint.get(SECTION, {}).get("ranks", ())):
-        replay = state.get("data", {}).get("replay")
-        if replay is not None:
+        data = state.get("data", {})
+        for replay in [data["replay"]] if "replay" in data else data.get("replays", {}).values():
             yield f"rank_{rank}", replay
 
 

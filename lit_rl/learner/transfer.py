@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.rollout import Rollout, Rollouts
+from lit_rl.rollout import Rollout, Rollouts, map_rollouts
 
 
 class Transfer:
@@ -22,7 +22,7 @@ class Transfer:
     def __call__(self, batch: Any, device: torch.device) -> Any:
         """A batch, or one for each policy, on a device; what is no batch stays as it is."""
         if isinstance(batch, Rollouts):
-            return Rollouts({policy_id: self(rollout, device) for policy_id, rollout in batch.items()})
+            return map_rollouts(lambda rollout: self(rollout, device), batch)
         return self._moved(batch, device) if isinstance(batch, TensorDict) else batch
 
     def _moved(self, batch: TensorDict, device: torch.device) -> TensorDict:

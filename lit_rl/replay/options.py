@@ -94,6 +94,20 @@ class Replay:
         return CompleteReplay(**given | {name: value for name, value in defaults.items() if given[name] is None})
 
 
+class _Replays(Limit):
+    """Options of replay buffers: the same for all policies, or by policy."""
+
+    def accepts(self, value: Any) -> bool:
+        of_each = value.values() if isinstance(value, Mapping) else [value]
+        return all(isinstance(replay, Replay) for replay in of_each)
+
+    def __repr__(self) -> str:
+        return "Replay(...), or a dict of them by policy"
+
+
+Replays = Annotated[Replay | dict[str, Replay], _Replays()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompleteReplay(Replay):
     """A `Replay` that leaves nothing to the algorithm."""

@@ -16,7 +16,7 @@ from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import check_finite
-from lit_rl.runners.fragment import Episode, Fragment, FragmentLayout, put, write_step
+from lit_rl.runners.fragment import Episode, Epsilons, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, scale_rewards, step
@@ -64,7 +64,7 @@ class EnvRunner:
     ):
         self.policy = policy.eval()
         self.policy_version = 0
-        self._epsilons = [0.0] * rollout_length  # of each env step of the next fragment
+        self._epsilons: list[Any] = [0.0] * rollout_length  # of each env step of the next fragment
         self._env = env
         self._num_envs = num_envs
         self._rollout_length = rollout_length
@@ -107,7 +107,7 @@ class EnvRunner:
         """Env steps so far."""
         return self._watchdog.executed
 
-    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+    def set_version(self, version: int, epsilons: Epsilons = (0.0,)) -> None:
         """Say what the next fragments are collected with.
 
         Args:

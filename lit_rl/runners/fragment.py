@@ -1,6 +1,6 @@
 """A fragment, what a runner collects at a time, and the memory it is written into."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,9 @@ from lit_rl.runners.ledger import Entry
 from lit_rl.runners.transport import Layout, Packed, allocate, pack
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree, is_leaf, iterate, leaves, row_dtype, space_leaves
+
+# Probabilities of random actions, one for each `rollout_length` env steps; of several policies by policy, else 0.
+Epsilons = Sequence[float | Mapping[str, float]]
 
 
 class Episode(NamedTuple):

@@ -1,7 +1,7 @@
 """A learner process makes its env runners, and lets them go on from a checkpoint's."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def make_pool(
     placement: Placement,
     saved: list[dict[str, Any]] | None,
     info_metrics: Sequence[str],
-    keep_states: bool,
+    keep_states: bool | Collection[str],
     reward_scale: float,
     reward_clip: float | None,
 ) -> Pool:

@@ -9,7 +9,7 @@ Shapes: B slots, N agents that act now.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from lit_rl.runners.acting import final_observation
 from lit_rl.runners.cast import Actor, Cast
 from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import OF_POLICY
-from lit_rl.runners.fragment import NOTHING, Episode, Fragment
+from lit_rl.runners.fragment import NOTHING, Episode, Epsilons, Fragment
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import scale_rewards
 from lit_rl.runners.survival import Survival
@@ -43,7 +43,7 @@ class MultiAgentEnvRunner:
         rollout_length: env steps of each copy in a fragment.
         seed: of the copies' first resets and of the actions.
         info_metrics: keys of `info[agent]` to report for each episode.
-        keep_states: keep the state before every row, instead of the first alone.
+        keep_states: keep the state before every row, instead of the first alone; of several policies for which.
         faults: how many failures of copies are survived.
         watchdog: what is told of every phase.
         replayable: keep what `get_state` needs of the episodes under way.
@@ -60,7 +60,7 @@ class MultiAgentEnvRunner:
         rollout_length: int,
         seed: np.random.SeedSequence,
         info_metrics: Sequence[str] = (),
-        keep_states: bool = False,
+        keep_states: bool | Collection[str] = False,
         faults: FaultTolerance = FaultTolerance(),  # noqa: B008 - it is frozen
         watchdog: Watchdog | None = None,
         replayable: bool = False,
@@ -69,7 +69,7 @@ class MultiAgentEnvRunner:
     ):
         self.policy = policy.eval()
         self.policy_version = 0
-        self._epsilons = [0.0] * rollout_length
+        self._epsilons: list[Any] = [0.0] * rollout_length
         self._env, self._num_envs, self._rollout_length = env, num_envs, rollout_length
         self._watchdog = watchdog or Watchdog()
         self._survival = Survival(faults, self._watchdog)
@@ -96,7 +96,7 @@ class MultiAgentEnvRunner:
         """Env steps so far."""
         return self._watchdog.executed
 
-    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+    def set_version(self, version: int, epsilons: Epsilons = (0.0,)) -> None:
         """Say what the next fragments are collected with: see `EnvRunner.set_version`."""
         self.policy.see_weights()
         self.policy_version = version
@@ -161,10 +161,14 @@ class MultiAgentEnvRunner:
 
     def _collect(self) -> Fragment:
         cast, watchdog, episodes, failed = self._cast, self._watchdog, list[Episode](), 0
-        trained: Any = [actor.policy for actor, lines in zip(cast.actors, self._lines) if lines is not None]
-        for epsilon in self._epsilons:
-            for policy in trained:
-                policy.epsilon = epsilon
+        trained: Any = [
+            (actor.policy_id, actor.policy) for actor, lines in zip(cast.actors, self._lines) if lines is not None
+        ]
+        for epsilons in self._epsilons:
+            for policy_id, policy in trained:
+                epsilon = epsilons.get(policy_id, 0.0) if isinstance(epsilons, Mapping) else epsilons
+                if policy.epsilon != epsilon:  # to set it takes longer
+                    policy.epsilon = epsilon
             actions: list[Any] = [None] * sum(len(group.asked) for group in cast.groups)
             for group, choice, chosen in cast.act(lambda policy: policy.sample):
                 lines = self._lines[group.number]
@@ -202,7 +206,7 @@ class MultiAgentEnvRunner:
         self._survival.failures.clear()
         return fragment
 
-    def _lines_of(self, actor: Actor, keep_states: bool) -> TimeLines | None:
+    def _lines_of(self, actor: Actor, keep_states: bool | Collection[str]) -> TimeLines | None:
         """Where what a policy does is recorded; None if it is not trained."""
         policy, slots = self.policy, None
         if isinstance(policy, PolicySet):
@@ -210,10 +214,9 @@ class MultiAgentEnvRunner:
                 return None
             size = self._copies.roster.num_slots
             slots = np.add.outer(np.arange(self._num_envs) * size, policy.slots_of(actor.policy_id)).ravel()
-        num = self._copies.num_slots
-        return TimeLines(
-            actor.spec, num, state=actor.state, keep_states=keep_states and actor.state is not None, slots=slots
-        )
+        keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
+        num, keep = self._copies.num_slots, keep and actor.state is not None
+        return TimeLines(actor.spec, num, state=actor.state, keep_states=keep, slots=slots)
 
     def _finished(self, lines: TimeLines) -> tuple[Packed, Packed]:
         """What is complete of time lines, with rewards as they are learned from."""

@@ -1,6 +1,6 @@
 """This rank's env runners: what a datamodule asks of them, and the one that needs no Ray."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from lit_rl.errors import EnvError
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import Watchdog
-from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.runners.ledger import Ledger
 
 
@@ -20,7 +20,7 @@ class Runner(Protocol):
     @property
     def executed(self) -> int: ...
 
-    def set_version(self, version: int, epsilons: Sequence[float] = (0.0,)) -> None: ...
+    def set_version(self, version: int, epsilons: Epsilons = (0.0,)) -> None: ...
 
     def sample(self) -> Fragment: ...
 
@@ -48,7 +48,7 @@ class Pool(Protocol):
     @property
     def num_runners(self) -> int: ...
 
-    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+    def start(self, policy: Policy, version: int, epsilons: Epsilons = (0.0,)) -> None:
         """Have every runner that has nothing to do collect one fragment.
 
         Args:
@@ -77,7 +77,7 @@ class LocalPool:
         self._runner = make_runner(0, 0, Watchdog())
         self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
-    def start(self, policy: Policy, version: int, epsilons: Sequence[float] = (0.0,)) -> None:
+    def start(self, policy: Policy, version: int, epsilons: Epsilons = (0.0,)) -> None:
         if self._weights is None or self._weights[0] is not policy:
             tensors = ([*module.parameters(), *module.buffers()] for module in (self._runner.policy, policy))
             self._weights = policy, *tensors

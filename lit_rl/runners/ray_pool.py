@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from lit_rl.errors import EnvError, EnvFailure, LitRLError, RunnerError
 from lit_rl.policy import Policy
 from lit_rl.runners.faults import BACKOFF_S, FaultTolerance, Heartbeat, Phase, Restarts, Watchdog
-from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.placement import Placement, cause_of, store_errors, store_is_full
 from lit_rl.runners.pool import MakeRunner
@@ -125,7 +125,7 @@ class RunnerPool:
         self,
         policy: Policy,
         version: int,
-        epsilons: Sequence[float] = (0.0,),
+        epsilons: Epsilons = (0.0,),
         *,
         ahead: int = 1,
         most: int | None = None,
@@ -421,7 +421,7 @@ class _RunnerActor:
         if self._error is not None:
             raise self._error
 
-    def sample(self, acts_by: tuple[Packed, int, Sequence[float]]) -> Fragment:
+    def sample(self, acts_by: tuple[Packed, int, Epsilons]) -> Fragment:
         begun = time.perf_counter()
         weights, version, epsilons = acts_by
         load_weights(self._runner.policy, weights)

@@ -238,10 +238,27 @@ def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(
     assert int(ranks[0]["weights"]["env_steps"]) == sum(slow) + sum(fast) == delivered <= 16 * 40
 
 
-def test_policies_that_appear_on_one_rank_and_for_a_while_neither_hang_nor_skew(tmp_path: Path) -> None:
-    run_python(TESTS / "ddp_multi_agent.py", tmp_path, cwd=tmp_path, timeout=120)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["rows"] != second["rows"] and first["updates"] == dict.fromkeys(("one", "two", "three"), 12)
-    assert first["loss"] == second["loss"] and len(first["loss"]) == 6
-    for name, weight in first["weights"].items():
-        assert weight.isfinite().all() and torch.equal(weight, second["weights"][name]), name
+@pytest.fixture(scope="module")
+def with_several_policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have after runs with several policies: one start for all of them."""
+    out = tmp_path_factory.mktemp("several")
+    run_python(TESTS / "ddp_multi_agent.py", out, cwd=out, timeout=240)
+    return out
+
+
+@pytest.mark.parametrize("name", ["on-policy", "mixed", "off-policy"])
+def test_policies_that_appear_on_one_rank_and_for_a_while_neither_hang_nor_skew(
+    with_several_policies: Path, name: str
+) -> None:
+    first, second = (torch.load(with_several_policies / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["rows"] != second["rows"] and first["updates"] == second["updates"]
+    assert first["loss"] == second["loss"] and len(first["loss"]) == {"on-policy": 6, "mixed": 4, "off-policy": 3}[name]
+    for key, weight in first["weights"].items():
+        assert weight.isfinite().all() and torch.equal(weight, second["weights"][key]), key
+    if name == "on-policy":
+        assert first["updates"] == dict.fromkeys(("one", "two", "three"), 12)
+        return
+    assert first["stored"]["two"] == first["stored"]["three"] == 0
+    for policy_id in ("two", "three"):  # a quarter for each row that either rank took after the warm-up
+        stored, done = second["stored"][policy_id], first["updates"][policy_id]
+        assert 0.8 * stored / 8 < done + 64 / 8 < 1.2 * stored / 8

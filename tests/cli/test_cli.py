@@ -12,8 +12,9 @@ import yaml
 from helpers import ROOT
 from lightning.pytorch.cli import LightningCLI
 
-from lit_rl import Policy, cli, load_policy
+from lit_rl import Policy, Replay, cli, load_policy
 from lit_rl.errors import CheckpointError
+from lit_rl.replay.feed import ReplayFeeds
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 QUICK_RECIPES = {"ppo_cartpole", "ppo_stateless_cartpole_lstm", "rainbow_cartpole", "sac_pendulum"}
@@ -53,7 +54,12 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     data = config["data"]["init_args"]
     fragments = data.get("fragments_per_batch") or max(1, data.get("num_env_runners", 0))
     steps, updates = fragments * data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1), 1
-    if config["data"]["class_path"] == "ReplayDataModule":
+    policies = config["model"]["init_args"].get("policies", {})
+    if config["data"]["class_path"] == "ReplayDataModule" and policies:  # of which each has fewer rows
+        begin, updates = 8 * data["batch_size"], None
+        more = ["--data.learning_starts", str(begin), "--data.update_to_data", "0.1"]
+        steps = begin + 128
+    elif config["data"]["class_path"] == "ReplayDataModule":
         begin = -(-data["batch_size"] // steps) * steps
         more = ["--data.learning_starts", str(begin), "--data.update_to_data", str(1 / steps)]
         steps += begin
@@ -70,7 +76,11 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     weights = load_plainly(checkpoint)["state_dict"]
     for path in (*Path("runs").rglob("best.ckpt"), *Path("runs").rglob("rank_0/*.pt")):
         load_plainly(path)
-    assert (int(weights["env_steps"]), int(weights["updates"])) == (steps, updates)
+    assert int(weights["env_steps"]) == steps
+    if updates is None:
+        assert all(0 < int(weights[f"algorithms.{policy_id}.updates"]) <= 13 for policy_id in policies)
+    else:
+        assert int(weights["updates"]) == updates
     assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
 
 
@@ -360,6 +370,50 @@ def test_what_is_wrong_inside_of_policies_is_told(
 ) -> None:
     Path("several.yaml").write_text(SEVERAL.replace(*change))
     assert words in fails(capsys, "fit", "--config", "several.yaml")[1]
+
+
+MIXED = SEVERAL.replace("{class_path: Random}", "{class_path: DQN}").replace(
+    "    evaluation:", "    replay: {learning_starts: 64, batch_size: 32, update_to_data: 0.1}\n    evaluation:"
+)
+
+
+@pytest.mark.parametrize("form", ["of all", "by policy", "as a class"])
+def test_replay_of_some_policies_is_said_in_a_config(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "{learning_starts: 64, batch_size: 32, update_to_data: 0.1}"
+    forms = {
+        "of all": options,
+        "by policy": f"{{second: {options}}}",
+        "as a class": f"{{class_path: lit_rl.Replay, init_args: {options}}}",
+    }
+    Path("mixed.yaml").write_text(MIXED.replace(options, forms[form]))
+    more = {"of all": ["--data.replay.n_step", "2"], "by policy": ["--data.replay.second.n_step", "2"]}
+    taken = []
+    setup = ReplayFeeds.setup
+    monkeypatch.setattr(ReplayFeeds, "setup", lambda *x, **more: taken.append(x[2]) or setup(*x, **more))
+    lit_rl("fit", "--config", "mixed.yaml", *more.get(form, []))
+    n_step = None if form == "as a class" else 2
+    assert taken == [{"second": Replay(learning_starts=64, batch_size=32, update_to_data=0.1, n_step=n_step)}]
+    (checkpoint,) = Path().rglob("*.ckpt")
+    weights = load_plainly(checkpoint)["state_dict"]
+    assert int(weights["algorithms.first.updates"]) == 16 // 8 and int(weights["algorithms.second.updates"]) > 5
+    assert list(Path(f"{checkpoint}.d").glob("rank_0/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ((", batch_size", ", batch_sise"), "replay: there is no option 'batch_sise'. Did you mean 'batch_size'?"),
+        (("{learning_starts: 64, ", "{second: {learning_start: 64}, x: {"), "there is no option 'learning_start'"),
+        (("batch_size: 32", "batch_size: 128"), "learning_starts=64: expected at least batch_size=128 env steps"),
+        (("{learning_starts: 64, batch_size: 32, update_to_data: 0.1}", "3"), "replay=3: "),
+    ],
+)
+def test_what_is_wrong_inside_of_replay_is_told(
+    capsys: pytest.CaptureFixture, change: tuple[str, str], words: str
+) -> None:
+    text = MIXED.replace(*change)
+    Path("mixed.yaml").write_text(text.replace("0.1}", "0.1}}") if "x: {" in text else text)
+    assert words in fails(capsys, "fit", "--config", "mixed.yaml")[1]
 
 
 def test_an_unknown_option_of_one_policy_is_named(capsys: pytest.CaptureFixture) -> None:

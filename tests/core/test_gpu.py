@@ -28,6 +28,7 @@ from lit_rl import (
     load_policy,
 )
 from lit_rl.learner.transfer import Transfer
+from lit_rl.replay.feed import ReplayFeed
 from lit_rl.rollout import Rollout
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it before the first use
@@ -248,15 +249,17 @@ def test_mixed_precision_goes_where_float32_goes_there(name: str, accelerator: s
 
 
 @on_devices
-def test_priorities_come_back_from_there(accelerator: str, make_trainer: Callable) -> None:
+def test_priorities_come_back_from_there(
+    accelerator: str, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, data = Rainbow(), ReplayDataModule("CartPole-v1", **REPLAY)
-    draw, last = data._draw, []
+    draw, last = ReplayFeed.draw, []
 
-    def watched(algorithm: Any) -> TensorDict:
-        last[:] = [draw(algorithm)]
+    def watched(feed: ReplayFeed) -> TensorDict:
+        last[:] = [draw(feed)]
         return last[0]
 
-    data._draw = watched
+    monkeypatch.setattr(ReplayFeed, "draw", watched)
     make_trainer(accelerator=accelerator, limit_val_batches=0).fit(module, data)
     minibatch, tree = last[0], data.buffer._tree
     index, priority = minibatch["index"].cpu().numpy(), minibatch["priority"].double().cpu().numpy()

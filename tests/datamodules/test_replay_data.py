@@ -19,6 +19,7 @@ from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, SAC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
 from lit_rl.errors import CheckpointError, EnvError, OptionError, ReplayError
+from lit_rl.replay.feed import ALONE
 
 pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac have quick ones over the same path
 
@@ -263,14 +264,14 @@ def test_priorities_go_back_to_the_transitions_they_belong_to(make_trainer) -> N
 def test_the_algorithm_says_what_is_drawn_and_options_come_first(make_trainer) -> None:
     own = {"n_step": None, "update_to_data": None, "batch_size": None, "learning_starts": 140}
     data = run(make_trainer, algorithm := Rainbow(), **own)
-    assert algorithm.updates_done == 7 and len(data._draw(algorithm)) == 128  # an update for eight of 60 env steps
-    assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
+    assert algorithm.updates_done == 7 and len(data.feeds[ALONE].draw()) == 128  # an update for eight of 60 env steps
+    assert data.feeds[ALONE].options.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
     data = run(make_trainer, Rainbow(), n_step=[2, 4], prioritized=False)
-    assert data.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
+    assert data.feeds[ALONE].options.num_steps == (2, 4) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
     data = run(make_trainer, algorithm := DQN(), **own)
-    assert data.num_steps == (3, 3) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
+    assert data.feeds[ALONE].options.num_steps == (3, 3) and "weight" not in data.buffer.sample(1).keys()  # noqa: SIM118
     data = run(make_trainer, algorithm := SAC(), "Pendulum-v1", **own | {"learning_starts": 190, "batch_size": 8})
-    assert data.num_steps == (1, 1) and algorithm.updates_done == 10
+    assert data.feeds[ALONE].options.num_steps == (1, 1) and algorithm.updates_done == 10
     with pytest.raises(OptionError, match="learning_starts=140: expected at least batch_size=256 env steps"):
         run(make_trainer, SAC(), "Pendulum-v1", **own)
 

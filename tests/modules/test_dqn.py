@@ -22,6 +22,7 @@ from lit_rl import (
     load_policy,
 )
 from lit_rl.errors import OptionError
+from lit_rl.replay.feed import ALONE
 from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)).to_dict()
@@ -265,7 +266,7 @@ def test_rainbow_learns_to_name_what_it_sees() -> None:
     data = ReplayDataModule(IdentityEnv, max_env_steps=2400, update_to_data=0.25, seed=1, **QUICK)
     algorithm = Rainbow(lr=5e-3, target_update_interval=20, v_min=0.0, v_max=1.0, num_atoms=11)
     assert greedy_return(algorithm, data) == 1.0
-    assert data.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
+    assert data.feeds[ALONE].options.num_steps == (3, 3) and "weight" in data.buffer.sample(1, beta=1.0).keys()  # noqa: SIM118
 
 
 @pytest.mark.slow

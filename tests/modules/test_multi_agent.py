@@ -16,7 +16,6 @@ from helpers import assert_same, quiet_trainer
 
 from lit_rl import (
     APPO,
-    DQN,
     IMPALA,
     PPO,
     EpisodeInfo,
@@ -25,7 +24,6 @@ from lit_rl import (
     MultiAgent,
     MultiAgentEnv,
     Random,
-    ReplayDataModule,
     RolloutDataModule,
     load_policy,
 )
@@ -467,7 +465,6 @@ def test_a_policy_can_begin_from_another_runs_checkpoint(tmp_path: Path) -> None
         (lambda: MultiAgent({"one": Random}), "expected an algorithm such as"),
         (lambda: MultiAgent({"one": PPO()}, train=["two"]), r"train: 'two' is no policy with an algorithm"),
         (lambda: MultiAgent({"one": Random()}), "nothing is learned"),
-        (lambda: MultiAgent({"one": DQN()}), r"policies\['one'\]=DQN\(...\): MultiAgent trains on-policy algorithms"),
         (lambda: MultiAgent({"one": PPO()}, init_from={"two": "x.ckpt"}), "init_from: 'two': expected one of"),
     ],
 )
@@ -505,9 +502,6 @@ def test_a_path_for_all_policies_is_refused() -> None:
 
 
 def test_what_is_not_there_yet_is_refused() -> None:
-    algorithm = MultiAgent({"one": IMPALA()})
-    with pytest.raises(OptionError, match="model=MultiAgent: ReplayDataModule feeds off-policy algorithms"):
-        fit(algorithm, ReplayDataModule(LoggedAgents, env_kwargs={"mode": "turns"}, learning_starts=1))
     with pytest.raises(OptionError, match="num_reuses=2: PPO learns from each rollout once"):
         fit(MultiAgent({"one": PPO(), "two": IMPALA()}, policy_mapping={"a": "one", "*": "two"}), data(num_reuses=2))
 
