@@ -46,7 +46,9 @@ def play(args: Sequence[str]) -> None:
         action="store_true",
         help="of several agents: print who acted when, and which rewards were credited to what",
     )
-    parser.add_argument("--timeline_steps", type=int, default=200, help="env steps of each episode that it shows")
+    parser.add_argument(
+        "--timeline_steps", type=int, default=200, help="env steps of each episode that --timeline shows"
+    )
     parser.add_argument("--env", type=str | None, default=None, help="in place of the checkpoint's environment")
     parser.add_argument("--env_kwargs", type=dict | None, default=None, help="in place of the checkpoint's")
     parser.add_argument("--wrappers", type=list | None, default=None, help="in place of the checkpoint's")

@@ -174,11 +174,11 @@ class ReplicatedEnv(MultiAgentEnv):
         make = env if callable(env) else lambda **kwargs: gym.make(env, **kwargs)
         self._envs = {f"agent_{i}": make(**env_kwargs) for i in range(num_agents)}
         self.possible_agents = list(self._envs)
-        first = self._envs[self.possible_agents[0]]
-        self.render_mode = first.render_mode
+        first = next(iter(self._envs.values()), None)
+        self.render_mode = getattr(first, "render_mode", None)
         # Pictures can be put side by side; windows cannot, all of them would draw into one.
-        modes = [mode for mode in first.metadata.get("render_modes", ()) if mode == "rgb_array"]
-        self.metadata = {**first.metadata, "render_modes": modes}
+        modes = [mode for mode in metadata_of(first).get("render_modes", ()) if mode == "rgb_array"]
+        self.metadata = {**metadata_of(first), "render_modes": modes}
 
     def observation_space(self, agent: str) -> gym.Space:
         return self._envs[agent].observation_space
