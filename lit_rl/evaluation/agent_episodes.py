@@ -23,8 +23,11 @@ class Watcher(Protocol):
     def act(self, group: Group, choice: Choice | None, actions: Sequence[Any]) -> None:
         """What agents of one policy do, as the environment takes it; `choice` is None if a script acts."""
 
+    def step(self, events: Events) -> None:
+        """What an env step brought. `cast.take` is to be called with it."""
+
     def take(self, events: Events) -> None:
-        """What a step or a reset brought. `cast.take` is to be called with it."""
+        """Who acts next, after resets perhaps. `cast.take` is to be called with it."""
 
 
 def play_agents(
@@ -82,7 +85,7 @@ def play_agents(
             events = copies.step(iter(actions))
             over = events.over
             if watcher is not None:
-                take(events)
+                watcher.step(events)
                 events = Events()
             for outcome in over:
                 left -= 1

@@ -107,10 +107,13 @@ class Timeline:
             if lines is not None:
                 rows.append(lines.rows[one.slot][-1])
 
+    def step(self, events: Events) -> None:
+        """What an env step brought."""
+        self._end_step(events)
+        self._book.take(events)
+
     def take(self, events: Events) -> None:
-        """What a step brought, or a reset if nobody acted."""
-        if self._doing:
-            self._end_step(events)
+        """Who acts next."""
         self._book.take(events)
 
     def text(self) -> str:
@@ -133,7 +136,7 @@ class Timeline:
             f"{self._agents[slot]} {reward:g} ({self._credited(slot)})" for slot, reward in events.credited if reward
         ]
         rewards += [f"{agent} {reward:g} (credited to nothing)" for agent, reward in events.uncredited if reward]
-        parts = [", ".join(self._doing[slot] for slot in sorted(self._doing))]
+        parts = [", ".join(self._doing[slot] for slot in sorted(self._doing)) or "nobody acts"]
         if rewards:
             parts.append(f"rewards: {', '.join(rewards)}")
         for slot, terminated, truncated, _ in events.ended:

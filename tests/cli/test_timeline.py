@@ -172,8 +172,10 @@ def test_rows_are_the_transitions_that_the_environment_has(
     policy, shown = Policy(spec_of(env).shared()), Timeline()
     MADE.clear()
     found: list[tuple[float, bool, bool]] = []
-    for _ in play_agents(env, policy, range(20), num_envs=1, watcher=shown):
-        for reward, ends in re.findall(r"  row \d+: acted at step \d+, reward (?:.* = )?(\S+), (.*)", shown.text()):
+    for episode in play_agents(env, policy, range(20), num_envs=1, watcher=shown):
+        text = shown.text()
+        assert [int(step) for step in re.findall(r"^step (\d+): ", text, re.M)] == list(range(episode.length))
+        for reward, ends in re.findall(r"  row \d+: acted at step \d+, reward (?:.* = )?(\S+), (.*)", text):
             found.append((float(reward), "terminated" in ends, "truncated" in ends))
             assert "open" not in ends
     logged = [(row.reward, row.terminated, row.truncated) for made in MADE for row in made.log]
