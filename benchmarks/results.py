@@ -11,6 +11,10 @@ without training it again. `bars.yaml` has each recipe's bar: what a seed is exp
     .venv/bin/python benchmarks/results.py --bars
 
 counts the seeds below the bars anew, from the written files, without training.
+
+A policy that plays a game against itself has a return of 0 whatever it has learned. Such recipes, those in `GAMES`, are
+judged by games of one player against random legal actions (`--episodes 500`). In the place of `return_mean` they have
+the percentage of games that are not lost.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from games import play_games
 
 from lit_rl import Policy, load_policy
 from lit_rl.envs.make import EnvConfig
@@ -37,6 +42,7 @@ from lit_rl.evaluation.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
+GAMES = {"ppo_tictactoe": "player_1"}  # recipes that are judged by games of this player against random actions
 BARS: dict[str, float | None] = yaml.safe_load((ROOT / "benchmarks" / "bars.yaml").read_text())
 
 
@@ -73,23 +79,35 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
     env = env_config(data)
     seeds = np.random.SeedSequence([seed, 20_000]).generate_state(num_episodes).tolist()
     policy = load_policy(run / "checkpoints" / "last.ckpt")
-    returns = [episode.return_ for episode in play(env, policy, seeds)]
+    games: dict[str, int] = {}
+    if recipe in GAMES:
+        played = play_games(env, policy, GAMES[recipe], seeds)
+        returns, games = [100.0 * (return_ >= 0) for return_ in played.returns], played.counts
+    else:
+        returns = [episode.return_ for episode in play(env, policy, seeds)]
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     curve = {
         name: [[float(row["env_steps"]), float(row[name])] for row in rows if row.get(name)]
-        for name in ("rollout/return_mean", "eval/return_mean")
+        for name in curve_names(recipe)
     }
     return {
         "seed": seed,
         "return_mean": round(statistics.mean(returns), 3),
         "return_std": round(statistics.pstdev(returns), 3),
         "return_min": min(returns),
+        **({"games": games} if games else {}),
         "env_steps": int(max(float(row["env_steps"]) for row in rows)),
-        "training_return_mean": curve["rollout/return_mean"][-1][1],
+        "training_return_mean": curve[curve_names(recipe)[0]][-1][1],
         **json.loads(trained.read_text()),
         "curve": {name: _thin(points) for name, points in curve.items()},
     }
+
+
+def curve_names(recipe: str) -> tuple[str, str]:
+    """The logged names of the returns of training and of evaluation."""
+    of_player = f"/{GAMES[recipe]}" if recipe in GAMES else ""
+    return f"rollout/return_mean{of_player}", f"eval/return_mean{of_player}"
 
 
 def env_config(data: dict[str, Any]) -> EnvConfig:
@@ -150,13 +168,15 @@ def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, rando
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, run in enumerate(runs):
-        points = np.array(run["curve"]["rollout/return_mean"])
+        points = np.array(run["curve"][curve_names(recipe)[0]])
         axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
-        axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
+        if recipe not in GAMES:  # of another kind than the curve
+            axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
     axes.set(xlabel="env steps", ylabel="return", title=title)
     if random is not None:
         axes.axhline(random["return_mean"], color="grey", linestyle=":", label="random actions")
-    axes.plot([], [], "ok", label=judged)
+    if recipe not in GAMES:
+        axes.plot([], [], "ok", label=judged)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(OUT / f"{recipe}.png", dpi=110)
@@ -188,6 +208,9 @@ def main() -> None:
             last = runs[-1]
             print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
     judged = f"greedy, {args.episodes} episodes, last checkpoint"
+    if args.recipe in GAMES:
+        against = f"{args.episodes} games of {GAMES[args.recipe]} against random actions"
+        judged = f"% not lost of {against}, greedy, last checkpoint"
     result = {
         "recipe": args.recipe,
         "env": recipe["data"]["init_args"]["env"],
@@ -205,7 +228,8 @@ def main() -> None:
     if random is not None:
         result["random"] = random
     write(result, OUT / f"{args.recipe}.json")
-    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return", judged, random)
+    of_player = f" of {GAMES[args.recipe]}" if args.recipe in GAMES else ""
+    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return{of_player}", judged, random)
     below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}{below}: {OUT / args.recipe}.json, .png")
 

@@ -1,6 +1,7 @@
 """The commands that train nothing: `lit-rl recipes`, `lit-rl play` and `lit-rl plot`."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,12 @@ import jsonargparse
 import numpy as np
 
 from lit_rl.cli import recipe_index
+from lit_rl.envs.make import EnvConfig
 from lit_rl.options import Count, CountOrZero, check
 from lit_rl.viewing.curves import draw
 from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
-from lit_rl.viewing.video import check_format, display_is_there
+from lit_rl.viewing.timeline import Timeline
+from lit_rl.viewing.video import check_format, display_is_there, render_modes
 
 
 def recipes(args: Sequence[str]) -> None:
@@ -19,7 +22,8 @@ def recipes(args: Sequence[str]) -> None:
     parser = _parser("recipes", "List the recipes that --config finds, with their measured results.")
     parser.parse_args(args)
     print(recipe_index.table())
-    print("\nMedian over seeds of the mean return of greedy episodes. Run one: lit-rl fit --config ppo_cartpole")
+    print("\nMedian over seeds of the mean return of greedy episodes. %: of games against random actions, not lost.")
+    print("Run one: lit-rl fit --config ppo_cartpole")
 
 
 def play(args: Sequence[str]) -> None:
@@ -37,6 +41,14 @@ def play(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the episodes, and of random actions")
     parser.add_argument("--stochastic", action="store_true", help="draw actions instead of the most probable ones")
     parser.add_argument("--timeout_s", type=float | None, default=None, help="cut the episode after so many seconds")
+    parser.add_argument(
+        "--timeline",
+        action="store_true",
+        help="of several agents: print who acted when, and which rewards were credited to what",
+    )
+    parser.add_argument(
+        "--timeline_steps", type=int, default=200, help="env steps of each episode that --timeline shows"
+    )
     parser.add_argument("--env", type=str | None, default=None, help="in place of the checkpoint's environment")
     parser.add_argument("--env_kwargs", type=dict | None, default=None, help="in place of the checkpoint's")
     parser.add_argument("--wrappers", type=list | None, default=None, help="in place of the checkpoint's")
@@ -45,11 +57,13 @@ def play(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     check("episodes", options.episodes, Count)
     check("seed", options.seed, CountOrZero)
+    check("timeline_steps", options.timeline_steps, Count)
     if options.video is not None:
         check_format("video", options.video)
     env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)
     policy = load_player(options.checkpoint, options.seed, options.network, options.policy_class)
     window = options.video is None and _window(env)
+    timeline = Timeline(options.timeline_steps) if options.timeline else None
     returns, lengths = [], []
     for episode in play_episodes(
         env,
@@ -59,6 +73,7 @@ def play(args: Sequence[str]) -> None:
         video=options.video,
         window=window,
         timeout_s=options.timeout_s,
+        timeline=timeline,
     ):
         returns.append(episode.return_)
         lengths.append(episode.length)
@@ -66,6 +81,8 @@ def play(args: Sequence[str]) -> None:
         agents = ", ".join(f"{agent} {value:g}" for agent, value in (episode.returns or {}).items())
         each = f" ({agents})" if agents else ""
         print(f"Episode {len(returns)}: return {episode.return_:g}{each}, length {episode.length}{cut}", flush=True)
+        if timeline is not None:
+            print(textwrap.indent(timeline.text(), "  "), flush=True)
     how = "random actions of the policy" if options.stochastic else "greedy"
     print(f"Mean of {len(returns)} on {env.env_id}, {how}: return {np.mean(returns):g}, length {np.mean(lengths):g}")
     if options.video is not None:
@@ -93,19 +110,21 @@ def plot(args: Sequence[str]) -> None:
     print(f"Curves: {options.output}")
 
 
-def _window(env: Any) -> bool:
+def _window(env: EnvConfig) -> bool:
     """Whether there is a display, and an environment that uses it; says so where not."""
-    made = env.make() if env.vectorization != "native" and not env.is_multi_agent else None
-    try:
-        modes = made.metadata.get("render_modes", ()) if made is not None else ()
-    finally:
-        if made is not None:
-            made.close()
+    modes: tuple[str, ...] = ()
+    if env.vectorization != "native":
+        made: Any = env.make_multi_agent() if env.is_multi_agent else env.make()
+        modes = render_modes(made)
+        made.close()
+    instead = "Record the episodes: --video play.mp4"
     if "human" not in modes:
-        print(f"{env.env_id} has no window to show.", file=sys.stderr)
+        print(
+            f"{env.env_id} has no window to show. {instead if 'rgb_array' in modes else ''}".rstrip(), file=sys.stderr
+        )
         return False
     if not display_is_there():
-        print("There is no display, so no window is shown. Record the episodes: --video play.mp4", file=sys.stderr)
+        print(f"There is no display, so no window is shown. {instead}", file=sys.stderr)
         return False
     return True
 

@@ -9,7 +9,10 @@ import yaml
 
 import lit_rl
 
-MEASURED = re.compile(r"Greedy return over (\d+) episodes, (seeds? [\d to]+): .*?; median (-?[\d.]+)\.")
+MEASURED = re.compile(
+    r"Greedy (?P<what>return|games not lost, in %,) over (?P<episodes>\d+) episodes, (?P<seeds>seeds? [\d to]+): .*?; "
+    r"median (?P<median>-?[\d.]+)\."
+)
 NOT_MEASURED = "# Not measured over seeds yet."
 ENV_STEPS = re.compile(r"([\d,]+) env steps")
 
@@ -24,6 +27,7 @@ class Recipe:
         env_steps: of one run: those it took where it was measured, its budget where not.
         episodes, seeds: of the measurement; 0 and "" where there is none.
         median: over the seeds, of the mean return of the greedy episodes; None where it is not measured.
+        is_share: whether it is that of the percentage of games that are not lost, against random actions.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Recipe:
     episodes: int
     seeds: str
     median: float | None
+    is_share: bool = False
 
 
 def recipe_files() -> dict[str, Path]:
@@ -53,9 +58,10 @@ def read_recipe(path: Path) -> Recipe:
         algorithm=config["model"]["class_path"].rpartition(".")[2],
         env=data["env"].rpartition(":")[2],
         env_steps=int(steps[1].replace(",", "")) if measured and steps else data["max_env_steps"],
-        episodes=int(measured[1]) if measured else 0,
-        seeds=measured[2] if measured else "",
-        median=float(measured[3]) if measured else None,
+        episodes=int(measured["episodes"]) if measured else 0,
+        seeds=measured["seeds"] if measured else "",
+        median=float(measured["median"]) if measured else None,
+        is_share=measured is not None and measured["what"] != "return",
     )
 
 
@@ -71,7 +77,7 @@ def table() -> str:
                 recipe.algorithm,
                 recipe.env,
                 f"{recipe.env_steps:,}",
-                f"{recipe.median:.1f}" if measured else "not measured",
+                f"{recipe.median:.1f}{' %' if recipe.is_share else ''}" if measured else "not measured",
                 f"{recipe.seeds.split(maxsplit=1)[1]}, {recipe.episodes}" if measured else "",
             )
         )

@@ -76,6 +76,7 @@ class Events:
 
     Attributes:
         credited: rewards of agents that are there, each after its slot.
+        uncredited: rewards of agents that are not there, each after the agent's id.
         dropped: slots of agents whose copy failed.
         ended: agents that left.
         again: slots of agents that act again: what they did last is complete.
@@ -85,6 +86,7 @@ class Events:
     """
 
     credited: list[tuple[int, float]] = field(default_factory=list)
+    uncredited: list[tuple[str, float]] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     again: list[int] = field(default_factory=list)
@@ -284,6 +286,7 @@ class _Copy:
             else:
                 checked_step(self._env_id, self._roster, result)
                 returns[agent] = returns.get(agent, 0.0) + more
+                events.uncredited.append((agent, more))
         if not (any(terminated.values()) or any(truncated.values())):
             self._ask(obs, events)
             return

@@ -24,7 +24,8 @@ class MultiAgentEnv(Protocol):
     Rewards may be given to anybody at any time: they are credited to the agent's last action.
 
     Ids that are not known beforehand are written with wildcards, as in "car_*". An attribute `max_agents` then says how
-    many of all such agents there are at a time, at most. `render_mode` and `render()` may be there as gymnasium's are.
+    many of all such agents there are at a time, at most. `metadata`, `render_mode` and `render()` may be there as
+    gymnasium's are: an environment that has them can be seen.
 
     Attributes:
         possible_agents: the ids, strings.
@@ -73,6 +74,7 @@ class MultiAgentWrapper(MultiAgentEnv):
         self.env = env
         self.possible_agents = env.possible_agents
         self.max_agents: int | None = getattr(env, "max_agents", None)
+        self.metadata = metadata_of(env)
         self.render_mode = getattr(env, "render_mode", None)
 
     def observe(self, agent: str, obs: Any, info: Any) -> Any:
@@ -160,7 +162,8 @@ class ActionMasksFromInfo(MultiAgentWrapper):
 class ReplicatedEnv(MultiAgentEnv):
     """Copies of a gymnasium environment as the agents "agent_0", "agent_1", ... of one.
 
-    An agent leaves when its own episode ends; the last one ends the whole.
+    An agent leaves when its own episode ends; the last one ends the whole. With `render_mode="rgb_array"` a picture is
+    those of all side by side.
 
     Args:
         env: a gymnasium id, or a callable that makes an environment.
@@ -175,6 +178,11 @@ class ReplicatedEnv(MultiAgentEnv):
         for wrapper, kwargs in map(wrapper_of, wrappers):
             self._envs = {agent: wrapper(made, **kwargs) for agent, made in self._envs.items()}
         self.possible_agents = list(self._envs)
+        first = next(iter(self._envs.values()), None)
+        self.render_mode = getattr(first, "render_mode", None)
+        # Pictures can be put side by side; windows cannot, all of them would draw into one.
+        modes = [mode for mode in metadata_of(first).get("render_modes", ()) if mode == "rgb_array"]
+        self.metadata = {**metadata_of(first), "render_modes": modes}
 
     def observation_space(self, agent: str) -> gym.Space:
         return self._envs[agent].observation_space
@@ -195,6 +203,10 @@ class ReplicatedEnv(MultiAgentEnv):
             obs[agent], reward[agent], terminated[agent], truncated[agent], info[agent] = self._envs[agent].step(action)
         return obs, reward, terminated, truncated, info
 
+    def render(self) -> np.ndarray | None:
+        frames: list[Any] = [env.render() for env in self._envs.values()]
+        return None if frames[0] is None else np.concatenate(frames, axis=1)
+
     def close(self) -> None:
         for env in self._envs.values():
             env.close()
@@ -203,6 +215,11 @@ class ReplicatedEnv(MultiAgentEnv):
 def has_agents(env: Any) -> bool:
     """Whether an environment is one of several agents, PettingZoo's included."""
     return isinstance(env, MultiAgentEnv) and not isinstance(env, gym.Env | gym.vector.VectorEnv)
+
+
+def metadata_of(env: Any) -> dict[str, Any]:
+    """What an environment says of itself; empty if it says nothing."""
+    return getattr(env, "metadata", None) or {}
 
 
 def has_masks_in_info(env: MultiAgentEnv) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from lit_rl.envs.multi_agent import MultiAgentEnv
+from lit_rl.envs.multi_agent import MultiAgentEnv, metadata_of
 from lit_rl.errors import EnvError
 
 
@@ -22,6 +22,7 @@ def adapted(env: Any) -> Any:
 class _Adapter(MultiAgentEnv):
     def __init__(self, env: Any):
         self.env = env
+        self.metadata = metadata_of(env)
         self.render_mode = getattr(env, "render_mode", None)
         self.possible_agents = list(getattr(env, "possible_agents", ()))
         if not self.possible_agents:

@@ -3,15 +3,31 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from lit_rl.envs.copies import Copies, Events
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError
 from lit_rl.policy import Policy, PolicySet
-from lit_rl.runners.cast import Cast
+from lit_rl.runners.cast import Cast, Choice, Group
 from lit_rl.runners.fragment import Episode
 from lit_rl.runners.multi_agent_runner import episode_of
+
+
+class Watcher(Protocol):
+    """Who is told what happens in episodes as they are played. It takes in events in the place of the cast."""
+
+    def begin(self, policy: Policy | PolicySet, cast: Cast, copies: Copies) -> None:
+        """Watch what these do."""
+
+    def act(self, group: Group, choice: Choice | None, actions: Sequence[Any]) -> None:
+        """What agents of one policy do, as the environment takes it; `choice` is None if a script acts."""
+
+    def step(self, events: Events) -> None:
+        """What an env step brought. `cast.take` is to be called with it."""
+
+    def take(self, events: Events) -> None:
+        """Who acts next, after resets perhaps. `cast.take` is to be called with it."""
 
 
 def play_agents(
@@ -23,6 +39,7 @@ def play_agents(
     info_metrics: Sequence[str] = (),
     num_envs: int = 16,
     timeout_s: float | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Episode]:
     """`play`, where there are several agents, and one policy for all of them or several.
 
@@ -31,6 +48,7 @@ def play_agents(
     Args:
         env, policy, seeds, deterministic, num_envs, timeout_s: see `lit_rl.evaluation.episodes.play`.
         info_metrics: keys of `info[agent]` to report for each episode.
+        watcher: is told what happens; of an episode all of it before that is yielded.
 
     Raises:
         EnvError: if the environment raises, or gives what it must not give.
@@ -45,6 +63,10 @@ def play_agents(
     copies, started = Copies(env, num_envs, info_metrics), time.monotonic()
     try:
         cast = Cast(policy, copies)
+        take = cast.take
+        if watcher is not None:
+            watcher.begin(policy, cast, copies)
+            take = watcher.take
         remaining = [list(seeds[b::num_envs]) for b in range(num_envs)]
         seed_of = [queue.pop(0) for queue in remaining]
         left, events = len(seeds), Events()
@@ -52,13 +74,20 @@ def play_agents(
             cast.begin(b, seed)
             copies.begin(b, seed, events)
         while True:
-            cast.take(events)
+            take(events)
             actions: list[Any] = [None] * sum(len(group.asked) for group in cast.groups)
-            for group, _, chosen in cast.act(choose):
-                for place, action in zip(group.places, chosen):
+            for group, choice, chosen in cast.act(choose):
+                of_group = list(chosen)
+                if watcher is not None:
+                    watcher.act(group, choice, of_group)
+                for place, action in zip(group.places, of_group):
                     actions[place] = action
             events = copies.step(iter(actions))
-            for outcome in events.over:
+            over = events.over
+            if watcher is not None:
+                watcher.step(events)
+                events = Events()
+            for outcome in over:
                 left -= 1
                 b = outcome.copy
                 yield _finite(env, episode_of(copies, cast, outcome, seed=seed_of[b]))

@@ -55,7 +55,10 @@ def play(
     """
     if env.is_multi_agent:
         if record:
-            raise OptionError(f"env={env.env_id} has several agents, whose episodes cannot be recorded yet.")
+            raise OptionError(
+                f"env={env.env_id} has several agents, whose episodes cannot be recorded yet. To see "
+                "what they do: lit-rl play CKPT --timeline."
+            )
         yield from play_agents(
             env,
             policy,

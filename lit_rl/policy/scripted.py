@@ -1,5 +1,6 @@
 """Policies that are written, not learned."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,14 +47,16 @@ class Script:
 
     Args:
         policy_id: how messages name it.
-        scripted: what acts.
+        scripted: what acts; a copy of it does.
         spec: of the agents that act by it.
         rng: handed to it.
     """
 
     def __init__(self, policy_id: str, scripted: Scripted, spec: EnvSpec, rng: np.random.Generator):
         self.rng = rng
-        self._policy_id, self._scripted, self._spec = policy_id, scripted, spec
+        # Of its own: what evaluation begins and draws must not change what training does next.
+        self._scripted = scripted = copy.deepcopy(scripted)
+        self._policy_id, self._spec = policy_id, spec
         mask_space = split_mask(spec.observation_space)[1]
         self._has_mask = mask_space is not None and hasattr(spec.action_space, "n")
         begin = getattr(scripted, "begin", None)

@@ -18,8 +18,8 @@ from lit_rl.envs.copies import Copies, Events, Outcome, returns_by_name
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, env_error
 from lit_rl.policy import Policy, PolicySet
-from lit_rl.runners.acting import final_observation
-from lit_rl.runners.cast import Actor, Cast
+from lit_rl.runners.book import Book
+from lit_rl.runners.cast import Cast
 from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import OF_POLICY
 from lit_rl.runners.fragment import NOTHING, Episode, Epsilons, Fragment
@@ -84,11 +84,12 @@ class MultiAgentEnvRunner:
         self._replayable = replayable
         self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable)
         self._cast = Cast(policy, self._copies)
-        self._lines = [self._lines_of(actor, keep_states) for actor in self._cast.actors]
+        self._book = Book(policy, self._cast, self._copies, keep_states=keep_states)
+        self._lines = self._book.lines
         events = Events()
         for b in range(num_envs):
             self._begin(b, events)
-        self._take(events)
+        self._book.take(events)
         self._watchdog.enter(Phase.IDLE)
 
     @property
@@ -152,7 +153,7 @@ class MultiAgentEnvRunner:
                     lines.clear(slots)
             self._begin(b, events)
             restarted += 1
-        self._take(events)
+        self._book.take(events)
         if isinstance(self.policy, PolicySet):
             self.policy.load_rng_state(state["action_rng"])
         else:
@@ -171,9 +172,7 @@ class MultiAgentEnvRunner:
                     policy.epsilon = epsilon
             actions: list[Any] = [None] * sum(len(group.asked) for group in cast.groups)
             for group, choice, chosen in cast.act(lambda policy: policy.sample):
-                lines = self._lines[group.number]
-                if choice is not None and lines is not None:
-                    lines.act(group.slots, *choice, self.policy_version)
+                self._book.act(group, choice, self.policy_version)
                 for place, action in zip(group.places, chosen):
                     actions[place] = action
             watchdog.enter(Phase.STEP)
@@ -186,7 +185,7 @@ class MultiAgentEnvRunner:
             for outcome in events.over:
                 episodes.append(episode_of(self._copies, cast, outcome))
                 self._begin(outcome.copy, events)
-            self._take(events)
+            self._book.take(events)
         if failed:
             self._discarded["env_error"] += failed
         num_rows = sum(lines.num_complete for lines in self._lines if lines is not None)
@@ -206,18 +205,6 @@ class MultiAgentEnvRunner:
         self._survival.failures.clear()
         return fragment
 
-    def _lines_of(self, actor: Actor, keep_states: bool | Collection[str]) -> TimeLines | None:
-        """Where what a policy does is recorded; None if it is not trained."""
-        policy, slots = self.policy, None
-        if isinstance(policy, PolicySet):
-            if actor.policy_id not in policy.trained:
-                return None
-            size = self._copies.roster.num_slots
-            slots = np.add.outer(np.arange(self._num_envs) * size, policy.slots_of(actor.policy_id)).ravel()
-        keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
-        num, keep = self._copies.num_slots, keep and actor.state is not None
-        return TimeLines(actor.spec, num, state=actor.state, keep_states=keep, slots=slots)
-
     def _finished(self, lines: TimeLines) -> tuple[Packed, Packed]:
         """What is complete of time lines, with rewards as they are learned from."""
         rows, finals = lines.fragment(self.policy_version)
@@ -233,31 +220,6 @@ class MultiAgentEnvRunner:
         self._cast.begin(b, seed)
         self._copies.begin(b, seed, events)
         self._watchdog.enter(Phase.STEP)
-
-    def _take(self, events: Events) -> None:
-        """Take in what a step brought, and who acts next."""
-        all_lines, owner = self._lines, self._cast.owner
-        for slot, reward in events.credited:
-            lines = all_lines[owner[slot]]
-            if lines is not None:
-                lines.credit(slot, reward)
-        for slot in events.dropped:
-            lines = all_lines[owner[slot]]
-            if lines is not None:
-                lines.drop(slot)
-        for slot, terminated, truncated, obs in events.ended:
-            lines, policy = all_lines[owner[slot]], self._cast.actors[owner[slot]].policy
-            if lines is not None and policy is not None:
-                lines.end(slot, terminated, truncated, None if obs is None else final_observation(policy, obs))
-        for number, lines in enumerate(all_lines):
-            again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
-            if lines is not None and again:
-                lines.complete(again)
-        self._cast.take(events)
-        for group in self._cast.groups:
-            lines = all_lines[group.number]
-            if lines is not None:
-                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
 
     def _recover(self, b: int, what: str, error: Exception) -> int:
         """Copy b raised: the seed of the one in its place."""

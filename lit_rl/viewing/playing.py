@@ -13,11 +13,13 @@ import numpy as np
 
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.evaluation.agent_episodes import play_agents
 from lit_rl.evaluation.episodes import play
 from lit_rl.files.loading import load_policy, read_checkpoint, section
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
-from lit_rl.viewing.video import Frames, VideoFile, check_format, check_renders, rendering
+from lit_rl.viewing.timeline import Timeline
+from lit_rl.viewing.video import VideoFile, check_format, check_renders, framed, rendering
 
 # Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.
 TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole")
@@ -74,6 +76,7 @@ def play_episodes(
     video: str | Path | None = None,
     window: bool = False,
     timeout_s: float | None = None,
+    timeline: Timeline | None = None,
 ) -> Iterator[Episode]:
     """Play whole episodes one after the other, and yield each as it ends.
 
@@ -85,20 +88,31 @@ def play_episodes(
         video: an .mp4 or .gif file to record all episodes to; whole once the iterator is exhausted.
         window: show them, with `render_mode="human"`.
         timeout_s: seconds after which the episode under way is yielded as it is (`cut`), and no more begun.
+        timeline: watches the episodes of several agents; each is over when it is yielded.
 
     Raises:
-        OptionError: for a video of an environment that renders no pictures, or that cannot be written.
+        OptionError: for a video of an environment that renders no pictures, or that cannot be written, and for the
+            timeline of one agent.
         EnvError: if the environment raises.
     """
+    if timeline is not None and not env.is_multi_agent:
+        raise OptionError(
+            f"--timeline: env={env.env_id} has one agent, of which every env step is a row with its own reward. Leave "
+            "it out."
+        )
     with contextlib.ExitStack() as stack:
         if video is not None:
             check_format("video", video)
             file = stack.enter_context(VideoFile(Path(video), check_renders(env)))
             shown = rendering(env, "rgb_array")
-            env = replace(shown, wrappers=(*shown.wrappers, lambda made: Frames(made, file.add)))
+            env = replace(shown, wrappers=(*shown.wrappers, lambda made: framed(made, file.add)))
         elif window:
             env = rendering(env, "human")
-        episodes = play(env, policy, seeds, deterministic=deterministic, num_envs=1, timeout_s=timeout_s)
+        options: dict[str, Any] = {"deterministic": deterministic, "num_envs": 1, "timeout_s": timeout_s}
+        if timeline is None:
+            episodes = play(env, policy, seeds, **options)
+        else:
+            episodes = play_agents(env, policy, seeds, watcher=timeline, **options)
         stack.enter_context(contextlib.closing(episodes))  # type: ignore[type-var]
         # Not asked for more: it would begin another episode before it saw that there is none.
         yield from islice(episodes, len(seeds))

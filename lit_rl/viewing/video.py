@@ -14,6 +14,8 @@ import gymnasium as gym
 import numpy as np
 
 from lit_rl.envs.make import EnvConfig
+from lit_rl.envs.multi_agent import MultiAgentEnv, MultiAgentWrapper, has_agents, metadata_of
+from lit_rl.envs.pettingzoo import adapted
 from lit_rl.errors import EnvError, OptionError, write_error
 from lit_rl.options import check_ending
 
@@ -58,11 +60,12 @@ def check_renders(env: EnvConfig) -> float:
     """
     refusal = f"env={env.env_id} cannot render pictures for a video"
     try:
-        made = rendering(env, "rgb_array").make()
+        shown = rendering(env, "rgb_array")
+        made: Any = shown.make_multi_agent() if env.is_multi_agent else shown.make()
     except EnvError as error:
         raise OptionError(f"{refusal}: with render_mode='rgb_array' it cannot be made ({error})") from error
     try:
-        if "rgb_array" not in made.metadata.get("render_modes", ()):
+        if "rgb_array" not in render_modes(made):
             raise OptionError(f"{refusal}: metadata['render_modes'] has no 'rgb_array'.")
         made.reset(seed=0)
         frame: Any = made.render()
@@ -79,9 +82,14 @@ def check_renders(env: EnvConfig) -> float:
     return frames_per_s(made)
 
 
-def frames_per_s(env: gym.Env) -> float:
+def render_modes(env: Any) -> tuple[str, ...]:
+    """The ways in which an environment, of one agent or several, says that it can be seen."""
+    return tuple(metadata_of(env).get("render_modes", ()))
+
+
+def frames_per_s(env: Any) -> float:
     """What the environment's metadata says; 30 where it says nothing."""
-    return float(env.metadata.get("render_fps") or 30)
+    return float(metadata_of(env).get("render_fps") or 30)
 
 
 def display_is_there() -> bool:
@@ -89,35 +97,70 @@ def display_is_there() -> bool:
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
+def framed(env: Any, add: Callable[[np.ndarray], None]) -> Any:
+    """An environment, of one agent or several, that hands a picture to `add` after each reset and step."""
+    env = adapted(env)
+    return AgentFrames(env, add) if has_agents(env) else Frames(env, add)
+
+
 class Frames(gym.Wrapper):
-    """Hands a picture to `add` after each reset and step."""
+    """See `framed`."""
 
     def __init__(self, env: gym.Env, add: Callable[[np.ndarray], None]):
         super().__init__(env)
-        self._add = add
-        self._shape: tuple[int, ...] | None = None
+        self._picture, self._add = _Pictures(env), add
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         result = self.env.reset(**kwargs)
-        self._show()
+        self._add(self._picture())
         return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
-        self._show()
+        self._add(self._picture())
         return result
 
-    def _show(self) -> None:
-        frame: Any = self.env.render()
+
+class AgentFrames(MultiAgentWrapper):
+    """See `framed`. A reset that no step follows is left out: it was made to look for action masks."""
+
+    def __init__(self, env: MultiAgentEnv, add: Callable[[np.ndarray], None]):
+        super().__init__(env)
+        self._picture, self._add = _Pictures(env), add
+        self._first: np.ndarray | None = None  # of the episode, until a step follows
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        result = super().reset(seed=seed, options=options)
+        self._first = np.array(self._picture())
+        return result
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        result = super().step(actions)
+        if self._first is not None:
+            self._add(self._first)
+            self._first = None
+        self._add(self._picture())
+        return result
+
+
+class _Pictures:
+    """Takes pictures of an environment, all of one size."""
+
+    def __init__(self, env: Any):
+        self._env = env
+        self._shape: tuple[int, ...] | None = None
+
+    def __call__(self) -> np.ndarray:
+        frame: Any = self._env.render()
         if not _is_picture(frame):
-            raise EnvError(f"render() of {self.env} returned no picture: expected uint8 of shape [height, width, 3].")
+            raise EnvError(f"render() of {self._env} returned no picture: expected uint8 of shape [height, width, 3].")
         self._shape = self._shape or frame.shape
         if frame.shape != self._shape:
             raise EnvError(
-                f"render() of {self.env} returned a picture of shape {frame.shape} after one of {self._shape}: a video "
-                "needs pictures of one size. Mend the environment."
+                f"render() of {self._env} returned a picture of shape {frame.shape} after one of {self._shape}: a "
+                "video needs pictures of one size. Mend the environment."
             )
-        self._add(frame)
+        return frame
 
 
 class VideoFile(contextlib.AbstractContextManager):

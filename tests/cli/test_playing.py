@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from gymnasium import spaces
 
 import lit_rl.viewing.video
-from lit_rl import PPO, Evaluation, RolloutDataModule, Video, cli, load_policy
+from lit_rl import PPO, Evaluation, MultiAgent, MultiAgentEnv, Random, RolloutDataModule, Video, cli, load_policy
+from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import OptionError
 from lit_rl.viewing.playing import environment_of, episode_seeds, play_episodes
 from lit_rl.viewing.video import check_renders
@@ -49,6 +51,47 @@ class Blind(Painter):
     """Takes a render_mode, and has none."""
 
     metadata = {"render_modes": []}
+
+
+class Painters(MultiAgentEnv):
+    """Two agents in turns, "a" leaves after two of four steps; the picture is of one colour: red grows by 10 a step.
+
+    "b" is rewarded for what "a" did first.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 10}
+    possible_agents = ("a", "b")
+    modes: list[str | None] = []  # of all that were made
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+        self.modes.append(render_mode)
+
+    def observation_space(self, agent: str) -> gym.Space:
+        return spaces.Box(-1.0, 1.0, (1,))
+
+    def action_space(self, agent: str) -> gym.Space:
+        return spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self._t = 0
+        return {"a": np.zeros(1, np.float32)}, {}
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        self._t += 1
+        if self._t == 1:
+            self._first = float(actions["a"])
+        obs = {"a" if self._t == 1 else "b": np.zeros(1, np.float32)} if self._t < 4 else {}
+        return obs, {"a": 1.0, "b": self._first}, {"a": self._t == 2, "b": self._t == 4}, {}, {}
+
+    def render(self) -> np.ndarray | None:
+        return None if self.render_mode != "rgb_array" else np.full((32, 48, 3), (10 * self._t, 0, 0), np.uint8)
+
+
+class BlindPainters(Painters):
+    """Take a render_mode, and have none."""
+
+    metadata: dict[str, Any] = {}
 
 
 def train(make_trainer: Any, env: Any = "CartPole-v1", path: str = "a.ckpt", **options: Any) -> str:
@@ -321,6 +364,81 @@ def test_the_extra_that_is_missing_is_named_when_it_is_made(monkeypatch: pytest.
 
 
 def test_frames_per_second_are_the_environments() -> None:
-    from lit_rl.envs.make import EnvConfig
-
     assert check_renders(EnvConfig(Painter)) == 10.0
+
+
+# --- several agents ----------------------------------------------------------------------------------------------
+
+
+def test_a_video_of_several_agents_has_a_picture_of_every_env_step(make_trainer) -> None:
+    path = train(make_trainer, "test_playing:Painters")
+    cli.main(["play", path, "--env", "test_playing:Painters", "--episodes", "2", "--video", "a.gif"])
+    red = [frame[..., 0].mean() for frame in frames_of("a.gif")]
+    assert red == pytest.approx([0, 10, 20, 30, 40, 0, 10, 20, 30, 40], abs=3)
+
+
+def test_copies_of_an_environment_are_shown_side_by_side(make_trainer) -> None:
+    replicated = {"env": Painter, "num_agents": 3, "length": 2}
+    path = train(make_trainer, "lit_rl.envs.multi_agent:ReplicatedEnv", env_kwargs=replicated)
+    env = EnvConfig("lit_rl.envs.multi_agent:ReplicatedEnv", replicated)
+    list(play_episodes(env, load_policy(path), [0], video="a.gif"))
+    assert [frame.shape for frame in frames_of("a.gif")] == [(32, 3 * 48, 3)] * 3
+    assert env.make_multi_agent().render() is None  # it was not made to render
+
+
+def test_a_game_of_pettingzoo_is_recorded(make_trainer) -> None:
+    game = "pettingzoo.classic.tictactoe_v3"
+    path = train(make_trainer, game, env_kwargs={"screen_height": 96})
+    cli.main(["play", path, "--env", game, "--episodes", "1", "--video", "a.mp4"])
+    first, *others = frames_of("a.mp4")
+    assert first.shape == (96, 96, 3) and 5 <= len(others) <= 9
+    assert all(np.abs(a.astype(int) - b).max() > 50 for a, b in zip([first, *others], others))  # a square each time
+
+
+def test_videos_of_several_agents_leave_training_as_it_is_also_beside_random_ones(make_trainer, tmp_path) -> None:
+    def trained(*callbacks: Any, limit: float = 1.0) -> MultiAgent:
+        algorithm = MultiAgent(
+            {"learns": PPO(minibatch_size=16, num_epochs=1), "random": Random()},
+            policy_mapping={"a": "random", "b": "learns"},
+        )
+        data = RolloutDataModule(
+            Painters,
+            num_envs_per_env_runner=1,
+            rollout_length=32,
+            rollouts_per_epoch=1,
+            max_env_steps=96,
+            seed=0,
+            evaluation=Evaluation(episodes=1),
+        )
+        torch.manual_seed(0)
+        make_trainer(callbacks=list(callbacks), limit_val_batches=limit).fit(algorithm, data)
+        return algorithm
+
+    with_, without = trained(Video(every_n_evaluations=2, format="gif")), trained(limit=0)
+    assert [len(frames_of(path)) for path in (tmp_path / "videos").iterdir()] == [5, 5]  # after 32 and 96
+    for a, b in zip(with_.parameters(), without.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("env", ["test_playing:BlindPainters", "agent_envs:MaskedInTurns"])
+def test_several_agents_without_pictures_are_refused_in_one_sentence(make_trainer, capsys, env: str) -> None:
+    path = train(make_trainer, env)
+    assert f"env={env} cannot render pictures for a video" in fails(
+        capsys, "play", path, "--env", env, "--video", "a.mp4"
+    )
+    with pytest.raises(OptionError, match="cannot render pictures for a video"):
+        fit(make_trainer, env, Video())
+
+
+@pytest.mark.parametrize("display", [True, False])
+def test_several_agents_are_shown_in_a_window_where_there_is_a_display(
+    make_trainer, capsys, monkeypatch, display: bool
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    if display:
+        monkeypatch.setenv("DISPLAY", ":0")
+    path, play = train(make_trainer, "test_playing:Painters"), ["--env", "test_playing:Painters", "--episodes", "1"]
+    cli.main(["play", path, *play])
+    assert (importlib.import_module("test_playing").Painters.modes[-1] == "human") == display
+    assert ("--video play.mp4" in capsys.readouterr().err) != display

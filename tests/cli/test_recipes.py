@@ -43,6 +43,23 @@ def test_results_are_read_from_the_first_comment(tmp_path: Path, monkeypatch: py
     ]
 
 
+def test_a_recipe_of_a_game_is_measured_in_games_that_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ppo_chess.yaml"
+    path.write_text(
+        "# Greedy games not lost, in %, over 500 episodes, seeds 1 to 3: 99, 98.5, 100; median 99.\n"
+        "# 1,234 env steps, 1 s.\n"
+        "seed_everything: 1\n"
+        "model: {class_path: PPO}\n"
+        "data: {init_args: {env: chess, max_env_steps: 2_000}}\n"
+    )
+    recipe = read_recipe(path)
+    assert (recipe.median, recipe.is_share, recipe.episodes) == (99.0, True, 500)
+    monkeypatch.setattr(recipe_index, "recipe_files", lambda: {path.stem: path})
+    assert recipe_index.table().splitlines()[1].endswith("1,234         99.0 %  1 to 3, 500")
+
+
 def test_the_command_lists_every_recipe_once(capsys: pytest.CaptureFixture) -> None:
     main(["recipes"])
     lines = capsys.readouterr().out.splitlines()

@@ -17,6 +17,7 @@ from helpers import assert_same, quiet_trainer
 from lit_rl import (
     APPO,
     IMPALA,
+    MLP,
     PPO,
     EpisodeInfo,
     Evaluation,
@@ -309,6 +310,20 @@ def test_scripted_policies_act_by_their_masks() -> None:
     assert metrics["eval/return_mean/b"] == 4.0  # all its turns
     fit(MultiAgent({"learns": PPO(**SMALL), "random": Random()}, policy_mapping={"a": "learns", "b": "random"}),
         data(MaskedInTurns))  # an illegal action would be OurFault  # fmt: skip
+
+
+def test_what_evaluation_draws_at_random_changes_nothing_in_training() -> None:
+    def trained(episodes: int) -> MultiAgent:
+        players = {"learns": PPO(network=MLP, **SMALL), "random": Random()}
+        algorithm = MultiAgent(players, policy_mapping={"player_1": "learns", "*": "random"})
+        torch.manual_seed(0)
+        source = data("pettingzoo.classic.tictactoe_v3", rollouts_per_epoch=1, evaluation=Evaluation(episodes=episodes))
+        fit(algorithm, source)
+        return algorithm
+
+    one, five = trained(1), trained(5)
+    for a, b in zip(one.parameters(), five.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_an_illegal_action_of_a_scripted_policy_is_named() -> None:

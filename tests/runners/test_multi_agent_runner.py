@@ -12,12 +12,13 @@ import pytest
 import torch
 from agent_envs import MADE, LoggedAgents, MaskedInTurns, Transition, Wrong
 from envs import IdentityEnv
-from helpers import quiet_trainer
+from gymnasium import spaces
+from helpers import ROOT, quiet_trainer
 from torch import Tensor
 
 from lit_rl import APPO, DQN, IMPALA, PPO, Evaluation, LSTMNetwork, Policy, ReplayDataModule, RolloutDataModule
 from lit_rl.envs.make import EnvConfig
-from lit_rl.envs.multi_agent import AgentId, ReplicatedEnv
+from lit_rl.envs.multi_agent import AgentId, MultiAgentEnv, ReplicatedEnv
 from lit_rl.errors import EnvError, EnvFailure, OptionError
 from lit_rl.evaluation.episodes import play
 from lit_rl.rollout import Rollout, length_of, mask_of, next_observation, next_values_with_memory
@@ -465,3 +466,48 @@ def test_an_evaluation_that_takes_too_long_gives_what_it_has() -> None:
 def test_recording_episodes_of_several_agents_is_refused() -> None:
     with pytest.raises(OptionError, match="has several agents, whose episodes cannot be recorded yet"):
         quiet_trainer().predict(PPO(), data(**TURNS))
+
+
+# --- the picture in docs/multi_agent.md -------------------------------------------------------------------------------
+
+
+class Pictured(MultiAgentEnv):
+    """The agents, turns and rewards of `docs/time_lines.svg`."""
+
+    possible_agents = ("a", "b", "c")
+    turns = "abcabcacac" + "a"
+    rewards = (
+        {"a": 1, "c": 1}, {"a": 2, "b": 1}, {"c": 3}, {"b": 2}, {"a": 4, "b": 5, "c": 1},
+        {"a": 1, "c": 2}, {"a": 1}, {"c": 1}, {"c": 1}, {"a": 2, "c": 1},
+    )  # fmt: skip
+
+    def observation_space(self, agent: str) -> Any:
+        return spaces.Box(0, 10, (1,))
+
+    def action_space(self, agent: str) -> Any:
+        return spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self._t = 0
+        return self._show(), {}
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        reward = self.rewards[self._t]
+        self._t += 1
+        return self._show(), reward, {"b": self._t == 5}, {}, {}
+
+    def _show(self) -> dict[str, np.ndarray]:
+        return {self.turns[self._t]: np.full(1, self._t, np.float32)}
+
+
+def test_the_picture_of_time_lines_in_the_docs_is_what_is_collected() -> None:
+    env = EnvConfig(Pictured)
+    runner = MultiAgentEnvRunner(env, Policy(shared(env)), num_envs=1, rollout_length=5, seed=np.random.SeedSequence(0))
+    found = []
+    for _ in range(2):
+        rows = runner.sample().rows.views()
+        found.append([rows["reward"][b, : rows["length"][b]].tolist() for b in range(3)])
+    assert found == [[[3.0], [3.0, 5.0], [4.0]], [[5.0, 1.0, 2.0], [], [2.0, 2.0]]]
+    text = (ROOT / "docs" / "time_lines.svg").read_text()
+    sums = ["row 0: 1 + 2 = 3", "4 + 1 = 5", "row 0: 3 + 1 = 4", "row 1: 5", "row 1: 1 + 1 = 2", "row 2: 2"]
+    assert all(f">{words}<" in text for words in sums)

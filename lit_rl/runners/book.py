@@ -1,0 +1,89 @@
+"""The rows of agents, written down policy by policy as they act: what is learned from."""
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from lit_rl.envs.copies import Copies, Events
+from lit_rl.policy import Policy, PolicySet
+from lit_rl.runners.acting import final_observation
+from lit_rl.runners.cast import Actor, Cast, Choice, Group
+from lit_rl.runners.time_lines import TimeLines
+
+
+class Book:
+    """Time lines of all policies that are trained, kept up with what happens in copies of an environment.
+
+    Args:
+        policy: of all agents, or several.
+        cast: who acts.
+        copies: of the environment.
+        keep_states: keep the state before every row, instead of the first alone; of several policies for which.
+        make: what makes the time lines, with the arguments of `TimeLines`.
+
+    Attributes:
+        lines: the time lines of each of the cast's actors; None of one that is not trained.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | PolicySet,
+        cast: Cast,
+        copies: Copies,
+        *,
+        keep_states: bool | Collection[str] = False,
+        make: Callable[..., TimeLines] = TimeLines,
+    ):
+        self._cast, self._make = cast, make
+        self.lines = [self._lines_of(policy, actor, copies, keep_states) for actor in cast.actors]
+
+    def act(self, group: Group, choice: Choice | None, version: int) -> None:
+        """What agents do that act by one policy.
+
+        Args:
+            group: the agents.
+            choice: of their policy; None if a script acts.
+            version: of the policy now.
+        """
+        lines = self.lines[group.number]
+        if choice is not None and lines is not None:
+            lines.act(group.slots, *choice, version)
+
+    def take(self, events: Events) -> None:
+        """Take in what a step brought, and who acts next."""
+        all_lines, owner = self.lines, self._cast.owner
+        for slot, reward in events.credited:
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.credit(slot, reward)
+        for slot in events.dropped:
+            lines = all_lines[owner[slot]]
+            if lines is not None:
+                lines.drop(slot)
+        for slot, terminated, truncated, obs in events.ended:
+            lines, policy = all_lines[owner[slot]], self._cast.actors[owner[slot]].policy
+            if lines is not None and policy is not None:
+                lines.end(slot, terminated, truncated, None if obs is None else final_observation(policy, obs))
+        for number, lines in enumerate(all_lines):
+            again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
+            if lines is not None and again:
+                lines.complete(again)
+        self._cast.take(events)
+        for group in self._cast.groups:
+            lines = all_lines[group.number]
+            if lines is not None:
+                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
+
+    def _lines_of(
+        self, policy: Policy | PolicySet, actor: Actor, copies: Copies, keep_states: bool | Collection[str]
+    ) -> TimeLines | None:
+        """Where what a policy does is recorded; None if it is not trained."""
+        num, slots = copies.num_slots, None
+        if isinstance(policy, PolicySet):
+            if actor.policy_id not in policy.trained:
+                return None
+            size = copies.roster.num_slots
+            slots = np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel()
+        keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
+        keep = keep and actor.state is not None
+        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=slots)
