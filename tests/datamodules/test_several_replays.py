@@ -208,7 +208,7 @@ def test_each_policy_explores_in_its_own_way(make: Any, monkeypatch: pytest.Monk
         found[data.algorithm.env_steps_done if make is rollout_data else data._env_steps] = epsilons
         start(data, epsilons)
         policies = data._pool._runner.policy.learned
-        monkeypatch.setattr(data._pool._runner, "_take", noting(data._pool._runner._take, policies))
+        monkeypatch.setattr(data._pool._runner._book, "take", noting(data._pool._runner._book.take, policies))
 
     acted: set[tuple[float, ...]] = set()
 
