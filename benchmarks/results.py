@@ -12,9 +12,9 @@ without training it again. `bars.yaml` has each recipe's bar: what a seed is exp
 
 counts the seeds below the bars anew, from the written files, without training.
 
-A policy that plays a game against itself has a return of 0 whatever it has learned. Such recipes, those in `GAMES`, are
-judged by games of one player against random legal actions (`--episodes 500`). In the place of `return_mean` they have
-the percentage of games that are not lost.
+A policy that plays a game against itself has a return of 0 whatever it has learned. Recipes of games, those in `GAMES`,
+are judged by games against random legal actions (`--episodes 500`), of one player, or of each team. In the place of
+`return_mean` they have the percentage of games that are not lost, or won: the least of all teams'.
 """
 
 import argparse
@@ -28,13 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from games import play_games
+from games import Match, play_games
 
 from lit_rl import Policy, load_policy
 from lit_rl.envs.make import EnvConfig
@@ -42,7 +43,11 @@ from lit_rl.evaluation.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
-GAMES = {"ppo_tictactoe": "player_1"}  # recipes that are judged by games of this player against random actions
+FOX = {"fox": "lit_rl.envs.coins:Fox"}
+GAMES = {  # recipes that are judged by games against random actions, and by what counts in them
+    "ppo_tictactoe": ("not lost", [Match("player_1")]),
+    "mixed_coins": ("won", [Match("red_*", "red", "blue_*", FOX), Match("blue_*", "blue", "red_*", FOX)]),
+}
 BARS: dict[str, float | None] = yaml.safe_load((ROOT / "benchmarks" / "bars.yaml").read_text())
 
 
@@ -78,13 +83,12 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
     env = env_config(data)
     seeds = np.random.SeedSequence([seed, 20_000]).generate_state(num_episodes).tolist()
-    policy = load_policy(run / "checkpoints" / "last.ckpt")
-    games: dict[str, int] = {}
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    games: dict[str, dict[str, int]] = {}
     if recipe in GAMES:
-        played = play_games(env, policy, GAMES[recipe], seeds)
-        returns, games = [100.0 * (return_ >= 0) for return_ in played.returns], played.counts
+        returns, games = shares(checkpoint, env, *GAMES[recipe], seeds)
     else:
-        returns = [episode.return_ for episode in play(env, policy, seeds)]
+        returns = [episode.return_ for episode in play(env, load_policy(checkpoint), seeds)]
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     curve = {
@@ -104,10 +108,28 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
     }
 
 
+def shares(
+    checkpoint: Path, env: EnvConfig, counts: str, matches: Sequence[Match], seeds: Sequence[int]
+) -> tuple[list[float], dict[str, dict[str, int]]]:
+    """100 for each game that counts, else 0, of the worst team; and what came of the games of each."""
+    lists, games = [], {}
+    for match in matches:
+        played = play_games(env, load_policy(checkpoint, policy=match.policy), match, seeds)
+        lists.append([100.0 * (x > 0 if counts == "won" else x >= 0) for x in played.returns])
+        games[match.agent] = played.counts
+    return min(lists, key=sum), games
+
+
 def curve_names(recipe: str) -> tuple[str, str]:
     """The logged names of the returns of training and of evaluation."""
-    of_player = f"/{GAMES[recipe]}" if recipe in GAMES else ""
-    return f"rollout/return_mean{of_player}", f"eval/return_mean{of_player}"
+    player = player_of(recipe)
+    return f"rollout/return_mean{player and f'/{player}'}", f"eval/return_mean{player and f'/{player}'}"
+
+
+def player_of(recipe: str) -> str:
+    """The agent whose returns are the curve of a game, "" where the sum of all is."""
+    matches = GAMES[recipe][1] if recipe in GAMES else []
+    return matches[0].agent if len(matches) == 1 else ""
 
 
 def env_config(data: dict[str, Any]) -> EnvConfig:
@@ -209,8 +231,9 @@ def main() -> None:
             print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
     judged = f"greedy, {args.episodes} episodes, last checkpoint"
     if args.recipe in GAMES:
-        against = f"{args.episodes} games of {GAMES[args.recipe]} against random actions"
-        judged = f"% not lost of {against}, greedy, last checkpoint"
+        counts, matches = GAMES[args.recipe]
+        agents = " and of ".join(match.agent for match in matches)
+        judged = f"% {counts} of {args.episodes} games of {agents} against random actions, greedy, last checkpoint"
     result = {
         "recipe": args.recipe,
         "env": recipe["data"]["init_args"]["env"],
@@ -228,7 +251,8 @@ def main() -> None:
     if random is not None:
         result["random"] = random
     write(result, OUT / f"{args.recipe}.json")
-    of_player = f" of {GAMES[args.recipe]}" if args.recipe in GAMES else ""
+    player = player_of(args.recipe)
+    of_player = f" of {player}" if player else ""
     plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return{of_player}", judged, random)
     below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}{below}: {OUT / args.recipe}.json, .png")

@@ -22,7 +22,7 @@ def recipes(args: Sequence[str]) -> None:
     parser = _parser("recipes", "List the recipes that --config finds, with their measured results.")
     parser.parse_args(args)
     print(recipe_index.table())
-    print("\nMedian over seeds of the mean return of greedy episodes. %: of games against random actions, not lost.")
+    print("\nMedian over seeds of the mean return of greedy episodes. %: of games against random actions.")
     print("Run one: lit-rl fit --config ppo_cartpole")
 
 

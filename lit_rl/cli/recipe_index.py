@@ -10,7 +10,8 @@ import yaml
 import lit_rl
 
 MEASURED = re.compile(
-    r"Greedy (?P<what>return|games not lost, in %,) over (?P<episodes>\d+) episodes, (?P<seeds>seeds? [\d to]+): .*?; "
+    r"Greedy (?P<what>return|games (?:not lost|won), in %,) over (?P<episodes>\d+) episodes, "
+    r"(?P<seeds>seeds? [\d to]+): .*?; "
     r"median (?P<median>-?[\d.]+)\."
 )
 NOT_MEASURED = "# Not measured over seeds yet."
@@ -27,7 +28,7 @@ class Recipe:
         env_steps: of one run: those it took where it was measured, its budget where not.
         episodes, seeds: of the measurement; 0 and "" where there is none.
         median: over the seeds, of the mean return of the greedy episodes; None where it is not measured.
-        is_share: whether it is that of the percentage of games that are not lost, against random actions.
+        is_share: whether it is that of the percentage of games that are won, or not lost, against random actions.
     """
 
     name: str

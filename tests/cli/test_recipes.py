@@ -43,12 +43,11 @@ def test_results_are_read_from_the_first_comment(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_a_recipe_of_a_game_is_measured_in_games_that_are_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("counts", ["not lost", "won"])
+def test_a_recipe_of_a_game_is_measured_in_games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: str) -> None:
     path = tmp_path / "ppo_chess.yaml"
     path.write_text(
-        "# Greedy games not lost, in %, over 500 episodes, seeds 1 to 3: 99, 98.5, 100; median 99.\n"
+        f"# Greedy games {counts}, in %, over 500 episodes, seeds 1 to 3: 99, 98.5, 100; median 99.\n"
         "# 1,234 env steps, 1 s.\n"
         "seed_everything: 1\n"
         "model: {class_path: PPO}\n"
