@@ -107,8 +107,8 @@ def stored(buffer: ReplayBuffer, num_steps: int) -> set[tuple[float, ...]]:
     return set(zip(*(column.tolist() for column in columns)))
 
 
-@pytest.mark.parametrize("mode", ["turns", "random", "once"])
-@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("mode", [pytest.param("turns", marks=pytest.mark.slow), "random", "once"])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 3, 7])
 @pytest.mark.parametrize("kind", ["replay", "rollout", "in actors"])
 def test_each_buffer_holds_every_transition_of_its_own_agents_once(
     kind: str, length: int, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -296,6 +296,7 @@ def test_a_mapping_by_episode_brings_each_life_to_the_buffer_of_its_policy() -> 
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dqn_learns_beside_ppo_and_sac() -> None:
     """ "left" names a number it sees, at best 4 in an episode; "right" gives back one it sees, at best 0."""
     evaluation = Evaluation(episodes=20)
@@ -380,8 +381,10 @@ def sac(**options: Any) -> SAC:
     return SAC(network=TINY, critic_hidden_sizes=[8], **options)
 
 
-@pytest.mark.parametrize("case", ["DQN and PPO", "SAC and SAC", "memory and priorities"])
-@pytest.mark.parametrize("mode", ["turns", "random"])
+@pytest.mark.parametrize(
+    "case", ["DQN and PPO", "SAC and SAC", pytest.param("memory and priorities", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("mode", [pytest.param("turns", marks=pytest.mark.slow), "random"])
 def test_a_resumed_run_is_the_unbroken_one(case: str, mode: str, tmp_path: Path) -> None:
     def make() -> tuple[MultiAgent, Any]:
         options: dict[str, Any] = {"env_kwargs": {"mode": mode, "num_agents": 3, "forgets": True}}
