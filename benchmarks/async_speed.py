@@ -249,9 +249,9 @@ UNTIL: dict[str, dict[str, Callable[[float, int], dict[str, float]]]] = {
 }
 
 
-def run(python: str, task: str, system: str, *numbers: float) -> dict[str, float]:
-    """One system in a process of its own."""
-    command = [python, __file__, "--one", task, system, *map(str, numbers)]
+def run(python: str, script: str, task: str, system: str, *numbers: float) -> dict[str, float]:
+    """One system of a benchmark in a process of its own."""
+    command = [python, script, "--one", task, system, *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
@@ -320,7 +320,7 @@ def main() -> None:
             for name in names:
                 python = args.rllib_python if name.startswith("RLlib") else sys.executable
                 numbers = (args.time_to, number) if args.time_to is not None else (args.seconds,)
-                results[task][name].append(run(python, task, name, *numbers))
+                results[task][name].append(run(python, __file__, task, name, *numbers))
                 print(f"{task}, {number}: {name} {results[task][name][-1]}", flush=True)
     print(f"\n{table(results)}")
     if args.write:

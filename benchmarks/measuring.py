@@ -37,23 +37,24 @@ class Clock(L.Callback):
 
     Attributes:
         seconds: between the last batch before and the last one that is timed.
+        cpu_seconds: those of this process alone, on all cores, in that time.
         updates, env_steps: in that time.
     """
 
     def __init__(self, seconds: float, warm_up: int = 1, metrics: Sequence[str] = ()):
         self._limit, self._warm_up = seconds, warm_up
         self._batches = 0
-        self.seconds, self.updates, self.env_steps = 0.0, 0, 0
+        self.seconds, self.cpu_seconds, self.updates, self.env_steps = 0.0, 0.0, 0, 0
         self._sums = dict.fromkeys(metrics, 0.0)
 
     def on_train_batch_end(self, trainer: L.Trainer, algorithm: Any, *_: object) -> None:
         self._batches += 1
-        now, done = time.perf_counter(), (algorithm.updates_done, algorithm.env_steps_done)
+        now, cpu, done = time.perf_counter(), time.process_time(), (algorithm.updates_done, algorithm.env_steps_done)
         if self._batches == self._warm_up:
-            self._begun, self._before = now, done
+            self._begun, self._cpu_begun, self._before = now, cpu, done
         if self._batches <= self._warm_up:
             return
-        self.seconds = now - self._begun
+        self.seconds, self.cpu_seconds = now - self._begun, cpu - self._cpu_begun
         self.updates, self.env_steps = (after - before for after, before in zip(done, self._before))
         for name in self._sums:
             self._sums[name] += float(trainer.callback_metrics[name])

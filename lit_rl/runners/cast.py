@@ -103,7 +103,8 @@ class Cast:
 
     def take(self, events: Events) -> None:
         """Agents appeared, and others act again: `groups` becomes who acts now."""
-        self._is_init[events.again] = False
+        if np.count_nonzero(self._is_init):  # seldom: to write by a list takes longer
+            self._is_init[events.again] = False
         self._is_init[events.begun] = True
         asked = self._copies.asked()
         if self._set is not None and events.begun:

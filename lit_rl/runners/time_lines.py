@@ -1,6 +1,8 @@
 """Time lines of agents that act when they are asked: as many rows as an agent acted, whatever went on meanwhile.
 
-Shapes: B time lines, T rows of the longest of them, N of the time lines, of which something is said.
+Row t of slot s is at place t * S + s of each column, so that one number finds it: that is several times as fast as two.
+
+Shapes: S slots, B time lines, T rows of the longest of them, N of the time lines, of which something is said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +44,10 @@ class TimeLines:
         self._keep_states = keep_states
         self._fields = self._layout.row_fields
         self._num_slots = num_slots
-        self._count = np.zeros(num_slots, np.int64)  # complete rows
+        self._at = np.arange(num_slots)  # places of the rows after the complete ones
         self._goes_on = np.zeros(num_slots, np.bool_)  # whether there is a row after them, with an observation at least
         self._pending = [0.0] * num_slots  # rewards of the row that is not complete
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns: dict[str, np.ndarray] = {}  # [T * S, ...]
         self._make_room(ROOM)
         # The state before each time line's first row, and before its newest.
         self._first_state, self._state = (None if state is None else map_tree(np.array, state) for _ in range(2))
@@ -54,7 +56,7 @@ class TimeLines:
     @property
     def num_complete(self) -> int:
         """Complete rows of all time lines."""
-        return int(self._count.sum())
+        return int(self._counts().sum())
 
     def ask(self, slots: np.ndarray, obs: Tree, is_init: np.ndarray) -> None:
         """Agents are to act: a row of each begins.
@@ -64,29 +66,29 @@ class TimeLines:
             obs: what they see, [N, *obs].
             is_init: whether they begin an episode, [N].
         """
-        row = self._count[slots]
-        if len(row) and row.max() >= len(self._columns["is_init"][0]):
-            self._make_room(2 * len(self._columns["is_init"][0]))
+        at, room = self._at[slots], len(self._columns["is_init"])
+        if max(at.tolist()) >= room:
+            self._make_room(2 * room // self._num_slots)
         for path, values in iterate(obs, "observation"):
-            self._columns[path][slots, row] = values
-        self._columns["is_init"][slots, row] = is_init
+            self._columns[path][at] = values
+        self._columns["is_init"][at] = is_init
         self._goes_on[slots] = True
 
     def act(self, slots: np.ndarray, action: Tree, log_prob: np.ndarray, state: Tree, version: int) -> None:
         """What the agents do that were asked, and the state [N, ...] before."""
-        row = self._count[slots]
+        at = self._at[slots]
         for path, values in iterate(action, "action"):
-            self._columns[path][slots, row] = values
-        self._columns["action_log_prob"][slots, row] = log_prob
-        self._columns["policy_version"][slots, row] = version
+            self._columns[path][at] = values
+        self._columns["action_log_prob"][at] = log_prob
+        self._columns["policy_version"][at] = version
         if state is None:
             return
-        first = row == 0
+        first = at == slots
         map_tree(lambda rows, x: put(rows, slots, x), self._state, state)
         map_tree(lambda rows, x: put(rows, slots[first], x[first]), self._first_state, state)
         if self._keep_states:
             for path, values in iterate(state, "state"):
-                self._columns[path][slots, row] = values
+                self._columns[path][at] = values
 
     def credit(self, slot: int, reward: float) -> None:
         """A reward for what a time line's agent did last."""
@@ -94,27 +96,28 @@ class TimeLines:
 
     def complete(self, slots: Sequence[int]) -> None:
         """What these agents did last is complete, and they go on."""
-        at, pending = np.array(slots, np.int64), self._pending
-        self._columns["reward"][at, self._count[at]] = [pending[slot] for slot in slots]
-        self._count[at] += 1
+        places, pending = np.array(slots), self._pending
+        at = self._at[places]
+        self._columns["reward"][at] = [pending[slot] for slot in slots]
+        self._at[places] = at + self._num_slots
         for slot in slots:
             pending[slot] = 0.0
 
     def end(self, slot: int, terminated: bool, truncated: bool, obs: Tree | None) -> None:
         """An agent has left; without a final observation, which nothing then looks at, its last one stands for it."""
-        row = int(self._count[slot])
-        self._finals.append((slot, row, self._obs(slot, row) if obs is None else obs))
-        self._columns["terminated"][slot, row], self._columns["truncated"][slot, row] = terminated, truncated
+        at = int(self._at[slot])
+        self._finals.append((slot, at // self._num_slots, self._obs(at) if obs is None else obs))
+        self._columns["terminated"][at], self._columns["truncated"][at] = terminated, truncated
         self.complete([slot])
         self._goes_on[slot] = False
 
     def drop(self, slot: int) -> None:
         """An agent's environment failed: its episode is truncated before what it did last."""
-        row = int(self._count[slot])
-        last = row - 1
-        if row and not (self._columns["terminated"][slot, last] or self._columns["truncated"][slot, last]):
-            self._columns["truncated"][slot, last] = True
-            self._finals.append((slot, last, self._obs(slot, row)))
+        at = int(self._at[slot])
+        last = at - self._num_slots
+        if last >= 0 and not (self._columns["terminated"][last] or self._columns["truncated"][last]):
+            self._columns["truncated"][last] = True
+            self._finals.append((slot, last // self._num_slots, self._obs(at)))
         self._pending[slot] = 0.0
         self._goes_on[slot] = False
 
@@ -124,34 +127,36 @@ class TimeLines:
         Args:
             version: of the policy now.
         """
-        count, slots = self._count, self.slots
+        size, at, slots = self._num_slots, self._at, self.slots
+        count = self._counts()
         num_rows = max(1, int(count.max()))
         rows = self._layout.allocate(num_rows)
         view = rows.views()
         for path, column in self._columns.items():
-            view[path][...] = column[slots, :num_rows]
+            rows_of = column.reshape(-1, size, *column.shape[1:])[:num_rows, slots]
+            view[path][...] = rows_of.swapaxes(0, 1)
         view["mask"][...] = np.arange(num_rows) < count[slots, None]
         view["policy_version"][~view["mask"]] = version  # padding is of no other age than the rest
         view["length"][...] = count[slots]
-        last = np.where(self._goes_on, count, np.maximum(count - 1, 0))[slots]
+        last = np.where(self._goes_on | (count == 0), at, at - size)[slots]
         for path in (path for path in self._columns if path.split("/")[0] == "observation"):
-            view[f"last_{path}"][...] = self._columns[path][slots, last]
+            view[f"last_{path}"][...] = self._columns[path][last]
         if self._first_state is not None and not self._keep_states:
             map_tree(lambda rows, x: np.copyto(rows, x[slots]), nest(view)["state"], self._first_state)
         finals = self._layout.pack_finals([(self._place[slot], t, obs) for slot, t, obs in self._finals], [], num_rows)
         self._finals = []
         open_ = np.flatnonzero(self._goes_on)
         for column in self._columns.values():
-            column[open_, 0] = column[open_, count[open_]]
+            column[open_] = column[at[open_]]
         self._columns["terminated"][...] = self._columns["truncated"][...] = False  # until an agent ends
         if self._first_state is not None:
             map_tree(lambda rows, x: put(rows, open_, x[open_]), self._first_state, self._state)
-        self._count = np.zeros_like(count)
+        self._at = np.arange(size)
         return rows, finals
 
     def state(self) -> dict[str, Any]:
         """What begins the next fragment, between two of them, as tensors."""
-        arrays = {f"column/{path}": column[:, 0] for path, column in self._columns.items()}
+        arrays = {f"column/{path}": column[: self._num_slots] for path, column in self._columns.items()}
         arrays |= {"pending": np.array(self._pending), "goes_on": self._goes_on}
         if self._state is not None:
             arrays |= dict(iterate(self._first_state, "first")) | dict(iterate(self._state, "newest"))
@@ -161,7 +166,7 @@ class TimeLines:
         """Have some slots go on from what `state` returned."""
         arrays = {path: tensor.numpy()[slots] for path, tensor in state.items()}
         for path, column in self._columns.items():
-            column[slots, 0] = arrays[f"column/{path}"]
+            column[slots] = arrays[f"column/{path}"]
         self._goes_on[slots] = arrays["goes_on"]
         for slot, reward in zip(slots.tolist(), arrays["pending"].tolist()):
             self._pending[slot] = reward
@@ -180,14 +185,18 @@ class TimeLines:
         """Have room for so many rows of each time line."""
         old = self._columns
         self._columns = {
-            path: np.zeros((self._num_slots, num_rows, *shape), dtype)
+            path: np.zeros((num_rows * self._num_slots, *shape), dtype)
             for path, (dtype, shape) in self._fields.items()
             if path != "mask"
         }
         for path, column in old.items():
-            self._columns[path][:, : column.shape[1]] = column
+            self._columns[path][: len(column)] = column
 
-    def _obs(self, slot: int, row: int) -> Any:
-        """A copy of an observation."""
-        obs = {path: x[slot, row].copy() for path, x in self._columns.items() if path.split("/")[0] == "observation"}
+    def _counts(self) -> np.ndarray:
+        """Complete rows of each slot, [S]."""
+        return self._at // self._num_slots
+
+    def _obs(self, at: int) -> Any:
+        """A copy of the observation at a place."""
+        obs = {path: x[at].copy() for path, x in self._columns.items() if path.split("/")[0] == "observation"}
         return nest(obs)["observation"]

@@ -73,7 +73,7 @@ class NotedLines(TimeLines):
     def complete(self, slots: Sequence[int]) -> None:
         super().complete(slots)
         for slot in slots:
-            row, at = self.rows[slot][-1], (slot, self._count[slot] - 1)
+            row, at = self.rows[slot][-1], self._at[slot] - self._num_slots
             row.is_complete, row.reward = True, float(self._columns["reward"][at])
             row.terminated, row.truncated = (bool(self._columns[name][at]) for name in ("terminated", "truncated"))
 

@@ -43,6 +43,7 @@ def test_a_clock_begins_after_the_first_batches() -> None:
     measuring.quiet_trainer(clock).fit(IMPALA(), data)
     assert (clock.updates, clock.env_steps) == (3, 24)
     assert 0 < clock.means["time/sample_s"] * 3 < clock.seconds
+    assert clock.cpu_seconds > 0
 
 
 # --- scaling ----------------------------------------------------------------------------------------------------------
