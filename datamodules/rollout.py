@@ -124,8 +124,8 @@ class RolloutDataModule(EnvDataModule):
             for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
                 if getattr(self, option) != nothing and not learner.LEARNS_AGAIN:
                     raise OptionError(
-                        f"{option}={getattr(self, option)}: {type(learner).__name__} learns from each rollout once. "
-                        "Use APPO or IMPALA, or leave it out."
+                        f"{option}={getattr(self, option)}: {type(learner).__name__} does not learn from rollouts "
+                        "again. Use APPO or IMPALA alone, or leave it out."
                     )
 
     def _replays_of(self, algorithm: MultiAgent) -> dict[str, Replay]:
@@ -453,7 +453,9 @@ class RolloutDataModule(EnvDataModule):
             return
         learner, runners = self._waited_s / (time.perf_counter() - self._begun), self._runner_idle()
         self._begun = None
-        if learner > IDLE:
+        if learner > IDLE and runners > IDLE:
+            advice = "both wait, as where processes share too few cores"
+        elif learner > IDLE:
             advice = "add env runners, or environments to each"
         elif runners > IDLE:
             advice = "fewer of them, or prefetch=1, are as good"

@@ -72,11 +72,17 @@ class MultiAgent(Algorithm):
             raise OptionError(f"policies={policies!r}: expected a dict of algorithms and other policies by id.")
         check_ids(policies)
         made = {policy_id: _made(policy_id, given) for policy_id, given in policies.items()}
+        _check_apart(made)
         self.ids = tuple(made)
         self.algorithms: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Algorithm)})
         self.frozen: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Policy)})
         self.scripted = {i: x for i, x in made.items() if not isinstance(x, nn.Module)}
         self.trained = self._chosen(train)
+        if isinstance(init_from, str):
+            raise OptionError(
+                f"init_from={init_from!r}: expected a dict of checkpoints by policy, as in "
+                f"init_from={{{next(iter(made))!r}: {init_from!r}}}."
+            )
         for policy_id in init_from or ():
             if policy_id not in self.algorithms:
                 raise OptionError(f"init_from: {policy_id!r}: expected one of the algorithms {list(self.algorithms)}.")
@@ -264,8 +270,15 @@ class MultiAgent(Algorithm):
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         check_algorithm(self, found)
         there = found["policy"]["policies"]
-        if list(there) != list(self.ids):
-            raise CheckpointError(f"The checkpoint has the policies {list(there)}, this MultiAgent {list(self.ids)}.")
+        for what, in_file, here in (
+            ("policies", list(there), list(self.ids)),
+            ("train", list(found["policy"]["trained"]), list(self.trained)),
+        ):
+            if in_file != here:
+                raise CheckpointError(
+                    f"{what}={here}: the checkpoint has {in_file}. Resume with the same, in the same order, or begin a "
+                    "new run from its policies with init_from={policy: path}."
+                )
         for policy_id, algorithm in self.algorithms.items():
             check_policy_fits(algorithm, {"policy": there[policy_id]})
         check_shapes(self, found, state_dict)
@@ -298,7 +311,8 @@ class MultiAgent(Algorithm):
                 )
         chosen = [i for i in self.algorithms if train is None or i in train]
         if not chosen:
-            raise OptionError(f"train={train!r}: nothing is learned. Name one of {list(self.algorithms)}.")
+            mend = f"Name one of {list(self.algorithms)}" if self.algorithms else "Give one of them an algorithm"
+            raise OptionError(f"train={train!r}: none of the policies {list(self.ids)} is trained. {mend}.")
         return chosen
 
     def _mapping(self) -> Any:
@@ -398,6 +412,22 @@ def _made(policy_id: str, given: Any) -> Any:
         f"policies[{policy_id!r}]={given!r}: expected an algorithm such as PPO(), a checkpoint's path, Random(), or an "
         "object with act(obs)."
     )
+
+
+def _check_apart(policies: Mapping[str, Any]) -> None:
+    """Refuse an algorithm that is given twice, and one that is made of several."""
+    seen: dict[int, str] = {}
+    for policy_id, given in policies.items():
+        if isinstance(given, MultiAgent):
+            raise OptionError(f"policies[{policy_id!r}]: a MultiAgent: expected an algorithm with one policy.")
+        if not isinstance(given, nn.Module):
+            continue
+        other = seen.setdefault(id(given), policy_id)
+        if other != policy_id:
+            raise OptionError(
+                f"policies[{policy_id!r}] is the same object as policies[{other!r}]: make one for each, or give both "
+                "groups of agents one policy by policy_mapping."
+            )
 
 
 def _class_name(cls: type) -> str:

@@ -22,6 +22,7 @@ from lit_rl.roster import Roster
 
 BY_SLOT = operator.itemgetter(0)
 DICT = {dict}
+LONGEST_WAIT = 1_000  # env steps without anybody who acts
 LONGEST = 100_000  # env steps: what a longer episode was given is not kept
 
 
@@ -183,7 +184,13 @@ class Copies:
             copy_.take(result, events)
             if not copy_.slots:
                 events.over.append(copy_.outcome(b))
+            elif not copy_.asked:
+                copy_.check_wait()
         return events
+
+    @property
+    def env_id(self) -> str:
+        return self._env.env_id
 
     def state(self, b: int) -> dict[str, Any]:
         """How copy b's episode under way began, what it was given since, and what its agents see, in plain data."""
@@ -246,18 +253,31 @@ class _Copy:
         self.given: list[dict[str, Any]] | None = []  # since; None if that is too much
         self._env_id, self._roster, self._first, self._info_keys = env_id, roster, first_slot, info_keys
         self._returns: dict[str, float] = {}
+        self._asked_at = 0  # length of the episode when somebody was asked last
         self._infos: list[dict[str, float]] = []
 
     def begin(self, found: Any, seed: int | None, events: Events) -> None:
         """Take in what `reset` with a seed returned."""
         obs, _ = checked_reset(self._env_id, "reset", self._roster, found)
         self.seed, self.given = seed, []
-        self.slots, self._returns, self._infos, self.length = {}, {}, [], 0
+        self.slots, self._returns, self._infos, self.length, self._asked_at = {}, {}, [], 0, 0
         if not obs:
             raise EnvError(
                 f"env={self._env_id}: reset gave no observation: expected those of the agents that act first."
             )
         self._ask(obs, events)
+
+    def check_wait(self) -> None:
+        """Nobody acts: that may be, but not for ever.
+
+        Raises:
+            EnvError: if nobody was asked for long.
+        """
+        if self.length - self._asked_at >= LONGEST_WAIT:
+            raise EnvError(
+                f"env={self._env_id}: nobody was asked to act for {LONGEST_WAIT} steps, though {sorted(self.slots)} "
+                "are there. Give an observation of whoever acts next, or end their episodes."
+            )
 
     def remember(self, given: dict[str, Any]) -> None:
         """Keep what a step was given."""
@@ -323,6 +343,8 @@ class _Copy:
         if len(asked) > 1:  # not in the order of a dict, on which nothing must depend
             asked.sort(key=BY_SLOT)
         self.asked = asked
+        if asked:
+            self._asked_at = self.length
 
     def _appear(self, agent: str) -> int:
         if not isinstance(agent, str) or self._roster.name_of(agent) is None:

@@ -63,8 +63,8 @@ def policy_returns(results: Sequence[EvaluationResult]) -> dict[str, float]:
     """The mean return of an agent that acted by a policy, by its id; none where there is only one policy."""
     found: dict[str, list[float]] = {}
     for episode in (episode for result in results for episode in result.episodes):
-        for agent, policy_id in (episode.policies or {}).items():
-            found.setdefault(policy_id, []).append(episode.returns[agent])
+        for policy_id, returns in (episode.by_policy or {}).items():
+            found.setdefault(policy_id, []).extend(returns)
     return {policy_id: float(np.mean(found[policy_id])) for policy_id in sorted(found)}
 
 

@@ -69,8 +69,7 @@ class PolicyMapping:
             OptionError: if there is none.
         """
         if self._patterns is None:
-            assert callable(self.given)
-            return self._check(self.given(agent, info), f"for agent {agent!r}")
+            return self._check(self._asked(agent, info), f"for agent {agent!r}")
         for pattern, policy_id in self._patterns.items():
             if fnmatchcase(agent, pattern):
                 return policy_id
@@ -96,6 +95,16 @@ class PolicyMapping:
     def is_function(self) -> bool:
         """Whether it is one, which may give any agent any policy."""
         return self._patterns is None
+
+    def _asked(self, agent: str, info: EpisodeInfo) -> Any:
+        assert callable(self.given)
+        try:
+            return self.given(agent, info)
+        except Exception as error:
+            raise OptionError(
+                f"policy_mapping raised for agent {agent!r}: {type(error).__name__}: {error}. Expected a function of "
+                "an agent and an EpisodeInfo that returns a policy's id."
+            ) from error
 
     def _check(self, policy_id: Any, where: str) -> str:
         if policy_id not in self._ids:

@@ -174,6 +174,10 @@ def check_ids(policies: Mapping[str, Any]) -> None:
     for policy_id in policies:
         if not isinstance(policy_id, str) or not policy_id.isidentifier():
             raise OptionError(f"policies: the id {policy_id!r}: expected a word of letters, digits and underscores.")
+        if hasattr(nn.ModuleDict, policy_id) or policy_id == "training":
+            raise OptionError(
+                f"policies: the id {policy_id!r}: torch's modules have an attribute of that name. Rename it."
+            )
 
 
 def _make(

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lit_rl.distributions import distribution_for
-from lit_rl.errors import EnvError
+from lit_rl.errors import EnvError, LitRLError
 from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
 from lit_rl.observations import short
 from lit_rl.spec import EnvSpec
@@ -69,7 +69,17 @@ class Script:
         Raises:
             EnvError: if one is not legal.
         """
-        return [self._checked(obs, self._scripted.act(obs)) for obs in observations]
+        return [self._checked(obs, self._act(obs)) for obs in observations]
+
+    def _act(self, obs: Any) -> Any:
+        try:
+            return self._scripted.act(obs)
+        except LitRLError:
+            raise
+        except Exception as error:
+            raise EnvError(
+                f"policies[{self._policy_id!r}] raised in act: {type(error).__name__}: {error}. Mend the policy."
+            ) from error
 
     def _checked(self, obs: Any, action: Any) -> Any:
         space = self._spec.action_space

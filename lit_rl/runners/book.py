@@ -1,10 +1,13 @@
 """The rows of agents, written down policy by policy as they act: what is learned from."""
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 
 from lit_rl.envs.copies import Copies, Events
+from lit_rl.errors import EnvError
 from lit_rl.policy import Policy, PolicySet
 from lit_rl.runners.acting import final_observation
 from lit_rl.runners.cast import Actor, Cast, Choice, Group
@@ -34,7 +37,7 @@ class Book:
         keep_states: bool | Collection[str] = False,
         make: Callable[..., TimeLines] = TimeLines,
     ):
-        self._cast, self._make = cast, make
+        self._cast, self._copies, self._make = cast, copies, make
         self.lines = [self._lines_of(policy, actor, copies, keep_states) for actor in cast.actors]
 
     def act(self, group: Group, choice: Choice | None, version: int) -> None:
@@ -55,7 +58,12 @@ class Book:
         for slot, reward in events.credited:
             lines = all_lines[owner[slot]]
             if lines is not None:
-                lines.credit(slot, reward)
+                lines.credit(slot, reward)  # looked at when the fragment is complete
+            elif not math.isfinite(reward):
+                raise self._not_finite(f"in slot {slot}, whose policy is not trained", reward)
+        for agent, reward in events.uncredited:
+            if not math.isfinite(reward):
+                raise self._not_finite(repr(agent), reward)
         for slot in events.dropped:
             lines = all_lines[owner[slot]]
             if lines is not None:
@@ -73,6 +81,20 @@ class Book:
             lines = all_lines[group.number]
             if lines is not None:
                 lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
+
+    def fits(self, state: Mapping[str, Any], slots: np.ndarray) -> bool:
+        """Whether a runner's saved `state` has time lines of the same policies, and of the same ones in these slots."""
+        for lines, saved in zip(self.lines, state["lines"], strict=True):
+            if (lines is None) != (saved is None):
+                return False
+            open_ = [] if saved is None else [slot for slot in slots.tolist() if saved["goes_on"][slot]]
+            if lines is not None and not set(open_) <= set(lines.slots.tolist()):
+                return False
+        return True
+
+    def _not_finite(self, whose: str, reward: float) -> EnvError:
+        what = f"env={self._copies.env_id}: reward={reward} of agent {whose}"
+        return EnvError(f"{what}: expected finite numbers. Mend the environment.")
 
     def _lines_of(
         self, policy: Policy | PolicySet, actor: Actor, copies: Copies, keep_states: bool | Collection[str]

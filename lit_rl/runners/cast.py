@@ -3,7 +3,7 @@
 Shapes: B slots, N agents that act now by one policy.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,6 +166,16 @@ class Cast:
             return None
         roster = self._copies.roster
         return {str(roster.name_of(a)): self.actors[number].policy_id for a, number in self._given[b].items()}
+
+    def returns_of(self, b: int, returns: Mapping[str, float]) -> dict[str, list[float]] | None:
+        """The returns of copy b's agents by the policies they acted by; None if there is only one policy."""
+        if self._set is None:
+            return None
+        found: dict[str, list[float]] = {}
+        for agent, number in self._given[b].items():
+            if agent in returns:
+                found.setdefault(self.actors[number].policy_id, []).append(returns[agent])
+        return found
 
     def _grouped(self, asked: list[Asked]) -> Iterator[Group]:
         if len(self.actors) == 1 and asked:

@@ -27,6 +27,7 @@ class Episode(NamedTuple):
         returns: with several agents, of each entry of `possible_agents` that took part (of a pattern the mean over its
             agents); `return_` is the sum over all agents.
         policies: the ids of their policies, if there are several.
+        by_policy: the returns of the agents that acted by each of them.
     """
 
     return_: float
@@ -37,6 +38,7 @@ class Episode(NamedTuple):
     cut: bool = False
     returns: dict[str, float] | None = None
     policies: dict[str, str] | None = None
+    by_policy: dict[str, list[float]] | None = None
 
 
 class Fragment(NamedTuple):

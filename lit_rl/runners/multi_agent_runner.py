@@ -133,7 +133,7 @@ class MultiAgentEnvRunner:
         """Go on from what `get_state` returned; returns how many episodes could not, and start afresh.
 
         Each copy is reset as it was when its episode began, and given the episode's actions again. If its agents then
-        observe what they did, it goes on.
+        observe what they did, it goes on, unless the mapping now gives them other policies.
         """
         if not self._replayable or len(state.get("copies", ())) != self._num_envs:
             return self._num_envs
@@ -142,7 +142,7 @@ class MultiAgentEnvRunner:
             rng.bit_generator.state = saved
         for b, saved in enumerate(state["copies"]):
             slots = np.arange(b * size, (b + 1) * size)
-            if self._copies.begin_again(b, saved):
+            if self._book.fits(state, slots) and self._copies.begin_again(b, saved):
                 self._cast.load(state["cast"], b, slots)
                 for lines, of_lines in zip(self._lines, state["lines"]):
                     if lines is not None:
@@ -261,5 +261,6 @@ def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Epi
     """
     returns = returns_by_name(copies.roster, outcome.returns)
     total = math.fsum(outcome.returns.values())
-    policies = cast.policies_of(outcome.copy)
-    return Episode(total, outcome.length, outcome.info, returns=returns, policies=policies, **more)
+    policies, by_policy = cast.policies_of(outcome.copy), cast.returns_of(outcome.copy, outcome.returns)
+    info, length = outcome.info, outcome.length
+    return Episode(total, length, info, returns=returns, policies=policies, by_policy=by_policy, **more)

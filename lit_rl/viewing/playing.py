@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from lit_rl.envs.make import EnvConfig, Wrapper
+from lit_rl.envs.multi_agent import MultiAgentWrapper
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.agent_episodes import play_agents
 from lit_rl.evaluation.episodes import play
@@ -22,7 +23,8 @@ from lit_rl.viewing.timeline import Timeline
 from lit_rl.viewing.video import VideoFile, check_format, check_renders, framed, rendering
 
 # Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.
-TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole")
+TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole", "lit_rl.envs.multi_agent")
+TRUSTED_ENVS = ("lit_rl.envs.coins:CoinGame", "lit_rl.envs.multi_agent:ReplicatedEnv")
 TRUSTED_PLUGINS = ("ale_py",)  # modules whose import registers environments: "ale_py:ALE/Pong-v5"
 
 
@@ -55,7 +57,7 @@ def environment_of(
             )
         saved = {"env": env_id, "env_kwargs": {}, "wrappers": [], "vectorization": "sync"}
     if env is None:
-        _check_env(path, saved["env"])
+        _check_env(path, saved["env"], saved["env_kwargs"])
     if wrappers is None:
         for wrapper in saved["wrappers"]:
             _check_wrapper(path, wrapper, saved["wrappers"])
@@ -145,7 +147,13 @@ def _imported(option: str, name: str) -> Any:
         raise OptionError(f"{option}={name!r}: expected 'package.module:Class' ({error}).") from error
 
 
-def _check_env(path: Any, env: str) -> None:
+def _check_env(path: Any, env: Any, env_kwargs: dict[str, Any]) -> None:
+    if env in TRUSTED_ENVS:
+        if "env" in env_kwargs:  # it makes another
+            _check_env(path, str(env_kwargs["env"]), {})
+        for wrapper in env_kwargs.get("wrappers", ()):
+            _check_wrapper(path, wrapper, env_kwargs["wrappers"])
+        return
     module, colon, _ = env.rpartition(":")
     if (colon and module not in TRUSTED_PLUGINS) or (not colon and env not in gym.registry):
         is_module = "." in env and "/" not in env  # as PettingZoo's environments are named
@@ -161,7 +169,7 @@ def _check_wrapper(path: Any, wrapper: Any, wrappers: Sequence[Any]) -> None:
     module, _, attribute = name.partition(":")
     if module in TRUSTED_WRAPPERS:
         found = getattr(importlib.import_module(module), attribute, None)
-        if isinstance(found, type) and issubclass(found, gym.Wrapper):
+        if isinstance(found, type) and issubclass(found, gym.Wrapper | MultiAgentWrapper):
             return
     raise CheckpointError(
         f"Checkpoint {path} names the wrapper {name}, which is neither gymnasium's nor lit_rl's. A file does not "

@@ -504,7 +504,7 @@ def test_free_running_runners_fill_no_replay_buffers() -> None:
     algorithm = several(DQN(), two=IMPALA())
     with pytest.raises(OptionError, match="prefetch=2: expected 0 or 1 with replay, or fixed_lag"):
         fit(algorithm, rollout_data(num_env_runners=1, prefetch=2))
-    with pytest.raises(OptionError, match="num_reuses=2: DQN learns from each rollout once"):
+    with pytest.raises(OptionError, match="num_reuses=2: DQN does not learn from rollouts again"):
         fit(algorithm, rollout_data(num_reuses=2))
 
 

@@ -379,7 +379,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
 
 
 def test_what_needs_another_algorithm_or_datamodule_is_refused(make_trainer: Any) -> None:
-    with pytest.raises(OptionError, match="num_reuses=2: PPO learns from each rollout once"):
+    with pytest.raises(OptionError, match="num_reuses=2: PPO does not learn from rollouts again"):
         make_trainer().fit(PPO(), RolloutDataModule("CartPole-v1", num_reuses=2, max_env_steps=4096))
     with pytest.raises(OptionError, match="vtrace=False: IMPALA then learns as if its own policy had acted, but rows"):
         make_trainer().fit(

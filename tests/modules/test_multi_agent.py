@@ -394,9 +394,7 @@ def test_a_resumed_run_goes_on_with_every_algorithm(saved: tuple[Path, MultiAgen
     again = pair()
     fit(again, data(max_env_steps=192), path, limit_val_batches=0)
     assert again.env_steps_done == 192 and again.algorithms["two"].updates_done == 6
-    with pytest.raises(
-        CheckpointError, match=r"has the policies \['one', 'two', 'random'\], this MultiAgent \['one'\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"policies=\['one'\]: the checkpoint has \['one', 'two', 'random'\]"):
         fit(MultiAgent({"one": PPO(**SMALL)}), data(max_env_steps=192), path)
     assert first.env_steps_done == 96
 
@@ -479,7 +477,7 @@ def test_a_policy_can_begin_from_another_runs_checkpoint(tmp_path: Path) -> None
         (lambda: MultiAgent({"one": 3}), r"policies\['one'\]=3: expected an algorithm such as PPO\(\)"),
         (lambda: MultiAgent({"one": Random}), "expected an algorithm such as"),
         (lambda: MultiAgent({"one": PPO()}, train=["two"]), r"train: 'two' is no policy with an algorithm"),
-        (lambda: MultiAgent({"one": Random()}), "nothing is learned"),
+        (lambda: MultiAgent({"one": Random()}), r"none of the policies \['one'\] is trained. Give one of them"),
         (lambda: MultiAgent({"one": PPO()}, init_from={"two": "x.ckpt"}), "init_from: 'two': expected one of"),
     ],
 )
@@ -517,7 +515,7 @@ def test_a_path_for_all_policies_is_refused() -> None:
 
 
 def test_what_is_not_there_yet_is_refused() -> None:
-    with pytest.raises(OptionError, match="num_reuses=2: PPO learns from each rollout once"):
+    with pytest.raises(OptionError, match="num_reuses=2: PPO does not learn from rollouts again"):
         fit(MultiAgent({"one": PPO(), "two": IMPALA()}, policy_mapping={"a": "one", "*": "two"}), data(num_reuses=2))
 
 
@@ -543,3 +541,114 @@ def test_the_first_pattern_that_matches_wins() -> None:
     assert [mapping.policy_of(agent, info) for agent in ("red_1", "red_2", "blue")] == ["x", "y", "z"]
     assert mapping.may_be("red_*") == {"x", "y", "z"} and mapping.may_be("red_2") == {"y"}
     assert PolicyMapping("x", ["x"]).plain == "x" and PolicyMapping(lambda agent, info: "x", ["x"]).plain is None
+
+
+# --- what the users' own code does wrong ------------------------------------------------------------------------------
+
+
+class Raises:
+    def act(self, obs: Any) -> Any:
+        raise KeyError("board")
+
+
+def test_a_script_and_a_mapping_that_raise_are_named() -> None:
+    algorithm = MultiAgent({"learns": PPO(**SMALL), "s": Raises()}, policy_mapping={"a": "learns", "*": "s"})
+    with pytest.raises(EnvError, match=r"policies\['s'\] raised in act: KeyError: 'board'. Mend the policy."):
+        fit(algorithm)
+    with pytest.raises(OptionError, match=r"policy_mapping raised for agent 'a': TypeError: .* a function of an"):
+        fit(MultiAgent({"x": PPO(**SMALL)}, policy_mapping=lambda agent: "x"))  # type: ignore[arg-type,misc]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: MultiAgent({"eval": PPO()}), "the id 'eval': torch's modules have an attribute of that name"),
+        (lambda: MultiAgent({"x": PPO()}, init_from="old.ckpt"), r"expected a dict of checkpoints by policy, as in"),  # type: ignore[arg-type]
+        (lambda: MultiAgent(dict.fromkeys("xy", PPO())), r"policies\['y'\] is the same object as policies\['x'\]"),
+        (lambda: MultiAgent({"x": MultiAgent({"y": PPO()})}), r"policies\['x'\]: a MultiAgent: expected an algorithm"),
+    ],
+)
+def test_policies_that_cannot_be_are_refused(make: Any, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        make()
+
+
+class Rewards(Pair):
+    """Gives "right" always one reward, or asks nobody any more."""
+
+    def __init__(self, reward: float = 0.0, silent: bool = False):
+        super().__init__()
+        self._reward, self._silent = reward, silent
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        if self._silent:
+            return {}, {}, {}, {}, {}
+        obs, reward, *rest = super().step(actions)
+        return obs, reward | {"right": self._reward}, *rest
+
+
+def test_a_reward_that_is_no_number_is_refused_also_where_nobody_learns_from_it() -> None:
+    algorithm = MultiAgent({"left": PPO(**SMALL), "right": Random()})
+    with pytest.raises(EnvError, match="reward=nan of agent in slot 1, whose policy is not trained: expected finite"):
+        fit(algorithm, data(lambda: Rewards(float("nan"))), limit_val_batches=0)
+
+
+def test_an_environment_in_which_nobody_is_asked_any_more_is_refused() -> None:
+    algorithm = MultiAgent({"left": PPO(**SMALL), "right": Random()})
+    with pytest.raises(EnvError, match=r"nobody was asked to act for 1000 steps, though \['left', 'right'\] are there"):
+        fit(algorithm, data(lambda: Rewards(silent=True), max_env_steps=4096), limit_val_batches=0)
+
+
+def test_resuming_with_other_policies_that_are_trained_is_refused(tmp_path: Path) -> None:
+    mapping = {"a": "one", "*": "two"}
+    trainer = quiet_trainer(limit_val_batches=0)
+    trainer.fit(MultiAgent({"one": PPO(**SMALL), "two": PPO(**SMALL)}, policy_mapping=mapping, train=["one"]), data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    both = MultiAgent({"one": PPO(**SMALL), "two": PPO(**SMALL)}, policy_mapping=mapping)
+    with pytest.raises(CheckpointError, match=r"train=\['one', 'two'\]: the checkpoint has \['one'\]. Resume with the"):
+        fit(both, data(max_env_steps=192), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_episodes_begin_afresh_where_a_resumed_run_has_another_mapping(tmp_path: Path) -> None:
+    def algorithm(first: str, others: str) -> MultiAgent:
+        policies = {"one": PPO(**SMALL), "two": PPO(**SMALL)}
+        return MultiAgent(policies, policy_mapping={"a": first, "*": others})
+
+    env_kwargs = {"mode": "turns", "num_agents": 3, "forgets": True}
+    trainer = quiet_trainer(limit_val_batches=0)
+    trainer.fit(algorithm("one", "two"), data(env_kwargs=env_kwargs))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    seen, other = Seen(), algorithm("two", "one")
+    source = data(env_kwargs=env_kwargs, max_env_steps=192)
+    fit(other, source, ckpt_path=tmp_path / "a.ckpt", callbacks=[seen], limit_val_batches=0)
+    assert other.env_steps_done == 192 and set(seen_agents(seen, "two")) == {0}
+
+
+class Cars(MultiAgentEnv):
+    """Two cars, one of which is paid and the other not."""
+
+    possible_agents = ("car_*",)
+    max_agents = 2
+
+    def observation_space(self, agent: str) -> Any:
+        return IdentityEnv(3).observation_space
+
+    def action_space(self, agent: str) -> Any:
+        return IdentityEnv(3).action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self._t = 0
+        return {car: IdentityEnv(3).reset(seed=0)[0] for car in ("car_1", "car_2")}, {}
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        self._t += 1
+        obs = {car: IdentityEnv(3).reset(seed=0)[0] for car in actions}
+        return obs, {"car_1": 5.0, "car_2": -1.0}, dict.fromkeys(actions, self._t == 4), {}, {}
+
+
+def test_returns_of_policies_are_those_of_their_own_agents_also_of_one_pattern() -> None:
+    policies = {"paid": PPO(**SMALL), "unpaid": PPO(**SMALL)}
+    algorithm = MultiAgent(policies, policy_mapping={"car_1": "paid", "*": "unpaid"})
+    metrics = fit(algorithm, data(Cars))
+    assert metrics["paid/eval/return_mean"] == 20.0 and metrics["unpaid/eval/return_mean"] == -4.0
+    assert metrics["eval/return_mean/car_*"] == 8.0
