@@ -4,8 +4,8 @@ RLlib needs packages that lit_rl does not: see async_speed.py.
 
     .venv/bin/python benchmarks/multi_agent_speed.py --rllib-python ../rllib/bin/python --rounds 5 --write
 
-The tasks "in_process" and "runners" train one policy, which all agents of `FourPoints` share, in this process and with 2
-env runners. There are 8 copies of the environment in each process, 128 env steps of each copy in a rollout, 4 passes
+The tasks "in_process" and "runners" train one policy, which all agents of `FourPoints` share, in this process and with
+2 env runners. There are 8 copies of the environment in each process, 128 env steps of each copy in a rollout, 4 passes
 over the rows in minibatches of 256, and 2x64 tanh units in the policy and in the critic. An env step is one call of an
 environment's `step`, in both libraries; each brings 4 rows, one for each agent. RLlib's minibatches are of rows of a
 policy too, so both libraries learn from as many rows an env step, which is counted: `learned_rows_per_env_step`. RLlib

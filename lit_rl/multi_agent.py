@@ -49,7 +49,8 @@ class MultiAgent(Algorithm):
             `{"red_*": "team", "*": "random"}`, of which the first that matches wins, or a function of an agent and an
             `EpisodeInfo`. None: the only policy, or the one that is called as the agent.
         train: ids of the algorithms that learn; None: all of them. The others' policies act as they are.
-        init_from: checkpoints by policy id, from whose policies these begin.
+        init_from: checkpoints by policy id, from whose policies these begin; of one that holds several, from the one
+            with that id.
         spec: the environment's agents and spaces, a `MultiAgentSpec` in plain data; None takes the datamodule's.
     """
 
@@ -145,7 +146,7 @@ class MultiAgent(Algorithm):
             )
         self.build_networks(source_of(self._trainer))
         for policy_id, path in paths.items() if is_new else ():
-            init_from(self.algorithms[policy_id], path)
+            init_from(self.algorithms[policy_id], path, policy_id)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         found: list[torch.optim.Optimizer] = []

@@ -81,7 +81,7 @@ def check_policy_fits(algorithm: Any, found: Mapping[str, Any]) -> None:
             )
 
 
-def init_from(algorithm: Any, path: Any) -> None:
+def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
     """Take the policy with its normaliser from another run's checkpoint, and all else of equal name and shape.
 
     One line lists what was not taken. Counters and the optimizer's state are those of a new run.
@@ -89,13 +89,17 @@ def init_from(algorithm: Any, path: Any) -> None:
     Args:
         algorithm: that has its networks; the checkpoint may be of another algorithm with the same policy.
         path: of the checkpoint.
+        policy_id: which of the policies, where the checkpoint holds several.
 
     Raises:
         CheckpointError: if the policy there differs from the one here, or the file cannot be read.
     """
     checkpoint = read_checkpoint(path)
-    check_policy_fits(algorithm, section(checkpoint, path))
-    there, here = checkpoint["state_dict"], algorithm.state_dict()
+    found, there = section(checkpoint, path), checkpoint["state_dict"]
+    if "policies" in found["policy"]:
+        found, there = _part(found, there, path, policy_id)
+    check_policy_fits(algorithm, found)
+    here = algorithm.state_dict()
     fitting = {name for name in there.keys() & here.keys() if there[name].shape == here[name].shape} - COUNTERS
     policy = [name for name in sorted(there.keys() | here.keys()) if name.startswith(POLICY_PREFIX)]
     for name in policy:
@@ -109,3 +113,18 @@ def init_from(algorithm: Any, path: Any) -> None:
     left = sorted((there.keys() | here.keys()) - fitting - COUNTERS)
     if left:
         rank_zero_info(f"init_from={str(path)!r}: not taken, since it is not alike in both runs: {', '.join(left)}")
+
+
+def _part(
+    found: Mapping[str, Any], weights: Mapping[str, Tensor], path: Any, policy_id: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The section and the weights of one of several algorithms' checkpoint, as if it had been written alone."""
+    prefix = f"algorithms.{policy_id}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not own:
+        which = f"none is an algorithm called {policy_id!r}" if policy_id else "MultiAgent alone takes one of them"
+        raise CheckpointError(
+            f"init_from={str(path)!r}: the checkpoint holds the policies {list(found['policy']['policies'])}, and "
+            f"{which}. Name a checkpoint of one policy."
+        )
+    return {"policy": found["policy"]["policies"][policy_id]}, own

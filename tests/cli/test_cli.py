@@ -351,7 +351,7 @@ def test_several_policies_run_from_a_config(capsys: pytest.CaptureFixture) -> No
     assert saved["hyper_parameters"]["policies"]["first"]["options"]["lr"] == 2e-3
     lit_rl("validate", "--config", "several.yaml", "--ckpt_path", str(checkpoint))
     assert "second/eval/return_mean" in capsys.readouterr().out
-    lit_rl("play", str(checkpoint), "--env", "lit_rl.envs.multi_agent:ReplicatedEnv", "--episodes", "1")
+    lit_rl("play", str(checkpoint), "--episodes", "1")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Episode 1: return")]
     assert "(agent_0 " in line and ", agent_1 " in line
 

@@ -171,6 +171,24 @@ def test_a_file_does_not_decide_what_is_imported(make_trainer, capsys) -> None:
         assert f"names the wrapper {wrapper}" in fails(capsys, "play", "evil.ckpt")
 
 
+def test_copies_of_an_environment_import_nothing_unasked_either(make_trainer, capsys) -> None:
+    copies, hidden = "lit_rl.envs.multi_agent:ReplicatedEnv", "lit_rl.envs.cartpole:HideVelocities"
+    path = train(
+        make_trainer, copies, env_kwargs={"env": "CartPole-v1", "wrappers": [hidden]},
+        wrappers=["lit_rl.envs.multi_agent:AgentId"],
+    )  # fmt: skip
+    cli.main(["play", path, "--episodes", "1"])
+    assert "agent_1" in capsys.readouterr().out
+    checkpoint = torch.load(path, weights_only=True)
+    for kwargs, what in (
+        ({"env": "evil:Env"}, "names the environment evil:Env"),
+        ({"env": "CartPole-v1", "wrappers": ["os:system"]}, "names the wrapper os:system"),
+    ):
+        checkpoint["lit_rl"]["env"] = {"env": copies, "env_kwargs": kwargs, "wrappers": [], "vectorization": "sync"}
+        torch.save(checkpoint, "evil.ckpt")
+        assert what in fails(capsys, "play", "evil.ckpt")
+
+
 def test_an_older_checkpoint_is_played_by_its_id_and_another_environment_is_refused(make_trainer, capsys) -> None:
     checkpoint = torch.load(train(make_trainer), weights_only=True)
     del checkpoint["lit_rl"]["env"]

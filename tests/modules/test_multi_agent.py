@@ -599,6 +599,25 @@ def test_an_environment_in_which_nobody_is_asked_any_more_is_refused() -> None:
         fit(algorithm, data(lambda: Rewards(silent=True), max_env_steps=4096), limit_val_batches=0)
 
 
+def test_a_policy_begins_as_the_one_of_its_name_in_a_file_of_several(saved: tuple[Path, MultiAgent]) -> None:
+    path, first = saved
+    other = MultiAgent(
+        {"one": PPO(**SMALL), "r": Random()}, policy_mapping={"a": "one", "*": "r"}, init_from={"one": str(path)}
+    )
+    trainer = quiet_trainer(max_epochs=0)
+    trainer.fit(other, data())
+    assert_same(other.algorithms["one"].policy.state_dict(), first.algorithms["one"].policy.state_dict())
+    mapping = {"b": "three", "*": "r"}
+    wrong = MultiAgent({"three": IMPALA(), "r": Random()}, policy_mapping=mapping, init_from={"three": str(path)})
+    with pytest.raises(CheckpointError, match=r"holds the policies \['one', 'two', 'random'\], and none is .* 'three'"):
+        fit(wrong)
+    env: dict[str, Any] = {"env_kwargs": {"mode": "turns", "num_agents": 3}}
+    alone = PPO(**SMALL)
+    alone.init_from = str(path)  # as the command line's --init_from does
+    with pytest.raises(CheckpointError, match=r"MultiAgent alone takes one of them. Name a checkpoint of one policy"):
+        quiet_trainer().fit(alone, data(LoggedAgents, **env))
+
+
 def test_resuming_with_other_policies_that_are_trained_is_refused(tmp_path: Path) -> None:
     mapping = {"a": "one", "*": "two"}
     trainer = quiet_trainer(limit_val_batches=0)
