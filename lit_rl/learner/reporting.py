@@ -20,11 +20,14 @@ class Reporter:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._unlogged: tuple[dict[str, float], int] | None = None  # the last update's metrics, and their step
-        self._batch_ended = time.perf_counter()
+        self._batch_ended = self._new_ended = time.perf_counter()  # any batch, and one that brought env steps
+        self._env_steps_per_s = 0.0
 
     def resume_timing(self) -> None:
         """Training goes on now: what was before (evaluation, checkpoints) is not its time."""
-        self._batch_ended = time.perf_counter()
+        now = time.perf_counter()
+        self._new_ended += now - self._batch_ended
+        self._batch_ended = now
 
     def update(
         self, metrics: dict[str, Any], *, started: float, waited_s: float, step: int, env_steps: int, new: int
@@ -41,7 +44,10 @@ class Reporter:
         """
         ended = time.perf_counter()
         metrics["time/update_s"] = ended - started - waited_s
-        metrics["time/env_steps_per_s"] = new / max(ended - self._batch_ended, 1e-9)
+        if new:  # the time since the last ones, with what was learned from again meanwhile
+            self._env_steps_per_s = new / max(ended - self._new_ended, 1e-9)
+            self._new_ended = ended
+        metrics["time/env_steps_per_s"] = self._env_steps_per_s
         self._batch_ended = ended
         trainer = self._trainer
         values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
