@@ -183,3 +183,10 @@ def test_one_process_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert async_faults.Dawdling(lock, owner=0)._seconds == 10 * async_faults.STEP_S
     monkeypatch.setattr(async_faults.os, "getpid", lambda: 1)
     assert async_faults.Dawdling(lock, owner=0)._seconds == async_faults.STEP_S
+
+
+def test_the_documented_table_of_the_lag_is_that_of_the_written_cells() -> None:
+    cells = json.loads((ROOT / "docs" / "results" / "lag_cartpole.json").read_text())["cells"]
+    assert len(cells) == 2 * len(lag.LAGS) * len(lag.SEEDS)
+    page = (ROOT / "docs" / "impala.md").read_text()
+    assert all(line in page for line in lag.table(cells).splitlines()[1:])
