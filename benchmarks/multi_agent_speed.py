@@ -7,18 +7,18 @@ RLlib needs packages that lit_rl does not: see async_speed.py.
 The tasks "in_process" and "runners" train one policy, which all agents of `FourPoints` share, in this process and with
 2 env runners. There are 8 copies of the environment in each process, 128 env steps of each copy in a rollout, 4 passes
 over the rows in minibatches of 256, and 2x64 tanh units in the policy and in the critic. An env step is one call of an
-environment's `step`, in both libraries; each brings 4 rows, one for each agent. RLlib's minibatches are of rows of a
-policy too, so both libraries learn from as many rows an env step, which is counted: `learned_rows_per_env_step`. RLlib
-runs with 8 copies in each process, as lit_rl does, which RLlib 2.60 accepts of multi-agent environments too; and with
-one copy, in as long rollouts. Read the faster one.
+environment's `step` in both libraries, and brings 4 rows, one for each agent. Minibatches are of rows in both
+libraries. `learned_rows_per_env_step` counts them, repeats included: RLlib's are up to 2 % more, as it adds a row to
+each piece of an episode. RLlib 2.60 takes several copies of a multi-agent environment, so it runs with 8 copies in each
+process, as lit_rl does; and with one copy, in as long rollouts. Read the faster one.
 
 The tasks "CartPole-v1" and "HalfCheetah-v5" train the same environment twice: as it is, and as the only agent of
 `ReplicatedEnv`. Copies, rollouts, passes and minibatches are those of ppo_speed.py, without compilation.
 
-Systems run in processes of their own, in turns, with one torch thread. The first two rollouts are not timed. Read the
-ratios, which are made within each round. Seconds of the processor are of the process that trains, so they are there
-only if it collects too: what else the machine does changes them less. A round of all tasks takes 4 minutes on two idle
-cores.
+Systems run in processes of their own, in turns, with one torch thread. The first two rollouts are not timed, nor is
+compilation. Read the ratios, which are made within each round. Seconds of the processor are of the process that trains,
+so they are there only if it collects too: what else the machine does changes them less. A round of all tasks takes 5
+minutes on two idle cores.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def lit_rl(
     shape: tuple[int, int, int, int] = (COPIES, LENGTH, EPOCHS, MINIBATCH),
     num_env_runners: int = 0,
     env_kwargs: Any = None,
+    compile: bool = False,
 ) -> dict[str, float]:
     """Speed of lit_rl's PPO.
 
@@ -74,6 +75,7 @@ def lit_rl(
         shape: copies, env steps of each in a rollout, passes over its rows, rows of a minibatch.
         num_env_runners: 0: in this process.
         env_kwargs: of the environment.
+        compile: of the algorithm. Compilation is not timed.
     """
     from measuring import Clock, quiet_trainer
 
@@ -84,7 +86,8 @@ def lit_rl(
         env, env_kwargs=env_kwargs or {}, num_envs_per_env_runner=copies, rollout_length=length,
         num_env_runners=num_env_runners, torch_threads=1, seed=0,
     )  # fmt: skip
-    algorithm, clock = PPO(lr=2.5e-4, num_epochs=epochs, minibatch_size=minibatch, **OPTIONS), Clock(seconds, WARM_UP)
+    algorithm = PPO(lr=2.5e-4, num_epochs=epochs, minibatch_size=minibatch, compile=compile, **OPTIONS)
+    clock = Clock(seconds, WARM_UP)
     quiet_trainer(clock).fit(algorithm, data)
     learned = clock.updates * epochs * algorithm.steps_per_pass * minibatch
     return speeds(clock.seconds, None if num_env_runners else clock.cpu_seconds, clock.env_steps, learned)
@@ -170,15 +173,16 @@ def alone_and_replicated(env: str) -> dict[str, Callable[[float], dict[str, floa
     }
 
 
-# The first system of a task is compared to the others.
 TASKS: dict[str, dict[str, Callable[[float], dict[str, float]]]] = {
     "in_process": {
         "lit_rl": lit_rl,
+        "lit_rl, compiled": lambda seconds: lit_rl(seconds, compile=True),
         "RLlib": lambda seconds: rllib(seconds, COPIES),
         "RLlib, one copy": lambda seconds: rllib(seconds, 1),
     },
     "runners": {
         "lit_rl": lambda seconds: lit_rl(seconds, num_env_runners=2),
+        "lit_rl, compiled": lambda seconds: lit_rl(seconds, num_env_runners=2, compile=True),
         "RLlib": lambda seconds: rllib(seconds, COPIES, 2),
         "RLlib, one copy": lambda seconds: rllib(seconds, 1, 2),
     },
@@ -187,20 +191,32 @@ TASKS: dict[str, dict[str, Callable[[float], dict[str, float]]]] = {
 
 
 def ratios(runs: dict[str, list[dict[str, float]]], key: str = "env_steps_per_s") -> dict[str, list[float]]:
-    """How many times another system's speed the first one's is, in each round."""
+    """How many times another system's speed ours is, in each round, as "ours / other"."""
     first, *others = runs
-    return {name: [round(a[key] / b[key], 3) for a, b in zip(runs[first], runs[name])] for name in others}
+    ours = [first, *(name for name in others if name.startswith("lit_rl"))]
+    return {
+        f"{our} / {name}": [round(a[key] / b[key], 3) for a, b in zip(runs[our], runs[name])]
+        for our in ours
+        for name in others
+        if name not in ours
+    }
 
 
 def table(tasks: dict[str, dict[str, list[dict[str, float]]]], key: str = "env_steps_per_s") -> str:
-    """Medians over the rounds: speeds, and how many times another system's the first one's is."""
-    lines = ["| task | system | env steps/s | the first / it |", "|---|---|---|---|"]
+    """Medians over the rounds: speeds, and how many times another system's the first one's is, and the compiled one's.
+
+    Args:
+        tasks: runs of each system of each task.
+        key: of the speed.
+    """
+    lines = ["| task | system | env steps/s | the first / it | compiled / it |", "|---|---|---|---|---|"]
     for task, runs in tasks.items():
         compared = ratios(runs, key)
         for system, rounds in runs.items():
             speed = statistics.median(found[key] for found in rounds)
-            cell = f"{statistics.median(compared[system]):.2f}" if system in compared else ""
-            lines.append(f"| {task} | {system} | {speed:,.0f} | {cell} |")
+            pairs = [compared.get(f"{our} / {system}") for our in (next(iter(runs)), "lit_rl, compiled")]
+            cells = [f"{statistics.median(pair):.2f}" if pair else "" for pair in pairs]
+            lines.append(f"| {task} | {system} | {speed:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -107,10 +107,10 @@ class Batches:
             rollout.env_steps = int(rollout["mask"].sum())
             yield {"ppo": evened(rollout, torch.device("cpu")), "dqn": ReplayStream(self.minibatches)}
 
-    def minibatches(self, stream: ReplayStream) -> Iterator[TensorDict]:
+    def minibatches(self, stream: ReplayStream) -> Iterator[tuple[str, TensorDict]]:
         for _ in range(3):
             stream.env_steps += 5
-            yield self.minibatch.clone()
+            yield "", self.minibatch.clone()
 
 
 def record() -> tuple[EnvSpec, Rollout, TensorDict]:

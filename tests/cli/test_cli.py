@@ -66,6 +66,8 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     else:
         more = ["--model.num_epochs", "1"] if config["model"]["class_path"] == "PPO" else []
         updates = data.get("num_reuses", 1)
+        for policy_id in data.get("replay", ()):
+            more += [f"--data.replay.{policy_id}.learning_starts", str(data["replay"][policy_id]["batch_size"])]
     if config["model"]["init_args"].get("compile"):  # takes half a minute; see test_compiled.py
         more += ["--model.compile", "false"]
     lit_rl(

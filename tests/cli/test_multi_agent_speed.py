@@ -64,12 +64,23 @@ def speeds(*env_steps_per_s: float) -> list[dict[str, Any]]:
     return [{"env_steps_per_s": speed} for speed in env_steps_per_s]
 
 
-def test_the_first_system_is_compared_within_each_round() -> None:
-    runs = {"lit_rl": speeds(100, 300, 200), "RLlib": speeds(50, 50, 400)}
-    assert multi_agent_speed.ratios(runs) == {"RLlib": [2.0, 6.0, 0.5]}
-    assert multi_agent_speed.table({"runners": runs}).splitlines()[2:] == [
-        "| runners | lit_rl | 200 |  |",
-        "| runners | RLlib | 50 | 2.00 |",
+def test_ours_are_compared_to_the_others_within_each_round() -> None:
+    runs = {
+        "lit_rl": speeds(100, 300, 200),
+        "lit_rl, compiled": speeds(200, 200, 800),
+        "RLlib": speeds(50, 50, 400),
+    }
+    assert multi_agent_speed.ratios(runs) == {
+        "lit_rl / RLlib": [2.0, 6.0, 0.5],
+        "lit_rl, compiled / RLlib": [4.0, 4.0, 2.0],
+    }
+    alone = {"multi-agent": speeds(80), "single-agent": speeds(100)}
+    assert multi_agent_speed.table({"runners": runs, "CartPole-v1": alone}).splitlines()[2:] == [
+        "| runners | lit_rl | 200 |  |  |",
+        "| runners | lit_rl, compiled | 200 |  |  |",
+        "| runners | RLlib | 50 | 2.00 | 4.00 |",
+        "| CartPole-v1 | multi-agent | 80 |  |  |",
+        "| CartPole-v1 | single-agent | 100 | 0.80 |  |",
     ]
 
 

@@ -116,7 +116,8 @@ class SeveralActors:
     """What each would be in a process of its own, in one: starting one takes seconds."""
 
     def __init__(self, makers: dict[str, MakeRunner]):
-        self._actors = {name: _RunnerActor(maker, 0, 0, FaultTolerance(), "") for name, maker in makers.items()}
+        packed = {name: ray.cloudpickle.dumps(maker) for name, maker in makers.items()}
+        self._actors = {name: _RunnerActor(maker, 0, 0, FaultTolerance(), "") for name, maker in packed.items()}
 
     def sample(self, name: str, acts_by: tuple[Packed, int, Sequence[float]]) -> Fragment:
         return self._actors[name].sample(acts_by)
