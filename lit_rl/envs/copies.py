@@ -192,6 +192,12 @@ class Copies:
     def env_id(self) -> str:
         return self._env.env_id
 
+    def who(self, slot: int) -> str:
+        """The agent in a slot, in words; where ids are not known beforehand the slot itself."""
+        copy_, at = divmod(slot, self.roster.num_slots)
+        names = self.roster.names
+        return f"{f'agent {names[at]!r}' if len(names) == self.roster.num_slots else f'slot {at}'} of copy {copy_}"
+
     def state(self, b: int) -> dict[str, Any]:
         """How copy b's episode under way began, what it was given since, and what its agents see, in plain data."""
         copy_ = self._copies[b]

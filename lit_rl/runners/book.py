@@ -60,10 +60,10 @@ class Book:
             if lines is not None:
                 lines.credit(slot, reward)  # looked at when the fragment is complete
             elif not math.isfinite(reward):
-                raise self._not_finite(f"in slot {slot}, whose policy is not trained", reward)
+                raise self._not_finite(f"{self._copies.who(slot)}, whose policy is not trained", reward)
         for agent, reward in events.uncredited:
             if not math.isfinite(reward):
-                raise self._not_finite(repr(agent), reward)
+                raise self._not_finite(f"agent {agent!r}, which is not there", reward)
         for slot in events.dropped:
             lines = all_lines[owner[slot]]
             if lines is not None:
@@ -93,7 +93,7 @@ class Book:
         return True
 
     def _not_finite(self, whose: str, reward: float) -> EnvError:
-        what = f"env={self._copies.env_id}: reward={reward} of agent {whose}"
+        what = f"env={self._copies.env_id}: reward={reward} of {whose}"
         return EnvError(f"{what}: expected finite numbers. Mend the environment.")
 
     def _lines_of(

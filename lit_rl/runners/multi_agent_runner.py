@@ -240,14 +240,10 @@ class MultiAgentEnvRunner:
                 continue
             line = int(np.argwhere(~np.isfinite(array))[0][0])
             value = array[line][~np.isfinite(array[line])].flat[0]
-            roster = self._copies.roster
-            copy, at = divmod(int(lines.slots[line]), roster.num_slots)
-            who = f"agent {roster.names[at]!r}" if len(roster.names) == roster.num_slots else f"slot {at}"
+            who = self._copies.who(int(lines.slots[line]))
             what = path.removeprefix("last_").removeprefix("final_").split("/")[0]
             mend = "The policy has diverged: lower lr." if what in OF_POLICY else "Mend the environment."
-            raise EnvError(
-                f"env={self._env.env_id}: {what}={value} of {who} of copy {copy}: expected finite numbers. {mend}"
-            )
+            raise EnvError(f"env={self._env.env_id}: {what}={value} of {who}: expected finite numbers. {mend}")
 
 
 def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Episode:

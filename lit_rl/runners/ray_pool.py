@@ -436,7 +436,7 @@ class _RunnerActor:
 
 
 def _read(make_runner: bytes) -> MakeRunner:
-    """What this process was sent by the learner.
+    """What this process was sent by the learner, as Ray itself sends an actor's arguments.
 
     Raises:
         EnvError: if the code of an environment, a wrapper or a policy cannot be imported here.

@@ -190,3 +190,13 @@ def test_the_documented_table_of_the_lag_is_that_of_the_written_cells() -> None:
     assert len(cells) == 2 * len(lag.LAGS) * len(lag.SEEDS)
     page = (ROOT / "docs" / "impala.md").read_text()
     assert all(line in page for line in lag.table(cells).splitlines()[1:])
+
+
+def test_the_documented_shares_of_the_ideal_are_those_that_were_measured() -> None:
+    found: dict[int, list[str]] = {}
+    for cell in json.loads((ROOT / "docs" / "results" / "async_scaling.json").read_text())["cells"]:
+        share = cell["env_steps_per_s"] / cell["runners"] * cell["sleep_ms"] / 10  # %
+        found.setdefault(cell["sleep_ms"], []).append(f"{share:.0f}%")
+    page = (ROOT / "docs" / "asynchronous.md").read_text()
+    for sleep_ms, begin in ((100, "steps of 100 ms"), (10, "10 ms"), (1, "1 ms")):
+        assert f"| {begin} | {' | '.join(found[sleep_ms])} |" in page

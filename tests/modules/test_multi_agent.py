@@ -29,6 +29,7 @@ from lit_rl import (
     load_policy,
 )
 from lit_rl.errors import CheckpointError, EnvError, OptionError
+from lit_rl.evaluation.episodes import play
 from lit_rl.policy import PolicySet
 from lit_rl.policy.mapping import PolicyMapping
 from lit_rl.rollout import Rollouts
@@ -589,7 +590,7 @@ class Rewards(Pair):
 
 def test_a_reward_that_is_no_number_is_refused_also_where_nobody_learns_from_it() -> None:
     algorithm = MultiAgent({"left": PPO(**SMALL), "right": Random()})
-    with pytest.raises(EnvError, match="reward=nan of agent in slot 1, whose policy is not trained: expected finite"):
+    with pytest.raises(EnvError, match="reward=nan of agent 'right' of copy 0, whose policy is not trained: expected"):
         fit(algorithm, data(lambda: Rewards(float("nan"))), limit_val_batches=0)
 
 
@@ -671,3 +672,13 @@ def test_returns_of_policies_are_those_of_their_own_agents_also_of_one_pattern()
     metrics = fit(algorithm, data(Cars))
     assert metrics["paid/eval/return_mean"] == 20.0 and metrics["unpaid/eval/return_mean"] == -4.0
     assert metrics["eval/return_mean/car_*"] == 8.0
+
+
+def test_an_episode_says_who_acted_by_which_policy_and_what_each_got() -> None:
+    algorithm = MultiAgent({"left": PPO(**SMALL), "right": Random()})
+    source = data(lambda: Rewards(2.0))
+    fit(algorithm, source, limit_val_batches=0)
+    (episode,) = play(source.env, algorithm.policy, [0])
+    assert episode.returns is not None and episode.returns["right"] == 8.0  # of four steps
+    assert episode.policies == {"left": "left", "right": "right"}
+    assert episode.by_policy == {"left": [episode.returns["left"]], "right": [8.0]}
