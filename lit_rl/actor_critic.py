@@ -1,12 +1,25 @@
 """What algorithms with a policy and a critic of states share."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm
 from lit_rl.errors import OptionError
-from lit_rl.learner.refusals import check_memory
-from lit_rl.networks import ValueHead, ValueNetwork, build_network, check_same_in_training, output_size
+from lit_rl.learner.refusals import check_critic, check_memory
+from lit_rl.networks import (
+    CentralCritic,
+    NetworkFactory,
+    ValueHead,
+    ValueNetwork,
+    build_network,
+    check_same_in_training,
+    output_size,
+)
 from lit_rl.normalizer import ReturnNormalizer
+from lit_rl.rollout import OWN, WITH_CENTRAL
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
@@ -14,12 +27,22 @@ from lit_rl.trees import Tree
 class ActorCritic(Algorithm):
     """Base of PPO and IMPALA. A subclass gives the options that `build` reads, and what an `Algorithm`'s gives.
 
+    Args:
+        critic_network: see the subclasses.
+        **options: of `Algorithm`.
+
     Attributes:
         critic: a network of its own or, where the encoder is shared, a head on the policy's features.
         return_normalizer: of rewards; None leaves them.
     """
 
+    NETWORKS = ("network", "critic_network")
+
     critic: ValueNetwork | ValueHead
+
+    def __init__(self, *, critic_network: NetworkFactory | dict[str, Any] | None = None, **options: Any):
+        super().__init__(**options)
+        self.critic_network = critic_network
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
@@ -38,19 +61,74 @@ class ActorCritic(Algorithm):
                     raise OptionError(
                         f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
                     )
-        if self.shares_encoder:
-            self.critic = ValueHead(output_size(self.policy.encoder))
-        else:
-            self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
+        check_critic(self)
+        self.critic = self.make_critic(spec)
+        check_same_in_training(self.critic)
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+
+    def make_critic(self, spec: EnvSpec) -> ValueNetwork | ValueHead:
+        """What the options ask for."""
+        normalize = self.normalizes_values
+        if self.shares_encoder:
+            return ValueHead(output_size(self.policy.encoder), normalize)
+        network = self.critic_network
+        if network is None and not self.policy.has_memory:
+            network = self.network
+        if not self.is_central:
+            return ValueNetwork(build_network(network, self.policy.input_space), normalize)
+        assert spec.central_space is not None
+        return CentralCritic(
+            network,
+            self.policy.input_space,
+            spec.central_space,
+            normalize=normalize,
+            normalize_inputs=self.hp.normalize_observations,
+        )
+
+    @property
+    def central_inputs(self) -> dict[str, str]:
+        return {"": self.hp.central_critic} if self.is_central else {}
+
+    @property
+    def is_central(self) -> bool:
+        """Whether the critic sees more than the policy."""
+        return self.hp.central_critic is not None
+
+    @property
+    def normalizes_values(self) -> bool:
+        """Whether value targets are normalised for the critic's loss."""
+        asked = self.hp.get("normalize_values", False)
+        return self.is_central if asked is None else asked
 
     @property
     def shares_encoder(self) -> bool:
         """Whether the critic is a head on the policy's features."""
         shared = self.hp.share_encoder
-        return self.policy.has_memory if shared is None else shared
+        return self.policy.has_memory and not self.is_central if shared is None else shared
 
-    def value(self, obs: Tree) -> Tensor:
-        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory."""
+    @property
+    def seen(self) -> Sequence[str]:
+        """The keys of what the critic sees in a rollout, in the order in which `value` takes them."""
+        return WITH_CENTRAL if self.is_central else OWN
+
+    def value(self, obs: Tree, central: Tree = None) -> Tensor:
+        """The critic's value of raw observations, [*B, *obs] -> [*B], where it has no memory.
+
+        Args:
+            obs: [*B, *obs].
+            central: what a central critic sees beside them, [*B, ...].
+        """
         inputs = self.policy.inputs(obs)
+        if self.is_central:
+            return self.critic(inputs, central)
         return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
+
+    def value_of(self, batch: TensorDict, features: Tensor) -> Tensor:
+        """The critic's values of a batch, [*B], of which the policy's features [*B, F] are known."""
+        return self.critic(features) if self.shares_encoder else self.value(*(batch[key] for key in self.seen))
+
+    def update_normalizers(self, rollout: TensorDict, mask: Tensor | None) -> None:
+        """Take a rollout's observations into the statistics, if there are any; `mask` [B, T] says which rows."""
+        self.policy.update_normalizer(rollout["observation"], mask)
+        if isinstance(self.critic, CentralCritic) and self.critic.normalizer is not None:
+            self.critic.normalizer.update(rollout["central"], mask)

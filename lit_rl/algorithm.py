@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import distributed
+from lit_rl.central import with_central
 from lit_rl.errors import DivergedError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, summarize
 from lit_rl.files import rescue
@@ -91,6 +92,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     """
 
     POLICY: type[Policy] = Policy
+    NETWORKS: tuple[str, ...] = ("network",)  # the options that are networks
     LEARNS_AGAIN = False  # whether `update` may be given a rollout again, some of which is not new: see `Rollout`
     OF_ONE_RANK: tuple[str, ...] = ()  # the parts of `rank_state` that a new rank does not take from the first
 
@@ -154,6 +156,11 @@ class Algorithm(TakesOptions, L.LightningModule):
     def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
         """The policy's network where none is asked for; None for the observation space's default."""
         return None
+
+    @property
+    def central_inputs(self) -> dict[str, str]:
+        """What central critics see, see `central_space`, by policy; "" is the id of the only one."""
+        return {}
 
     # --- what a subclass calls ----------------------------------------------------------------------------------
 
@@ -231,6 +238,15 @@ class Algorithm(TakesOptions, L.LightningModule):
         self.hparams.update({name: value for name, value in options.items() if name not in NOT_SAVED})
         self._hparams_initial = copy.deepcopy(self.hparams)
 
+    def check_nameable(self) -> None:
+        """Refuse networks that no checkpoint could name: see `check_nameable`."""
+        for name in self.NETWORKS:
+            check_nameable(getattr(self, name))
+
+    def describe_networks(self) -> dict[str, Any]:
+        """The options that are networks, in plain data."""
+        return {name: describe_network(getattr(self, name)) for name in self.NETWORKS}
+
     @property
     def hp(self) -> Any:
         """The hyper-parameters, by name."""
@@ -280,7 +296,9 @@ class Algorithm(TakesOptions, L.LightningModule):
             OptionError: if there are no spaces, or other ones than the networks are for, or those of several agents
                 differ.
         """
-        found = source.spec.shared() if isinstance(source.spec, MultiAgentSpec) else source.spec
+        found = source.spec
+        if isinstance(found, MultiAgentSpec):
+            found = with_central(found, self.central_inputs.get(""))
         if self.spec is None and found is None:
             raise OptionError(
                 f"{type(self).__name__} does not know its environment: expected a datamodule, as in "
@@ -288,9 +306,8 @@ class Algorithm(TakesOptions, L.LightningModule):
             )
         if self.spec is not None and found is not None and not _same_spaces(self.spec, found):
             raise OptionError(
-                f"The weights are for {self.spec.env_id} (observation {self.spec.observation_space}, action "
-                f"{self.spec.action_space}), but the datamodule's environment {found.env_id} has observation "
-                f"{found.observation_space}, action {found.action_space}. Use the environment they were trained on."
+                f"The weights are for {self.spec.env_id} ({_spaces(self.spec)}), but the datamodule's environment "
+                f"{found.env_id} has {_spaces(found)}. Use the environment they were trained on."
             )
         if hasattr(self, "policy"):
             return
@@ -388,7 +405,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             self.budget = self.source.budget
             self.follow_schedules()  # one that cannot be followed is refused now
             if self.trainer.checkpoint_callbacks:
-                check_nameable(self.network)  # and so is a network that no checkpoint could name
+                self.check_nameable()  # and so is a network that no checkpoint could name
 
     # --- Lightning's hooks: training ----------------------------------------------------------------------------
 
@@ -510,7 +527,7 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.spec is not None
-        check_nameable(self.network)
+        self.check_nameable()
         state = {"rng": rng_state(), **self.resume_state()}
         state["data"] = self.source.rank_state(weights_only="optimizer_states" not in checkpoint)
         checkpoint[SECTION] = {
@@ -523,7 +540,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         }
         arguments = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         arguments["spec"] = self.spec.to_dict()
-        arguments["network"] = describe_network(self.network)
+        arguments |= self.describe_networks()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         upgrade(checkpoint)
@@ -603,7 +620,14 @@ class Algorithm(TakesOptions, L.LightningModule):
 
 
 def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:
-    return (a.observation_space, a.action_space) == (b.observation_space, b.action_space)
+    return (a.observation_space, a.action_space) == (b.observation_space, b.action_space) and (
+        a.central_space == b.central_space
+    )
+
+
+def _spaces(spec: EnvSpec) -> str:
+    central = "" if spec.central_space is None else f", central inputs {spec.central_space}"
+    return f"observation {spec.observation_space}, action {spec.action_space}{central}"
 
 
 def seed_for(seed: int, *key: int) -> int:

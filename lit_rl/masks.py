@@ -27,8 +27,13 @@ def split_mask(space: gym.Space) -> tuple[gym.Space, gym.Space | None]:
     rest = {key: part for key, part in space.spaces.items() if key != ACTION_MASK}
     if not rest:
         raise SpaceError(f"Observation space {space} holds an action_mask alone: add what the policy is to see.")
-    kept = rest["observation"] if list(rest) == ["observation"] else spaces.Dict(OrderedDict(rest))
+    kept = rest["observation"] if is_wrapped(space) else spaces.Dict(OrderedDict(rest))
     return kept, space.spaces[ACTION_MASK]
+
+
+def is_wrapped(space: gym.Space) -> bool:
+    """Whether there is nothing but an "observation" beside an action mask: then the encoder is given its inside."""
+    return isinstance(space, spaces.Dict) and set(space.spaces) == {"observation", ACTION_MASK}
 
 
 class ActionMasks:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import lit_rl
 from lit_rl.algorithm import Algorithm, seed_for
+from lit_rl.central import with_central
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, policy_returns
 from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes, init_from
 from lit_rl.files.loading import load_policy
 from lit_rl.learner.host import make_host
 from lit_rl.learner.refusals import check_streams, check_trainer
-from lit_rl.networks import check_nameable, describe_network
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Names
 from lit_rl.policy import EpisodeInfo, Policy, PolicySet
@@ -103,6 +103,11 @@ class MultiAgent(Algorithm):
         if options.get("train") is not None:
             self.hparams.update({"train": list(options["train"])})
 
+    @property
+    def central_inputs(self) -> dict[str, str]:
+        kinds = {policy_id: algorithm.central_inputs for policy_id, algorithm in self.algorithms.items()}
+        return {policy_id: kind[""] for policy_id, kind in kinds.items() if kind}
+
     # --- networks -------------------------------------------------------------------------------------------------
 
     def build_networks(self, source: Source) -> None:
@@ -117,7 +122,7 @@ class MultiAgent(Algorithm):
                 "MultiAgent does not know its environment: expected a datamodule, as in trainer.fit(algorithm, "
                 "RolloutDataModule('mpe2.simple_tag_v3')), or spec=."
             )
-        if self.spec is not None and found is not None and self.spec.to_dict()["agents"] != found.to_dict()["agents"]:
+        if self.spec is not None and found is not None and not self._fits(found):
             raise OptionError(
                 f"The weights are for the agents {list(self.spec.agents)} of {self.spec.env_id}, but the datamodule's "
                 f"environment {found.env_id} has {list(found.agents)}, or other spaces of theirs. Use the environment "
@@ -130,7 +135,8 @@ class MultiAgent(Algorithm):
         specs = {}
         for policy_id in self.ids:
             names = mapping.names_of(policy_id, list(self.spec.agents))
-            specs[policy_id] = self.spec.shared(names, policy_id)
+            kind = self.central_inputs.get(policy_id)
+            specs[policy_id] = with_central(self.spec, kind, names, policy_id)
         for policy_id, algorithm in self.algorithms.items():
             algorithm.build_networks(_Part(source, specs[policy_id], self.ids.index(policy_id), None))
         policies = {i: self._policy_of(i, specs[i]) for i in self.ids}
@@ -168,7 +174,7 @@ class MultiAgent(Algorithm):
         for algorithm in self.algorithms.values():
             algorithm.budget = self.source.budget
             if stage == "fit" and self.trainer.checkpoint_callbacks:
-                check_nameable(algorithm.network)
+                algorithm.check_nameable()
         super().setup(stage)
 
     # --- learning -------------------------------------------------------------------------------------------------
@@ -302,6 +308,12 @@ class MultiAgent(Algorithm):
 
     # ------------------------------------------------------------------------------------------------------------
 
+    def _fits(self, spec: MultiAgentSpec) -> bool:
+        """Whether an environment has the same agents and spaces, and the same state if a critic sees it."""
+        here, there = self.spec.to_dict(), spec.to_dict()
+        keys = ("agents", "state_space") if "state" in self.central_inputs.values() else ("agents",)
+        return all(here.get(key) == there.get(key) for key in keys)
+
     def _chosen(self, train: Sequence[str] | None) -> list[str]:
         if isinstance(train, str):
             train = [train]
@@ -348,7 +360,7 @@ class MultiAgent(Algorithm):
         """One of the policies in plain data, from which `_made` makes it again."""
         if policy_id in self.algorithms:
             algorithm = self.algorithms[policy_id]
-            options = dict(algorithm.hparams) | {"network": describe_network(algorithm.network)}
+            options = dict(algorithm.hparams) | algorithm.describe_networks()
             return {"class": _class_name(type(algorithm)), "options": options}
         if policy_id in self.frozen:
             return {"policy": self.frozen[policy_id].describe()}

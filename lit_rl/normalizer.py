@@ -22,14 +22,19 @@ class RunningMoments(nn.Module):
     """Mean and variance of all rows seen, merged batch by batch (Chan et al. 1979).
 
     The statistics are buffers, so that they travel with weights and checkpoints, and are the same on every rank.
+
+    Args:
+        shape: of a row.
+        least_weight: of the newest batch among all that were seen: above 0 older ones are forgotten.
     """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = ()):
+    def __init__(self, shape: tuple[int, ...] = (), least_weight: float = 0.0):
         super().__init__()
+        self._least_weight = least_weight
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -50,7 +55,7 @@ class RunningMoments(nn.Module):
         shift, square = (packed[:-1] / batch_count).reshape(sums.shape)
         batch_var = square - shift.square()
         total = self.count + batch_count
-        weight = batch_count / total
+        weight = (batch_count / total).clamp(min=self._least_weight)
         var = self.var * (1 - weight) + batch_var * weight + shift.square() * weight * (1 - weight)
         self.mean.add_((shift * weight).to(self.mean.dtype))
         self.var.copy_(var)

@@ -10,6 +10,9 @@ that ended an episode: row `final_step[b, f]` of environment b has `final_observ
 `final_step` of -1 is padding). The TensorDict's batch size is therefore [B]: it can be cut into environments, not into
 times, without leaving a next observation behind. `rows` gives the real rows one by one, `sequences` pieces of L steps.
 
+Where a critic is central, there is `central` beside every observation, `last_central` and `final_central` included: see
+`lit_rl.central`.
+
 Where time lines differ in length they are padded on the right and there is `length` [B]: row b's last step is
 `length[b] - 1`, whose next observation is `last_observation[b]`; one of length 0 has nothing. `mask` is False in
 padding, which may hold anything else. It never goes through a network.
@@ -31,6 +34,8 @@ from lit_rl.replay.stream import ReplayStream
 from lit_rl.returns import real_steps
 from lit_rl.trees import Tree, leaves, map_tree
 
+OWN = ("observation",)  # what a critic sees
+WITH_CENTRAL = ("observation", "central")  # what a central one sees
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
 
 
@@ -86,42 +91,47 @@ def rollouts_in(batch: Rollout | Rollouts) -> list[Rollout]:
     return list(batch.values()) if isinstance(batch, Rollouts) else [batch]
 
 
-def next_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
+def next_values(rollout: TensorDict, critic: Callable[..., Tensor], keys: Sequence[str] = OWN) -> tuple[Tensor, Tensor]:
     """The critic's values of every row's observation and of its true next observation, each [B, T]; 0 in padding.
 
     One pass over the stored observations: those of the rows, the B last ones and the final ones.
+
+    Args:
+        rollout: [B, T].
+        critic: the values [N] of what it sees, [N, ...] each.
+        keys: what it is given of a rollout.
     """
 
-    def values(obs: Tree) -> Tensor:
-        """Of observations [N, *obs]."""
-        chunks = range(0, len(leaves(obs)[0]), CHUNK)
-        parts = [critic(map_tree(lambda x, at=at: x[at : at + CHUNK], obs)) for at in chunks]
+    def values(seen: Tree) -> Tensor:
+        """Of what is seen, [N, ...]."""
+        chunks = range(0, len(leaves(seen)[0]), CHUNK)
+        parts = [critic(*map_tree(lambda x, at=at: x[at : at + CHUNK], seen).values()) for at in chunks]
         return torch.cat(parts) if parts else rollout["next", "reward"].new_zeros(0)
 
-    length, shape = length_of(rollout), rollout["next", "reward"].shape
+    length, shape, seen, last_seen = length_of(rollout), rollout["next", "reward"].shape, *_seen(rollout, keys)
     if length is None:
-        value = values(map_tree(lambda x: x.flatten(0, 1), rollout["observation"])).view(shape)
-        last = values(rollout["last_observation"])
+        value = values(map_tree(lambda x: x.flatten(0, 1), seen)).view(shape)
+        last = values(last_seen)
     else:
         real, some = real_steps(length, shape[1]), length > 0
-        found = values(map_tree(lambda x: x[real], rollout["observation"]))
+        found = values(map_tree(lambda x: x[real], seen))
         value, last = found.new_zeros(shape), found.new_zeros(shape[0])
         value[real] = found
-        last[some] = values(map_tree(lambda x: x[some], rollout["last_observation"]))
-    return value, _shift(rollout, value, last, values(_finals(rollout)))
+        last[some] = values(map_tree(lambda x: x[some], last_seen))
+    return value, _shift(rollout, value, last, values(_finals(rollout, keys)))
 
 
-def bootstrap_values(rollout: TensorDict, critic: Callable[[Tree], Tensor]) -> Tensor:
+def bootstrap_values(rollout: TensorDict, critic: Callable[..., Tensor], keys: Sequence[str] = OWN) -> Tensor:
     """The critic's values of the true next observations of rows whose next row is none of theirs, [B, T]; 0 elsewhere.
 
     These are rows that ended an episode, and the last one of each time line. For a critic whose values of the rows'
-    own observations are known, or will be.
+    own observations are known, or will be. Arguments as of `next_values`.
     """
-    length = length_of(rollout)
-    obs = map_tree(lambda x: x if length is None else x[length > 0], rollout["last_observation"])
-    found = critic(map_tree(lambda last, final: torch.cat([last, final]), obs, _finals(rollout)))
+    length, (_, last_seen) = length_of(rollout), _seen(rollout, keys)
+    seen = map_tree(lambda x: x if length is None else x[length > 0], last_seen)
+    found = critic(*map_tree(lambda last, final: torch.cat([last, final]), seen, _finals(rollout, keys)).values())
     last = found.new_zeros(len(rollout))
-    count = len(leaves(obs)[0])
+    count = len(leaves(seen)[0])
     last[... if length is None else length > 0] = found[:count]
     return _shift(rollout, found.new_zeros(rollout["next", "reward"].shape), last, found[count:])
 
@@ -189,7 +199,7 @@ def next_values_with_memory(
     """
     steps, state, length = _without_padding(rollout, "observation", "is_init"), rollout["state"], length_of(rollout)
     features, after = unroll(steps["observation"], state, steps["is_init"])
-    before = map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), state, after)
+    before = _one_later(state, after)
     value = head(features)
 
     def values(obs: Tree, states: Tree) -> Tensor:
@@ -207,13 +217,28 @@ def next_values_with_memory(
         last[some] = values(map_tree(lambda x: x[some], rollout["last_observation"]), ends)
     b, f = (rollout["final_step"] >= 0).nonzero(as_tuple=True)
     t = rollout["final_step"][b, f]
-    final = values(_finals(rollout), map_tree(lambda x: x[b, t], after))
+    final = values(_finals(rollout)["observation"], map_tree(lambda x: x[b, t], after))
     return value, _shift(rollout, value, last, final), before
+
+
+def states_before(rollout: TensorDict, unroll: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]]) -> Tree:
+    """The states before every row, [B, T, ...]; where an episode begins they are not yet the initial one.
+
+    Arguments as of `next_values_with_memory`.
+    """
+    steps, state = _without_padding(rollout, "observation", "is_init"), rollout["state"]
+    _, after = unroll(steps["observation"], state, steps["is_init"])
+    return _one_later(state, after)
+
+
+def _one_later(first: Tree, after: Tree) -> Tree:
+    """The states before every row, [B, T, ...], of the first ones [B, ...] and those after every row."""
+    return map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), first, after)
 
 
 def next_observation(rollout: TensorDict) -> Tree:
     """The true next observation of every row, [B, T, *obs]: a second copy, for who needs one."""
-    parts = (rollout["observation"], rollout["last_observation"], _finals(rollout))
+    parts = (rollout["observation"], rollout["last_observation"], _finals(rollout)["observation"])
     return map_tree(lambda obs, last, final: _shift(rollout, obs, last, final), *parts)
 
 
@@ -328,10 +353,15 @@ def _real(mask: Tensor) -> Tensor:
     return found if len(found) else found.new_zeros(1)
 
 
-def _finals(rollout: TensorDict) -> Tree:
-    """The final observations [N, *obs], without padding, in the order of (b, f)."""
+def _seen(rollout: TensorDict, keys: Sequence[str]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Some keys of the rows, [B, T, ...], and the same of what follows the last ones, [B, ...]."""
+    return {key: rollout[key] for key in keys}, {key: rollout[f"last_{key}"] for key in keys}
+
+
+def _finals(rollout: TensorDict, keys: Sequence[str] = OWN) -> dict[str, Tree]:
+    """Some keys of the final observations [N, ...], without padding, in the order of (b, f)."""
     b, f = (rollout["final_step"] >= 0).nonzero(as_tuple=True)
-    return map_tree(lambda x: x[b, f], rollout["final_observation"])
+    return {key: map_tree(lambda x: x[b, f], rollout[f"final_{key}"]) for key in keys}
 
 
 def _shift(rollout: TensorDict, x: Tensor, last: Tensor, final: Tensor) -> Tensor:

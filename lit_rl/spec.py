@@ -22,23 +22,27 @@ class EnvSpec:
         env_id: how messages and checkpoints name the environment.
         observation_space: of a single environment.
         action_space: of a single environment.
+        central_space: of what a central critic sees beside an agent's own observation; None if there is no such critic.
     """
 
     env_id: str
     observation_space: gym.Space
     action_space: gym.Space
+    central_space: gym.Space | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data: what a `weights_only` checkpoint and a JSON file can hold."""
-        return {
+        found = {
             "env_id": self.env_id,
             "observation_space": space_to_dict(self.observation_space),
             "action_space": space_to_dict(self.action_space),
         }
+        return found | _optional("central_space", self.central_space)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EnvSpec":
-        return cls(data["env_id"], space_from_dict(data["observation_space"]), space_from_dict(data["action_space"]))
+        obs, action = (space_from_dict(data[key]) for key in ("observation_space", "action_space"))
+        return cls(data["env_id"], obs, action, _space_if_any(data, "central_space"))
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,13 @@ class MultiAgentSpec:
         env_id: how messages name the environment.
         agents: by entry of `possible_agents`, in its order.
         max_agents: agents whose ids match a pattern, at a time, at most; None if there is no pattern.
+        state_space: of the environment's `state()`; None if it has none.
     """
 
     env_id: str
     agents: dict[str, EnvSpec]
     max_agents: int | None = None
+    state_space: gym.Space | None = None
 
     @property
     def roster(self) -> Roster:
@@ -93,12 +99,22 @@ class MultiAgentSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data."""
         agents = {name: spec.to_dict() for name, spec in self.agents.items()}
-        return {"env_id": self.env_id, "agents": agents, "max_agents": self.max_agents}
+        found = {"env_id": self.env_id, "agents": agents, "max_agents": self.max_agents}
+        return found | _optional("state_space", self.state_space)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "MultiAgentSpec":
         agents = {name: EnvSpec.from_dict(spec) for name, spec in data["agents"].items()}
-        return cls(data["env_id"], agents, data["max_agents"])
+        return cls(data["env_id"], agents, data["max_agents"], _space_if_any(data, "state_space"))
+
+
+def _optional(name: str, space: gym.Space | None) -> dict[str, Any]:
+    """A space in plain data under a name, if there is one."""
+    return {} if space is None else {name: space_to_dict(space)}
+
+
+def _space_if_any(data: dict[str, Any], name: str) -> gym.Space | None:
+    return space_from_dict(data[name]) if name in data else None
 
 
 def _word(name: str) -> str:

@@ -78,7 +78,7 @@ class APPO(IMPALA):
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         taken, terms = self.gradient_step(self.batch_of(rollout))
-        self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
+        self.update_normalizers(rollout, new_rows(rollout))
         if (self.updates_done + 1) % self.hp.target_update_interval == 0:
             self.follow(self.hp.tau, taken)
         return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from lit_rl import distributed, returns
 from lit_rl.actor_critic import ActorCritic
+from lit_rl.central import CentralInput
 from lit_rl.distributed import standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.learner.rmsprop import RMSprop
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, value_loss
+from lit_rl.networks import NetworkFactory
 from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
 from lit_rl.rollout import (
     bootstrap_values,
@@ -78,6 +80,10 @@ class IMPALA(ActorCritic):
         normalize_returns: divide rewards by the running standard deviation of the discounted return inside of rollouts,
             and clip them to ±10.
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
+        central_critic: what the critic sees beside the agent's own observation and id, with several agents: "state",
+            the environment's `state()`; "observations", those of all agents; None, nothing, not even the id.
+        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own, without
+            memory. None takes `network`, and where that has memory the default of what the critic sees.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0.
         squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.
@@ -114,6 +120,8 @@ class IMPALA(ActorCritic):
         normalize_observations: bool = False,
         normalize_returns: bool = False,
         share_encoder: bool | None = None,
+        central_critic: CentralInput | None = None,
+        critic_network: NetworkFactory | dict[str, Any] | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,
@@ -121,7 +129,7 @@ class IMPALA(ActorCritic):
         compile: bool = False,
         **options: Any,
     ):
-        super().__init__(max_grad_norm=max_grad_norm, **options)
+        super().__init__(critic_network=critic_network, max_grad_norm=max_grad_norm, **options)
         self.take_options()
         self.lr = self.scheduled("lr")
         self.value_coef, self.entropy_coef = self.scheduled("value_coef"), self.scheduled("entropy_coef")
@@ -160,7 +168,7 @@ class IMPALA(ActorCritic):
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
         taken, terms = self.gradient_step(self.batch_of(rollout))
-        self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
+        self.update_normalizers(rollout, new_rows(rollout))
         return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
@@ -184,7 +192,7 @@ class IMPALA(ActorCritic):
             features: the policy's, of the batch, [B, T, F].
         """
         log_prob, entropy = self.policy.evaluate(batch, features)
-        value = self.critic(features) if self.shares_encoder else self.value(batch["observation"])
+        value = self.value_of(batch, features)
         assert log_prob.shape == entropy.shape == value.shape == batch["action_log_prob"].shape
         return log_prob, entropy, value
 
@@ -225,17 +233,17 @@ class IMPALA(ActorCritic):
         Rewards are scaled, which takes them into the statistics.
         """
         hp, policy = self.hp, self.policy
-        batch = time_lines(rollout, "observation", "action", "action_log_prob", "is_init")
+        batch = time_lines(rollout, *self.seen, "action", "action_log_prob", "is_init")
         batch["next"] = rollout["next"].select("reward", "terminated", "done")
         if self.return_normalizer is not None:
             reward, done = rollout["next", "reward"], rollout["next", "done"]
             scaled = self.return_normalizer.scale_apart(reward, done, rollout["is_init"], new_rows(rollout))
             batch["next", "reward"] = scaled
         with torch.no_grad():
-            if policy.has_memory:
+            if policy.has_memory and self.shares_encoder:
                 _, batch["bootstrap_value"], _ = next_values_with_memory(rollout, policy.unroll, self.critic)
             else:
-                batch["bootstrap_value"] = bootstrap_values(rollout, self.value)
+                batch["bootstrap_value"] = bootstrap_values(rollout, self.value, self.seen)
         if hp.burn_in:
             batch = burnt_in(batch, hp.burn_in)
         if policy.distribution.num_noise:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from lit_rl import returns
 from lit_rl.actor_critic import ActorCritic
+from lit_rl.central import CentralInput
 from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
+from lit_rl.networks import NetworkFactory
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
 from lit_rl.rollout import (
     length_of,
@@ -24,6 +26,7 @@ from lit_rl.rollout import (
     next_values_with_memory,
     rows,
     sequences,
+    states_before,
 )
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
@@ -74,7 +77,13 @@ class PPO(ActorCritic):
             far, and clip them to ±10.
         normalize_returns: divide rewards by the running standard deviation of the discounted return, and clip them to
             ±10.
+        normalize_values: shift and scale value targets for the critic's loss by their running mean and standard
+            deviation, `value_clip` included; None does so with a central critic.
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
+        central_critic: what the critic sees beside the agent's own observation and id, with several agents: "state",
+            the environment's `state()`; "observations", those of all agents; None, nothing, not even the id.
+        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own, without
+            memory. None takes `network`, and where that has memory the default of what the critic sees.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0. Small ones suit many MuJoCo
             tasks.
@@ -115,7 +124,10 @@ class PPO(ActorCritic):
         normalize_advantage: bool = True,
         normalize_observations: bool = False,
         normalize_returns: bool = True,
+        normalize_values: bool | None = None,
         share_encoder: bool | None = None,
+        central_critic: CentralInput | None = None,
+        critic_network: NetworkFactory | dict[str, Any] | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,
@@ -124,7 +136,7 @@ class PPO(ActorCritic):
         compile: bool = False,
         **options: Any,
     ):
-        super().__init__(max_grad_norm=max_grad_norm, **options)
+        super().__init__(critic_network=critic_network, max_grad_norm=max_grad_norm, **options)
         self.take_options()
         if burn_in > sequence_length:
             raise OptionError(f"burn_in={burn_in}: expected at most sequence_length={sequence_length}.")
@@ -153,6 +165,7 @@ class PPO(ActorCritic):
             )
             rollout["advantage"] = standardize(advantage, mask) if hp.normalize_advantage else advantage
             rollout["value_target"] = value_target
+            self.critic.take_targets(value_target, mask)
             if hp.value_clip is not None:
                 rollout["state_value"] = value
 
@@ -164,7 +177,7 @@ class PPO(ActorCritic):
                 break
         terms = where_taken(*zip(*steps))
 
-        self.policy.update_normalizer(rollout["observation"], mask)
+        self.update_normalizers(rollout, mask)
         metrics: dict[str, Tensor | float] = {}
         if terms:
             metrics |= zip(TERMS, torch.stack(terms).mean(0).unbind())
@@ -184,13 +197,14 @@ class PPO(ActorCritic):
         hp, advantage = self.hp, minibatch["advantage"]
         features = self.policy.features(minibatch)
         log_prob, entropy = self.policy.evaluate(minibatch, features)
-        value = self.critic(features) if self.shares_encoder else self.value(minibatch["observation"])
+        value, target = map(self.critic.normalized, (self.value_of(minibatch, features), minibatch["value_target"]))
         log_ratio = log_prob - minibatch["action_log_prob"]
         policy_loss = ppo_clip(log_ratio, advantage, self.clip.value)
         if hp.value_clip is None:
-            critic_loss = value_loss(value, minibatch["value_target"])
+            critic_loss = value_loss(value, target)
         else:
-            critic_loss = clipped_value_loss(value, minibatch["state_value"], minibatch["value_target"], hp.value_clip)
+            old_value = self.critic.normalized(minibatch["state_value"])
+            critic_loss = clipped_value_loss(value, old_value, target, hp.value_clip)
         kl = approximate_kl(log_ratio)
         row_loss = policy_loss + hp.value_coef * critic_loss - self.entropy_coef.value * entropy
         if self.kl_coef is not None:
@@ -210,9 +224,10 @@ class PPO(ActorCritic):
 
     def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, Tree]:
         """Values of a rollout's observations and of its next observations, [B, T], and the memory before each."""
-        if self.policy.has_memory:
+        if self.shares_encoder and self.policy.has_memory:
             return next_values_with_memory(rollout, self.policy.unroll, self.critic)
-        return *next_values(rollout, self.value), None
+        states = states_before(rollout, self.policy.unroll) if self.policy.has_memory else None
+        return *next_values(rollout, self.value, self.seen), states
 
     def minibatches(self, rollout: TensorDict, states: Tree) -> Iterator[TensorDict]:
         """`num_epochs` passes over the rollout's real rows, each in a new order, in slices of `minibatch_size`.
@@ -221,7 +236,7 @@ class PPO(ActorCritic):
         pass has equally many slices on every rank, all of the same size: rows are repeated, with `mask` False.
         """
         hp, size = self.hp, self.hp.minibatch_size
-        keys = ("observation", "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
+        keys = (*self.seen, "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
         if self.policy.has_memory:
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
         else:

@@ -69,6 +69,8 @@ class SAC(OffPolicy):
             ten seconds to a minute of compilation.
     """
 
+    NETWORKS = ("network", "critic_network")
+
     critics: Critics
     target: Critics
 

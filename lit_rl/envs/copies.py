@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ from lit_rl.envs.check import NUMBERS
 from lit_rl.envs.info import metric
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import MultiAgentEnv
-from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final, stranger
+from lit_rl.envs.multi_agent_check import checked_reset, checked_step, missing_final, spec_of, stranger
+from lit_rl.envs.views import Views
 from lit_rl.errors import EnvError, EnvFailure, env_error
 from lit_rl.observations import short
 from lit_rl.roster import Roster
+from lit_rl.trees import Tree
 
 BY_SLOT = operator.itemgetter(0)
 DICT = {dict}
@@ -47,12 +49,14 @@ class Ended(NamedTuple):
         slot: where it was.
         terminated, truncated: why.
         obs: its final observation; None if it has none.
+        central: what central critics then see, by kind, if it is only truncated.
     """
 
     slot: int
     terminated: bool
     truncated: bool
     obs: Any
+    central: dict[str, Tree] | None = None
 
 
 class Outcome(NamedTuple):
@@ -106,9 +110,11 @@ class Copies:
         remembers: whether what each copy was given since its episode began is kept, for `state`.
         recover: what is asked when copy b raises in "step" or "reset", or when it is made: returns the seed of the one
             that is made in its place, or raises. None: what it raised is an `EnvFailure`.
+        central: kinds of inputs of central critics, see `central_space`.
 
     Attributes:
         roster: which agents there may be.
+        views: those inputs; None if there are none.
     """
 
     def __init__(
@@ -119,12 +125,13 @@ class Copies:
         recover: Callable[[int, str, Exception], int] | None = None,
         *,
         remembers: bool = False,
+        central: Collection[str] = (),
     ):
         self._env, self._recover, self._remembers = env, recover, remembers
         envs = [self._made(b) for b in range(num_envs)]
         self.roster = Roster(envs[0].possible_agents, getattr(envs[0], "max_agents", None))
-        size = self.roster.num_slots
-        self._copies = [_Copy(made, env.env_id, self.roster, b * size, info_keys) for b, made in enumerate(envs)]
+        self.views = Views(spec_of(envs[0], env.env_id), central, num_envs) if central else None
+        self._copies = [_Copy(made, env.env_id, self.roster, b, info_keys, self.views) for b, made in enumerate(envs)]
 
     @property
     def num_slots(self) -> int:
@@ -250,14 +257,23 @@ class Copies:
 class _Copy:
     """One copy, and the slots of the agents that are there."""
 
-    def __init__(self, env: MultiAgentEnv, env_id: str, roster: Roster, first_slot: int, info_keys: Sequence[str]):
+    def __init__(
+        self,
+        env: MultiAgentEnv,
+        env_id: str,
+        roster: Roster,
+        number: int,
+        info_keys: Sequence[str],
+        views: Views | None,
+    ):
         self.env = env
         self.asked: list[Asked] = []
         self.slots: dict[str, int] = {}  # within the copy
         self.length = 0
         self.seed: int | None = None  # with which the episode was begun
         self.given: list[dict[str, Any]] | None = []  # since; None if that is too much
-        self._env_id, self._roster, self._first, self._info_keys = env_id, roster, first_slot, info_keys
+        self._env_id, self._roster, self._info_keys = env_id, roster, info_keys
+        self._copy, self._first, self._views = number, number * roster.num_slots, views
         self._returns: dict[str, float] = {}
         self._asked_at = 0  # length of the episode when somebody was asked last
         self._infos: list[dict[str, float]] = []
@@ -271,7 +287,11 @@ class _Copy:
             raise EnvError(
                 f"env={self._env_id}: reset gave no observation: expected those of the agents that act first."
             )
+        if self._views is not None:
+            self._views.begin(self._copy)
         self._ask(obs, events)
+        if self._views is not None:
+            self._views.see_state(self._copy, self.env)
 
     def check_wait(self) -> None:
         """Nobody acts: that may be, but not for ever.
@@ -315,18 +335,41 @@ class _Copy:
                 events.uncredited.append((agent, more))
         if not (any(terminated.values()) or any(truncated.values())):
             self._ask(obs, events)
+            if self._views is not None:
+                self._views.see_state(self._copy, self.env)
             return
         checked_step(self._env_id, self._roster, result)
+        ended: list[tuple[str, Ended]] = []
         for agent in [agent for agent in slots if terminated.get(agent) or truncated.get(agent)]:
             flags = bool(terminated.get(agent)), bool(truncated.get(agent))
             final = obs.get(agent)
             if final is None and not flags[0]:
                 raise missing_final(self._env_id, agent)
             final = final.copy() if isinstance(final, np.ndarray) else copy.deepcopy(final)
-            events.ended.append(Ended(first + slots.pop(agent), *flags, final))
+            ended.append((agent, Ended(first + slots.pop(agent), *flags, final)))
             if self._info_keys:
                 self._read_info(info.get(agent, {}))
         self._ask({a: x for a, x in obs.items() if not (terminated.get(a) or truncated.get(a))}, events)
+        events.ended += [one for _, one in ended] if self._views is None else self._viewed(self._views, ended)
+
+    def _viewed(self, views: Views, ended: list[tuple[str, Ended]]) -> list[Ended]:
+        """Agents that left, with what central critics see of the end: those that are truncated are still there."""
+        again = {one.slot: one for one in self.asked}  # a slot may have a new agent at once
+        for agent, (slot, terminated, _, obs, _) in ended:
+            if not terminated:
+                views.see(self._copy, slot - self._first, agent, obs)
+            elif slot not in again:
+                views.leave(self._copy, slot - self._first)
+        if self.asked or not all(one.terminated for _, one in ended):
+            views.see_state(self._copy, self.env)
+        found = [one if one.terminated else one._replace(central=views.row(one.slot)) for _, one in ended]
+        for one in found:
+            new = again.get(one.slot)
+            if new is None:
+                views.leave(self._copy, one.slot - self._first)
+            else:
+                views.see(self._copy, one.slot - self._first, new.agent, new.obs)
+        return found
 
     def outcome(self, b: int) -> Outcome:
         found: dict[str, list[float]] = {}
@@ -346,6 +389,8 @@ class _Copy:
             else:
                 events.again.append(first + slot)
             asked.append(Asked(first + slot, agent, x))
+            if self._views is not None:
+                self._views.see(self._copy, slot, agent, x)
         if len(asked) > 1:  # not in the order of a dict, on which nothing must depend
             asked.sort(key=BY_SLOT)
         self.asked = asked

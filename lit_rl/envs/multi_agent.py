@@ -25,7 +25,8 @@ class MultiAgentEnv(Protocol):
 
     Ids that are not known beforehand are written with wildcards, as in "car_*". An attribute `max_agents` then says how
     many of all such agents there are at a time, at most. `metadata`, `render_mode` and `render()` may be there as
-    gymnasium's are: an environment that has them can be seen.
+    gymnasium's are: an environment that has them can be seen. So may `state_space`, a space, and `state()`, which gives
+    what is to be known of the whole: central critics can see it. After an episode's last step it is that of its end.
 
     Attributes:
         possible_agents: the ids, strings.
@@ -76,6 +77,7 @@ class MultiAgentWrapper(MultiAgentEnv):
         self.max_agents: int | None = getattr(env, "max_agents", None)
         self.metadata = metadata_of(env)
         self.render_mode = getattr(env, "render_mode", None)
+        self.state_space = state_space_of(env)
 
     def observe(self, agent: str, obs: Any, info: Any) -> Any:
         """What an agent sees instead of `obs`; `info` is its own of the same step."""
@@ -96,6 +98,9 @@ class MultiAgentWrapper(MultiAgentEnv):
     def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
         return self._observe_all(obs, info), reward, terminated, truncated, info
+
+    def state(self) -> Any:
+        return self.env.state()  # type: ignore[attr-defined]
 
     def render(self) -> Any:
         return self.env.render()  # type: ignore[attr-defined]
@@ -220,6 +225,12 @@ def has_agents(env: Any) -> bool:
 def metadata_of(env: Any) -> dict[str, Any]:
     """What an environment says of itself; empty if it says nothing."""
     return getattr(env, "metadata", None) or {}
+
+
+def state_space_of(env: Any) -> gym.Space | None:
+    """The space of an environment's `state()`; None if it has none."""
+    space = getattr(env, "state_space", None)
+    return space if isinstance(space, gym.Space) and callable(getattr(env, "state", None)) else None
 
 
 def has_masks_in_info(env: MultiAgentEnv) -> bool:

@@ -1,5 +1,6 @@
 """A few steps of a multi-agent environment before training: what it gets wrong is said in one sentence."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,11 @@ import gymnasium as gym
 import numpy as np
 
 from lit_rl.envs.check import check_spaces, legal_action, step_complaint
-from lit_rl.envs.multi_agent import MultiAgentEnv
-from lit_rl.errors import EnvError, env_error
+from lit_rl.envs.multi_agent import MultiAgentEnv, state_space_of
+from lit_rl.errors import EnvError, SpaceError, env_error
 from lit_rl.observations import short
 from lit_rl.roster import Roster, is_pattern
-from lit_rl.spec import EnvSpec, MultiAgentSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec, space_from_dict, space_to_dict
 
 PARTS = ("observation", "reward", "terminated", "truncated", "info")
 NUM_STEPS = 10
@@ -40,6 +41,9 @@ def spec_of(env: MultiAgentEnv, env_id: str) -> MultiAgentSpec:
                 raise EnvError(f"env={env_id}: {kind}({name!r})={short(space)}: expected a gymnasium.Space.")
         check_spaces(f"{env_id}, agent {name!r}", *found)
         agents[name] = EnvSpec(env_id, *found)
+    state_space = state_space_of(env)
+    with contextlib.suppress(SpaceError):  # of no use, unless a central critic asks for it
+        return MultiAgentSpec(env_id, agents, most, state_space and space_from_dict(space_to_dict(state_space)))
     return MultiAgentSpec(env_id, agents, most)
 
 

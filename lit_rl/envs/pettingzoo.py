@@ -5,7 +5,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from lit_rl.envs.multi_agent import MultiAgentEnv, metadata_of
+from lit_rl.envs.multi_agent import MultiAgentEnv, metadata_of, state_space_of
 from lit_rl.errors import EnvError
 
 
@@ -24,6 +24,7 @@ class _Adapter(MultiAgentEnv):
         self.env = env
         self.metadata = metadata_of(env)
         self.render_mode = getattr(env, "render_mode", None)
+        self.state_space = state_space_of(env)
         self.possible_agents = list(getattr(env, "possible_agents", ()))
         if not self.possible_agents:
             raise TypeError(
@@ -35,6 +36,9 @@ class _Adapter(MultiAgentEnv):
 
     def action_space(self, agent: str) -> gym.Space:
         return self.env.action_space(agent)
+
+    def state(self) -> Any:
+        return self.env.state()
 
     def render(self) -> Any:
         return self.env.render()

@@ -89,6 +89,26 @@ def _saves_by(option: str, callback: Callback) -> bool:
     )
 
 
+def check_critic(algorithm: Any) -> None:
+    """Refuse options that the critic cannot have: see `ActorCritic`.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    hp, kind, network = algorithm.hparams, algorithm.hparams.central_critic, algorithm.critic_network
+    if kind is not None and algorithm.spec.central_space is None:
+        raise OptionError(
+            f"central_critic={kind!r}: env={algorithm.spec.env_id} has one agent: expected an environment of several. "
+            "Leave it out."
+        )
+    if kind is not None and hp.share_encoder:
+        raise OptionError(
+            f"share_encoder=True: with central_critic={kind!r} the critic sees more than the policy does. Leave it out."
+        )
+    if network is not None and algorithm.shares_encoder:
+        raise OptionError("critic_network: expected none, since the critic shares the policy's network.")
+
+
 def check_memory(algorithm: Any) -> None:
     """Refuse options that the policy's network, with memory or without, cannot have.
 

@@ -14,12 +14,14 @@ from lit_rl.networks.build import (
     output_size,
 )
 from lit_rl.networks.cnn import ImpalaResNet, NatureCNN
-from lit_rl.networks.mlp import MLP, MultiInput, ValueHead, ValueNetwork, orthogonal
+from lit_rl.networks.critics import CentralCritic, ValueHead, ValueNetwork
+from lit_rl.networks.mlp import MLP, MultiInput, orthogonal
 from lit_rl.networks.recurrent import GRUNetwork, LSTMNetwork, reset_rows, unroll
 
 __all__ = [
     "MLP",
     "NETWORKS",
+    "CentralCritic",
     "GRUNetwork",
     "ImpalaResNet",
     "LSTMNetwork",

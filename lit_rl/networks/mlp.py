@@ -1,4 +1,4 @@
-"""Fully connected networks: for vectors, for several parts of an observation, for values."""
+"""Fully connected networks: for vectors, and for several parts of an observation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -140,29 +140,6 @@ class MultiInput(nn.Module):
 
     def forward(self, obs: Tree) -> Tensor:
         return self.layers(torch.cat([encoder(find(obs, path)) for path, encoder in self.encoders.items()], -1))
-
-
-class ValueHead(nn.Module):
-    """Features [*B, input_size] to one number, [*B]."""
-
-    def __init__(self, input_size: int):
-        super().__init__()
-        self.linear = orthogonal(nn.Linear(input_size, 1), gain=1.0)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features).float().squeeze(-1)
-
-
-class ValueNetwork(nn.Module):
-    """A critic with an encoder of its own: observations to one number each, [*B, *obs] -> [*B]."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-        self.head = ValueHead(output_size(encoder))
-
-    def forward(self, obs: Tree) -> Tensor:
-        return self.head(self.encoder(obs))
 
 
 def dense(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl.distributions import ActionDistribution, distribution_for
 from lit_rl.errors import CheckpointError, EnvError, OptionError
-from lit_rl.masks import ACTION_MASK, ActionMasks, split_mask
+from lit_rl.masks import ACTION_MASK, ActionMasks, is_wrapped, split_mask
 from lit_rl.networks import (
     NetworkFactory,
     as_input,
@@ -26,7 +26,7 @@ from lit_rl.normalizer import ObservationNormalizer
 from lit_rl.observations import as_tensors, holds_tensors, rows_of
 from lit_rl.policy.numpy_policy import METHODS, NumpyPolicy
 from lit_rl.spec import EnvSpec, class_counts
-from lit_rl.trees import Tree, children, iterate, leaves, map_tree, row_converter, space_leaves, to_numpy, to_torch
+from lit_rl.trees import Tree, iterate, leaves, map_tree, row_converter, space_leaves, to_numpy, to_torch
 
 # What a policy with memory carries from step to step, a tree of arrays [B, ...]; None for one without.
 State: TypeAlias = Tree
@@ -95,11 +95,7 @@ class Policy(nn.Module):
         self.distribution = distribution_for(spec.action_space, squash=squash)
         self.input_space, mask_space = split_mask(spec.observation_space)
         self.masks = None if mask_space is None else ActionMasks(mask_space, spec.action_space, self.distribution)
-        # Beside the mask there is nothing but an "observation", of which the encoder is given the inside.
-        self._unwraps = mask_space is not None and set(children(spec.observation_space) or ()) == {
-            "observation",
-            ACTION_MASK,
-        }
+        self._unwraps = is_wrapped(spec.observation_space)
         self.encoder: Any = build_network(network, self.input_space)
         self.has_memory = has_memory(self.encoder)
         self.normalizer = ObservationNormalizer(self.input_space) if normalize_observations else None

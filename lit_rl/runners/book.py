@@ -12,6 +12,7 @@ from lit_rl.policy import Policy, PolicySet
 from lit_rl.runners.acting import final_observation
 from lit_rl.runners.cast import Actor, Cast, Choice, Group
 from lit_rl.runners.time_lines import TimeLines
+from lit_rl.trees import Tree
 
 
 class Book:
@@ -22,6 +23,7 @@ class Book:
         cast: who acts.
         copies: of the environment.
         keep_states: keep the state before every row, instead of the first alone; of several policies for which.
+        central: the kinds of inputs of central critics, by policy; "" is the only one's id.
         make: what makes the time lines, with the arguments of `TimeLines`.
 
     Attributes:
@@ -35,10 +37,12 @@ class Book:
         copies: Copies,
         *,
         keep_states: bool | Collection[str] = False,
+        central: Mapping[str, str] | None = None,
         make: Callable[..., TimeLines] = TimeLines,
     ):
         self._cast, self._copies, self._make = cast, copies, make
-        self.lines = [self._lines_of(policy, actor, copies, keep_states) for actor in cast.actors]
+        self._kinds = [(central or {}).get(actor.policy_id) for actor in cast.actors]
+        self.lines = [self._lines_of(policy, actor, kind, keep_states) for actor, kind in zip(cast.actors, self._kinds)]
 
     def act(self, group: Group, choice: Choice | None, version: int) -> None:
         """What agents do that act by one policy.
@@ -68,10 +72,13 @@ class Book:
             lines = all_lines[owner[slot]]
             if lines is not None:
                 lines.drop(slot)
-        for slot, terminated, truncated, obs in events.ended:
-            lines, policy = all_lines[owner[slot]], self._cast.actors[owner[slot]].policy
+        for slot, terminated, truncated, obs, central in events.ended:
+            number = owner[slot]
+            lines, policy = all_lines[number], self._cast.actors[number].policy
             if lines is not None and policy is not None:
-                lines.end(slot, terminated, truncated, None if obs is None else final_observation(policy, obs))
+                final = None if obs is None else final_observation(policy, obs)
+                seen = None if central is None else central.get(str(self._kinds[number]))
+                lines.end(slot, terminated, truncated, final, seen)
         for number, lines in enumerate(all_lines):
             again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
             if lines is not None and again:
@@ -80,7 +87,8 @@ class Book:
         for group in self._cast.groups:
             lines = all_lines[group.number]
             if lines is not None:
-                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
+                central = self._central(self._kinds[group.number], group.slots)
+                lines.ask(group.slots, group.obs, self._cast.is_init(group.slots), central)
 
     def fits(self, state: Mapping[str, Any], slots: np.ndarray) -> bool:
         """Whether a runner's saved `state` has time lines of the same policies, and of the same ones in these slots."""
@@ -92,15 +100,21 @@ class Book:
                 return False
         return True
 
+    def _central(self, kind: str | None, slots: np.ndarray) -> Tree:
+        """What a central critic sees of agents in slots [N], [N, ...]; None without one."""
+        views = self._copies.views
+        return None if kind is None or views is None else views.rows(kind, slots)
+
     def _not_finite(self, whose: str, reward: float) -> EnvError:
         what = f"env={self._copies.env_id}: reward={reward} of {whose}"
         return EnvError(f"{what}: expected finite numbers. Mend the environment.")
 
     def _lines_of(
-        self, policy: Policy | PolicySet, actor: Actor, copies: Copies, keep_states: bool | Collection[str]
+        self, policy: Policy | PolicySet, actor: Actor, kind: str | None, keep_states: bool | Collection[str]
     ) -> TimeLines | None:
         """Where what a policy does is recorded; None if it is not trained."""
-        num, slots = copies.num_slots, None
+        copies, slots = self._copies, None
+        num = copies.num_slots
         if isinstance(policy, PolicySet):
             if actor.policy_id not in policy.trained:
                 return None
@@ -108,4 +122,5 @@ class Book:
             slots = np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel()
         keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
         keep = keep and actor.state is not None
-        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=slots)
+        space = None if kind is None or copies.views is None else copies.views.spaces[kind]
+        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=slots, central=space)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 
 from lit_rl.runners.ledger import Entry
@@ -51,6 +52,7 @@ class Fragment(NamedTuple):
             path: "observation/arm". Of time lines of different lengths also `length` [B] and `policy_version` [B, T].
         finals: `final_step` [B, F], the rows t that ended an episode (-1: padding), and `final_observation`
             [B, F, *obs], their true next observations; and `mask` [B, T] if an environment failed.
+            Where a critic is central, there is a `central` part beside each observation: see `lit_rl.central`.
         episodes: those that ended.
         policy_version: version of the weights that acted.
         entry: where its env steps went.
@@ -90,16 +92,27 @@ class FragmentLayout:
         keep_states: `state` before every step, [B, T, ...], instead of the first alone.
         has_mask: whether rows have a `mask`.
         ragged: whether time lines differ in length, and rows in their version.
+        central: the space of a central critic's inputs, which rows then have; None without.
     """
 
     def __init__(
-        self, spec: EnvSpec, num_envs: int, *, state: Tree, keep_states: bool, has_mask: bool, ragged: bool = False
+        self,
+        spec: EnvSpec,
+        num_envs: int,
+        *,
+        state: Tree,
+        keep_states: bool,
+        has_mask: bool,
+        ragged: bool = False,
+        central: gym.Space | None = None,
     ):
         self._num_envs = num_envs
         # dtype and shape of each array: of one row, [...], and of those that there are once per environment, [B, ...].
         self._rows: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._once: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for path, space in space_leaves(spec.observation_space, "observation").items():
+        seen = space_leaves(spec.observation_space, "observation")
+        seen |= {} if central is None else space_leaves(central, "central")
+        for path, space in seen.items():
             self._rows[path] = (row_dtype(space), space.shape or ())
             self._once[f"last_{path}"] = (row_dtype(space), (num_envs, *(space.shape or ())))
         for path, space in space_leaves(spec.action_space, "action").items():
@@ -117,7 +130,7 @@ class FragmentLayout:
             self._rows["policy_version"] = ("<i8", ())
             self._once["length"] = ("<i8", (num_envs,))
         self._layouts: dict[int, tuple[int, Layout]] = {}  # size in bytes and layout of fragments of each length
-        self._finals = space_leaves(spec.observation_space, "final_observation")
+        self._finals = {f"final_{path}": space for path, space in seen.items()}
         self._no_finals = self._packed([], [], 1)
 
     def allocate(self, length: int) -> Packed:
@@ -141,7 +154,8 @@ class FragmentLayout:
         """A fragment's `finals`.
 
         Args:
-            finals: (b, t, observation [*obs]) of each row that ended an episode, those of one environment in order.
+            finals: (b, t, observation [*obs]) of each row that ended an episode, those of one environment in order;
+                where there are central inputs, both in a dict.
             failed: (b, t) of each row that is no transition, since the environment failed.
             length: T.
         """

@@ -1,7 +1,7 @@
 """A learner process makes its env runners, and lets them go on from a checkpoint's."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def make_pool(
     keep_states: bool | Collection[str],
     reward_scale: float,
     reward_clip: float | None,
+    central: Mapping[str, str] | None = None,
 ) -> Pool:
     """This rank's env runners.
 
@@ -56,6 +57,7 @@ def make_pool(
         placement: of Ray actors.
         saved: the states of the runners in the checkpoint from which the run is resumed; None if it is not.
         rollout_length, faults, info_metrics, keep_states, reward_scale, reward_clip: see `EnvRunner`.
+        central: see `MultiAgentEnvRunner`.
     """
 
     is_multi_agent = env.is_multi_agent
@@ -74,7 +76,9 @@ def make_pool(
             "reward_scale": reward_scale,
             "reward_clip": reward_clip,
         }
-        return (MultiAgentEnvRunner if is_multi_agent else EnvRunner)(env, make_policy(), **options)
+        if is_multi_agent:
+            return MultiAgentEnvRunner(env, make_policy(), central=central, **options)
+        return EnvRunner(env, make_policy(), **options)
 
     if saved is not None and collected and (num_env_runners or not saved):
         rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")

@@ -49,6 +49,7 @@ class MultiAgentEnvRunner:
         replayable: keep what `get_state` needs of the episodes under way.
         reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
         reward_clip: rewards of fragments, as summed and scaled, are clipped to plus or minus this; None leaves them.
+        central: the kinds of inputs of central critics, by policy, which rows then have; "" is the only one's id.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MultiAgentEnvRunner:
         replayable: bool = False,
         reward_scale: float = 1.0,
         reward_clip: float | None = None,
+        central: Mapping[str, str] | None = None,
     ):
         self.policy = policy.eval()
         self.policy_version = 0
@@ -82,9 +84,10 @@ class MultiAgentEnvRunner:
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
         self._replayable = replayable
-        self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable)
+        kinds = frozenset((central or {}).values())
+        self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable, central=kinds)
         self._cast = Cast(policy, self._copies)
-        self._book = Book(policy, self._cast, self._copies, keep_states=keep_states)
+        self._book = Book(policy, self._cast, self._copies, keep_states=keep_states, central=central)
         self._lines = self._book.lines
         events = Events()
         for b in range(num_envs):
@@ -241,7 +244,7 @@ class MultiAgentEnvRunner:
             line = int(np.argwhere(~np.isfinite(array))[0][0])
             value = array[line][~np.isfinite(array[line])].flat[0]
             who = self._copies.who(int(lines.slots[line]))
-            what = path.removeprefix("last_").removeprefix("final_").split("/")[0]
+            what = path.removeprefix("last_").removeprefix("final_").removeprefix("central/").split("/")[0]
             mend = "The policy has diverged: lower lr." if what in OF_POLICY else "Mend the environment."
             raise EnvError(f"env={self._env.env_id}: {what}={value} of {who}: expected finite numbers. {mend}")
 

@@ -8,6 +8,7 @@ Shapes: S slots, B time lines, T rows of the longest of them, N of the time line
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -30,19 +31,28 @@ class TimeLines:
         state: what the policy carries at an episode's start, of all slots; None without memory.
         keep_states: keep the state before every row, instead of the first alone.
         slots: those of which there are time lines, [B]; None: all of them.
+        central: the space of a central critic's inputs; None without.
     """
 
     def __init__(
-        self, spec: EnvSpec, num_slots: int, *, state: Tree, keep_states: bool, slots: np.ndarray | None = None
+        self,
+        spec: EnvSpec,
+        num_slots: int,
+        *,
+        state: Tree,
+        keep_states: bool,
+        slots: np.ndarray | None = None,
+        central: gym.Space | None = None,
     ):
         self.slots = np.arange(num_slots) if slots is None else slots
         kept = None if state is None else map_tree(lambda x: x[self.slots], state)
         self._layout = FragmentLayout(
-            spec, len(self.slots), state=kept, keep_states=keep_states, has_mask=True, ragged=True
+            spec, len(self.slots), state=kept, keep_states=keep_states, has_mask=True, ragged=True, central=central
         )
         self._place = {slot: b for b, slot in enumerate(self.slots.tolist())}
         self._keep_states = keep_states
         self._fields = self._layout.row_fields
+        self._seen_paths = [path for path in self._fields if path.split("/")[0] in ("observation", "central")]
         self._num_slots = num_slots
         self._at = np.arange(num_slots)  # places of the rows after the complete ones
         self._goes_on = np.zeros(num_slots, np.bool_)  # whether there is a row after them, with an observation at least
@@ -58,19 +68,23 @@ class TimeLines:
         """Complete rows of all time lines."""
         return int(self._counts().sum())
 
-    def ask(self, slots: np.ndarray, obs: Tree, is_init: np.ndarray) -> None:
+    def ask(self, slots: np.ndarray, obs: Tree, is_init: np.ndarray, central: Tree = None) -> None:
         """Agents are to act: a row of each begins.
 
         Args:
             slots: their time lines, [N].
             obs: what they see, [N, *obs].
             is_init: whether they begin an episode, [N].
+            central: what a central critic sees, [N, ...]; None without.
         """
         at, room = self._at[slots], len(self._columns["is_init"])
         if max(at.tolist()) >= room:
             self._make_room(2 * room // self._num_slots)
         for path, values in iterate(obs, "observation"):
             self._columns[path][at] = values
+        if central is not None:
+            for path, values in iterate(central, "central"):
+                self._columns[path][at] = values
         self._columns["is_init"][at] = is_init
         self._goes_on[slots] = True
 
@@ -103,10 +117,16 @@ class TimeLines:
         for slot in slots:
             pending[slot] = 0.0
 
-    def end(self, slot: int, terminated: bool, truncated: bool, obs: Tree | None) -> None:
-        """An agent has left; without a final observation, which nothing then looks at, its last one stands for it."""
+    def end(self, slot: int, terminated: bool, truncated: bool, obs: Tree | None, central: Tree = None) -> None:
+        """An agent has left.
+
+        Without a final observation or central inputs, which nothing then looks at, its last ones stand for them.
+        """
         at = int(self._at[slot])
-        self._finals.append((slot, at // self._num_slots, self._obs(at) if obs is None else obs))
+        final = self._seen(at)
+        final["observation"] = final["observation"] if obs is None else obs
+        final |= {} if central is None else {"central": central}
+        self._finals.append((slot, at // self._num_slots, final))
         self._columns["terminated"][at], self._columns["truncated"][at] = terminated, truncated
         self.complete([slot])
         self._goes_on[slot] = False
@@ -117,7 +137,7 @@ class TimeLines:
         last = at - self._num_slots
         if last >= 0 and not (self._columns["terminated"][last] or self._columns["truncated"][last]):
             self._columns["truncated"][last] = True
-            self._finals.append((slot, last // self._num_slots, self._obs(at)))
+            self._finals.append((slot, last // self._num_slots, self._seen(at)))
         self._pending[slot] = 0.0
         self._goes_on[slot] = False
 
@@ -139,7 +159,7 @@ class TimeLines:
         view["policy_version"][~view["mask"]] = version  # padding is of no other age than the rest
         view["length"][...] = count[slots]
         last = np.where(self._goes_on | (count == 0), at, at - size)[slots]
-        for path in (path for path in self._columns if path.split("/")[0] == "observation"):
+        for path in self._seen_paths:
             view[f"last_{path}"][...] = self._columns[path][last]
         if self._first_state is not None and not self._keep_states:
             map_tree(lambda rows, x: np.copyto(rows, x[slots]), nest(view)["state"], self._first_state)
@@ -196,7 +216,6 @@ class TimeLines:
         """Complete rows of each slot, [S]."""
         return self._at // self._num_slots
 
-    def _obs(self, at: int) -> Any:
-        """A copy of the observation at a place."""
-        obs = {path: x[at].copy() for path, x in self._columns.items() if path.split("/")[0] == "observation"}
-        return nest(obs)["observation"]
+    def _seen(self, at: int) -> dict[str, Tree]:
+        """A copy of the observation at a place, and of the central inputs if there are any."""
+        return nest({path: self._columns[path][at].copy() for path in self._seen_paths})

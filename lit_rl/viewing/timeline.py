@@ -139,9 +139,9 @@ class Timeline:
         parts = [", ".join(self._doing[slot] for slot in sorted(self._doing)) or "nobody acts"]
         if rewards:
             parts.append(f"rewards: {', '.join(rewards)}")
-        for slot, terminated, truncated, _ in events.ended:
-            why = [name for name, flag in (("terminated", terminated), ("truncated", truncated)) if flag]
-            parts.append(f"{self._agents[slot]} is {' and '.join(why)}")
+        for ended in events.ended:
+            flags = (("terminated", ended.terminated), ("truncated", ended.truncated))
+            parts.append(f"{self._agents[ended.slot]} is {' and '.join(name for name, flag in flags if flag)}")
         self._steps.append(f"step {len(self._steps)}: {'; '.join(parts)}")
         self._doing.clear()
         for number in range(len(self._book.lines)):
