@@ -342,6 +342,10 @@ class RolloutDataModule(EnvDataModule):
         return self.prefetch if self.fixed_lag is None else self.fixed_lag
 
     @property
+    def in_order(self) -> bool:
+        return not (self.is_free_running or self.num_reuses > 1 or self.replay_fraction)
+
+    @property
     def policy_lag(self) -> int:
         """Updates between the weights that acted and those that learn, where all runners are as fast as each other.
 

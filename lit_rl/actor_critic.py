@@ -16,7 +16,9 @@ from lit_rl.networks import (
     ValueNetwork,
     build_network,
     check_same_in_training,
+    has_memory,
     output_size,
+    unroll,
 )
 from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.rollout import OWN, WITH_CENTRAL
@@ -61,7 +63,7 @@ class ActorCritic(Algorithm):
                     raise OptionError(
                         f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
                     )
-        check_critic(self)
+        check_critic(self, spec)
         self.critic = self.make_critic(spec)
         check_same_in_training(self.critic)
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
@@ -75,7 +77,8 @@ class ActorCritic(Algorithm):
         if network is None and not self.policy.has_memory:
             network = self.network
         if not self.is_central:
-            return ValueNetwork(build_network(network, self.policy.input_space), normalize)
+            option = "network" if self.critic_network is None else "critic_network"
+            return ValueNetwork(build_network(network, self.policy.input_space, option), normalize)
         assert spec.central_space is not None
         return CentralCritic(
             network,
@@ -107,25 +110,46 @@ class ActorCritic(Algorithm):
         return self.policy.has_memory and not self.is_central if shared is None else shared
 
     @property
-    def seen(self) -> Sequence[str]:
+    def critic_keys(self) -> Sequence[str]:
         """The keys of what the critic sees in a rollout, in the order in which `value` takes them."""
         return WITH_CENTRAL if self.is_central else OWN
 
+    @property
+    def critic_has_memory(self) -> bool:
+        """Whether the critic has a memory of its own."""
+        return isinstance(self.critic, ValueNetwork) and has_memory(self.critic.encoder)
+
     def value(self, obs: Tree, central: Tree = None) -> Tensor:
-        """The critic's value of raw observations, [*B, *obs] -> [*B], where it has no memory.
+        """The critic's value of raw observations, [*B, *obs] -> [*B], where there is no memory.
 
         Args:
             obs: [*B, *obs].
             central: what a central critic sees beside them, [*B, ...].
         """
-        inputs = self.policy.inputs(obs)
-        if self.is_central:
-            return self.critic(inputs, central)
+        inputs = self.critic_inputs(obs, central)
         return self.critic(self.policy.encoder(inputs) if self.shares_encoder else inputs)
 
     def value_of(self, batch: TensorDict, features: Tensor) -> Tensor:
         """The critic's values of a batch, [*B], of which the policy's features [*B, F] are known."""
-        return self.critic(features) if self.shares_encoder else self.value(*(batch[key] for key in self.seen))
+        if self.shares_encoder:
+            return self.critic(features)
+        seen = [batch[key] for key in self.critic_keys]
+        if isinstance(self.critic, ValueNetwork) and self.critic_has_memory:
+            return self.critic.head(self.unroll_critic(*seen, batch["critic_state"], batch["is_init"])[0])
+        return self.value(*seen)
+
+    def unroll_critic(self, *arguments: Any) -> tuple[Tensor, Tree]:
+        """Features [B, T, F] of a critic with a memory of its own, and its states after every step [B, T, ...].
+
+        The arguments are what the critic sees, [B, T, ...] each, its state before, [B, ...], and `is_init` [B, T].
+        """
+        *seen, state, is_init = arguments
+        return unroll(self.critic.encoder, self.critic_inputs(*seen), state, is_init)
+
+    def critic_inputs(self, obs: Tree, central: Tree = None) -> Tree:
+        """What the critic's network takes of raw observations and central inputs, [*B, ...] each."""
+        inputs = self.policy.inputs(obs)
+        return self.critic.joined(inputs, central) if isinstance(self.critic, CentralCritic) else inputs
 
     def update_normalizers(self, rollout: TensorDict, mask: Tensor | None) -> None:
         """Take a rollout's observations into the statistics, if there are any; `mask` [B, T] says which rows."""

@@ -395,6 +395,10 @@ class _Part(Source):
         return None if shape is None or self._share is None else (round(shape[0] * self._share), shape[1])
 
     @property
+    def in_order(self) -> bool:
+        return self._source.in_order
+
+    @property
     def policy_lag(self) -> int:
         return self._source.policy_lag
 

@@ -23,7 +23,7 @@ Shapes: B envs, T steps, F final observations of an env, S sequences, L steps of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -180,59 +180,75 @@ def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
     return TensorDict(found, batch.batch_size)
 
 
+class Unrolled(NamedTuple):
+    """What `next_values_with_memory` gives.
+
+    Attributes:
+        value, next_value: of the rows' observations and of their true next ones, [B, T].
+        before: the states before every row, [B, T, ...]; where an episode begins they are not yet the initial one.
+        last: the states after the last rows, [B, ...].
+    """
+
+    value: Tensor
+    next_value: Tensor
+    before: Tree
+    last: Tree
+
+
 def next_values_with_memory(
     rollout: TensorDict,
-    unroll: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]],
+    unroll: Callable[..., tuple[Tensor, Tree]],
     head: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tree]:
+    keys: Sequence[str] = OWN,
+    state: Tree = None,
+) -> Unrolled:
     """`next_values` where the critic is a head on features with memory; and the states before every row.
 
     Args:
-        rollout: with `state` and `is_init`.
-        unroll: the policy's: observations [B, T, *obs], state [B, ...] and `is_init` [B, T] to features [B, T, D]
-            and the states after each step [B, T, ...].
+        rollout: with `is_init`.
+        unroll: the policy's, or the critic's own: what is seen [B, T, ...] each, state [B, ...] and `is_init` [B, T] to
+            features [B, T, D] and the states after each step [B, T, ...].
         head: features [*B, D] to values [*B].
-
-    Returns:
-        Values, values of the true next observations, each [B, T], and states [B, T, ...]; where an episode begins the
-        state is not yet the initial one.
+        keys: what it is given of a rollout.
+        state: before the first rows, [B, ...]; None takes the rollout's, which is the policy's.
     """
-    steps, state, length = _without_padding(rollout, "observation", "is_init"), rollout["state"], length_of(rollout)
-    features, after = unroll(steps["observation"], state, steps["is_init"])
+    steps, length = _without_padding(rollout, *keys, "is_init"), length_of(rollout)
+    state = rollout["state"] if state is None else state
+    features, after = unroll(*(steps[key] for key in keys), state, steps["is_init"])
     before = _one_later(state, after)
     value = head(features)
 
-    def values(obs: Tree, states: Tree) -> Tensor:
-        """Of one observation [N, *obs] each, seen after the steps that led to `states`."""
-        one = map_tree(lambda x: x[:, None], obs)
-        never = torch.zeros(len(leaves(obs)[0]), 1, dtype=torch.bool, device=value.device)
-        return head(unroll(one, states, never)[0].squeeze(1)) if len(never) else value.new_zeros(0)
+    def values(seen: dict[str, Tree], states: Tree) -> Tensor:
+        """Of what is seen once, [N, ...], after the steps that led to `states`."""
+        one = map_tree(lambda x: x[:, None], seen)
+        never = torch.zeros(len(leaves(seen)[0]), 1, dtype=torch.bool, device=value.device)
+        features = unroll(*one.values(), states, never)[0] if len(never) else None
+        return value.new_zeros(0) if features is None else head(features.squeeze(1))
 
+    _, last_seen = _seen(rollout, keys)
     if length is None:
-        last = values(rollout["last_observation"], map_tree(lambda x: x[:, -1], after))
+        ends = map_tree(lambda x: x[:, -1], after)
+        last = values(last_seen, ends)
     else:
         value = torch.where(real_steps(length, value.shape[1]), value, 0.0)
         some, last = (length > 0).nonzero().squeeze(1), value.new_zeros(len(length))
-        ends = map_tree(lambda x: x[some, length[some] - 1], after)
-        last[some] = values(map_tree(lambda x: x[some], rollout["last_observation"]), ends)
+        ends = map_tree(torch.clone, state)
+        map_tree(lambda end, x: end.index_copy_(0, some, x[some, length[some] - 1]), ends, after)
+        last[some] = values(map_tree(lambda x: x[some], last_seen), map_tree(lambda x: x[some], ends))
     b, f = (rollout["final_step"] >= 0).nonzero(as_tuple=True)
     t = rollout["final_step"][b, f]
-    final = values(_finals(rollout)["observation"], map_tree(lambda x: x[b, t], after))
-    return value, _shift(rollout, value, last, final), before
+    final = values(_finals(rollout, keys), map_tree(lambda x: x[b, t], after))
+    return Unrolled(value, _shift(rollout, value, last, final), before, ends)
 
 
-def states_before(rollout: TensorDict, unroll: Callable[[Tree, Tree, Tensor], tuple[Tensor, Tree]]) -> Tree:
-    """The states before every row, [B, T, ...]; where an episode begins they are not yet the initial one.
-
-    Arguments as of `next_values_with_memory`.
-    """
+def states_before(rollout: TensorDict, unroll: Callable[..., tuple[Tensor, Tree]]) -> Tree:
+    """The policy's states before every row, [B, T, ...], as `Unrolled` has them; `unroll` is its own."""
     steps, state = _without_padding(rollout, "observation", "is_init"), rollout["state"]
-    _, after = unroll(steps["observation"], state, steps["is_init"])
-    return _one_later(state, after)
+    return _one_later(state, unroll(steps["observation"], state, steps["is_init"])[1])
 
 
 def _one_later(first: Tree, after: Tree) -> Tree:
-    """The states before every row, [B, T, ...], of the first ones [B, ...] and those after every row."""
+    """The states before every row, [B, T, ...], from the first ones, [B, ...], and those after every row."""
     return map_tree(lambda first, x: torch.cat([first[:, None], x[:, :-1]], 1), first, after)
 
 
@@ -252,18 +268,18 @@ def rows(rollout: TensorDict, *keys: str) -> TensorDict:
     return batch if mask is None else batch[_real(mask.flatten())]
 
 
-def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *keys: str) -> TensorDict:
-    """Pieces [S, L, ...] of a rollout for policies with memory, of some [B, T, ...] keys and `is_init`.
+def sequences(rollout: TensorDict, states: Mapping[str, Tree], length: int, burn_in: int, *keys: str) -> TensorDict:
+    """Pieces [S, L, ...] of a rollout for networks with memory, of some [B, T, ...] keys and `is_init`.
 
     S = B * T / L, less the pieces without a real row; where none has any, the first is there. Each begins with the
-    `state` [S, ...] it had. With burn-in there is a `burn_in` part as `Policy.features` takes it: the K steps before
+    states [S, ...] it had. With burn-in there is a `burn_in` part as `Policy.features` takes it: the K steps before
     each piece and the state before those. A rollout's first pieces have none.
 
     Padding in a piece repeats a real step, without its `mask`.
 
     Args:
         rollout: whose T is a multiple of L, unless its time lines differ in length.
-        states: before every row, [B, T, ...].
+        states: before every row, [B, T, ...], by the key that they get. The policy's are the `state`.
         length: L.
         burn_in: K, at most L.
     """
@@ -271,11 +287,11 @@ def sequences(rollout: TensorDict, states: Tree, length: int, burn_in: int, *key
     is_init, mask = steps["is_init"], steps.get("mask", None)
     begin = torch.arange(0, is_init.shape[1], length, device=is_init.device)
     found = _select(steps, (*keys, "is_init"), lambda x: x.unflatten(1, (len(begin), length)).flatten(0, 1))
-    found["state"] = map_tree(lambda x: x[:, begin].flatten(0, 1), states)
+    found |= {key: map_tree(lambda x: x[:, begin].flatten(0, 1), tree) for key, tree in states.items()}
     if burn_in:
         at = (begin[:, None] - burn_in + torch.arange(burn_in, device=begin.device)).clamp(min=0)
         before = _select(steps, ("observation", "is_init"), lambda x: x[:, at].flatten(0, 1))
-        before["state"] = map_tree(lambda x: x[:, at[:, 0]].flatten(0, 1), states)
+        before["state"] = map_tree(lambda x: x[:, at[:, 0]].flatten(0, 1), states["state"])
         before["real"] = (begin >= burn_in).repeat(len(is_init))
         found["burn_in"] = before
     batch = TensorDict(found, [len(is_init) * len(begin)])

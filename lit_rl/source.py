@@ -18,6 +18,7 @@ class Source(Protocol):
         clock: what schedules follow and loggers are told: "env_steps", or "updates" where there is no environment.
         budget: what the clock ends at, over all ranks; None if it does not.
         rollout_shape: B and T of what this rank collects at a time; None if it collects nothing.
+        in_order: whether each time line of a rollout goes on where that of the rollout before ended.
         policy_lag: updates between the weights that acted and those that learn; 0 if they are the same.
     """
 
@@ -36,6 +37,10 @@ class Source(Protocol):
     @property
     def rollout_shape(self) -> tuple[int, int] | None:
         return None
+
+    @property
+    def in_order(self) -> bool:
+        return True
 
     @property
     def policy_lag(self) -> int:

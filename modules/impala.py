@@ -137,6 +137,11 @@ class IMPALA(ActorCritic):
     def attach(self, host: Host) -> None:
         super().attach(host)
         hp, lag = self.hp, host.source.policy_lag
+        if self.critic_has_memory:
+            raise OptionError(
+                f"critic_network={type(self.critic.encoder).__name__}: expected a network without memory, since time "
+                "lines may come in any order. Use PPO, or leave it out."
+            )
         if host.source.ragged:
             for option in ("burn_in", "compile"):
                 if hp[option]:
@@ -233,7 +238,7 @@ class IMPALA(ActorCritic):
         Rewards are scaled, which takes them into the statistics.
         """
         hp, policy = self.hp, self.policy
-        batch = time_lines(rollout, *self.seen, "action", "action_log_prob", "is_init")
+        batch = time_lines(rollout, *self.critic_keys, "action", "action_log_prob", "is_init")
         batch["next"] = rollout["next"].select("reward", "terminated", "done")
         if self.return_normalizer is not None:
             reward, done = rollout["next", "reward"], rollout["next", "done"]
@@ -241,9 +246,10 @@ class IMPALA(ActorCritic):
             batch["next", "reward"] = scaled
         with torch.no_grad():
             if policy.has_memory and self.shares_encoder:
-                _, batch["bootstrap_value"], _ = next_values_with_memory(rollout, policy.unroll, self.critic)
+                found = next_values_with_memory(rollout, policy.unroll, self.critic)
+                batch["bootstrap_value"] = found.next_value
             else:
-                batch["bootstrap_value"] = bootstrap_values(rollout, self.value, self.seen)
+                batch["bootstrap_value"] = bootstrap_values(rollout, self.value, self.critic_keys)
         if hp.burn_in:
             batch = burnt_in(batch, hp.burn_in)
         if policy.distribution.num_noise:

@@ -30,7 +30,7 @@ from lit_rl.rollout import (
 )
 from lit_rl.schedules import Schedule
 from lit_rl.spec import EnvSpec
-from lit_rl.trees import Tree
+from lit_rl.trees import Tree, leaves, map_tree
 
 TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/kl", "policy/clip_fraction")
 KL = TERMS.index("policy/kl")
@@ -82,8 +82,9 @@ class PPO(ActorCritic):
         share_encoder: whether policy and critic share one network, instead of one each; None shares one with memory.
         central_critic: what the critic sees beside the agent's own observation and id, with several agents: "state",
             the environment's `state()`; "observations", those of all agents; None, nothing, not even the id.
-        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own, without
-            memory. None takes `network`, and where that has memory the default of what the critic sees.
+        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own. If it has
+            memory, that is its own state, which goes on from rollout to rollout. None takes `network`, and where that
+            has memory the default of what the critic sees.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0. Small ones suit many MuJoCo
             tasks.
@@ -95,10 +96,11 @@ class PPO(ActorCritic):
             ten seconds to a minute of compilation.
     """
 
-    OF_ONE_RANK = ("running_return",)
+    OF_ONE_RANK = ("running_return", "critic_state")
     RENAMED = {"entropy_schedule": "entropy_coef_schedule"}
 
     kl_coef: Tensor | None
+    critic_state: Tree = None  # of a critic with a memory of its own, after the last rollout, [B, ...]
     steps_per_pass: int
 
     def __init__(
@@ -222,22 +224,35 @@ class PPO(ActorCritic):
         elif kl < self.hp.kl_target / 2:
             kl_coef.mul_(0.5)
 
-    def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, Tree]:
-        """Values of a rollout's observations and of its next observations, [B, T], and the memory before each."""
-        if self.shares_encoder and self.policy.has_memory:
-            return next_values_with_memory(rollout, self.policy.unroll, self.critic)
-        states = states_before(rollout, self.policy.unroll) if self.policy.has_memory else None
-        return *next_values(rollout, self.value, self.seen), states
+    def values(self, rollout: TensorDict) -> tuple[Tensor, Tensor, dict[str, Tree]]:
+        """Values of a rollout's observations and of its next observations, [B, T], and the memories before each.
 
-    def minibatches(self, rollout: TensorDict, states: Tree) -> Iterator[TensorDict]:
+        A critic with a memory of its own goes on with it from the rollout before.
+        """
+        if self.shares_encoder and self.policy.has_memory:
+            value, next_value, before, _ = next_values_with_memory(rollout, self.policy.unroll, self.critic)
+            return value, next_value, {"state": before}
+        states = {"state": states_before(rollout, self.policy.unroll)} if self.policy.has_memory else {}
+        if not self.critic_has_memory:
+            return *next_values(rollout, self.value, self.critic_keys), states
+        critic: Any = self.critic
+        state = self.critic_state
+        if state is None or len(leaves(state)[0]) != len(rollout):
+            state = critic.encoder.initial_state(len(rollout))
+        value, next_value, states["critic_state"], self.critic_state = next_values_with_memory(
+            rollout, self.unroll_critic, critic.head, self.critic_keys, state
+        )
+        return value, next_value, states
+
+    def minibatches(self, rollout: TensorDict, states: dict[str, Tree]) -> Iterator[TensorDict]:
         """`num_epochs` passes over the rollout's real rows, each in a new order, in slices of `minibatch_size`.
 
         With memory the order is that of sequences, each of which counts `sequence_length` rows. If there is a mask, a
         pass has equally many slices on every rank, all of the same size: rows are repeated, with `mask` False.
         """
         hp, size = self.hp, self.hp.minibatch_size
-        keys = (*self.seen, "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
-        if self.policy.has_memory:
+        keys = (*self.critic_keys, "action", "action_log_prob", "advantage", "value_target", "state_value", "mask")
+        if states:
             batch, size = sequences(rollout, states, hp.sequence_length, hp.burn_in, *keys), size // hp.sequence_length
         else:
             batch = rows(rollout, *keys)
@@ -264,6 +279,13 @@ class PPO(ActorCritic):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
+        if not host.is_resumed:
+            self.critic_state = None
+        if self.critic_has_memory and not host.source.in_order:
+            raise OptionError(
+                "critic_network: a critic with memory goes on from rollout to rollout, which free-running runners give "
+                "in any order. Use prefetch of 0 or 1, or a network without memory."
+            )
         if self.kl_coef is not None and not host.is_resumed:
             self.kl_coef.fill_(self.hp.kl_coef)
         if host.source.rollout_shape is not None:
@@ -281,11 +303,12 @@ class PPO(ActorCritic):
                 f"minibatch_size={hp.minibatch_size}: expected at most the {num_envs * rollout_length} rows of a "
                 "rollout (environments x rollout_length). Lower it, or collect longer rollouts."
             )
-        if self.policy.has_memory and rollout_length % hp.sequence_length:
+        has_memory = self.policy.has_memory or self.critic_has_memory
+        if has_memory and rollout_length % hp.sequence_length:
             raise OptionError(
                 f"sequence_length={hp.sequence_length}: expected a divisor of rollout_length={rollout_length}."
             )
-        if self.policy.has_memory and hp.minibatch_size < hp.sequence_length:
+        if has_memory and hp.minibatch_size < hp.sequence_length:
             raise OptionError(
                 f"minibatch_size={hp.minibatch_size}: expected at least one sequence, "
                 f"sequence_length={hp.sequence_length} rows."
@@ -294,12 +317,16 @@ class PPO(ActorCritic):
     def rank_state(self) -> dict[str, Any]:
         return {
             "running_return": None if self.return_normalizer is None else self.return_normalizer.running_return,
+            "critic_state": None if self.critic_state is None else map_tree(torch.clone, self.critic_state),
             "kl_coef": None if self.kl_coef is None else [self.hp.kl_coef, float(self.kl_coef)],
         }
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         if self.return_normalizer is not None:
             self.return_normalizer.running_return = state.get("running_return")
+        critic_state = state.get("critic_state")
+        if critic_state is not None:
+            self.critic_state = map_tree(lambda x: x.to(self.device), critic_state)
         option, adapted = state.get("kl_coef") or (None, 0.0)
         if self.kl_coef is not None:  # with another option than the run before had, the weight begins anew
             self.kl_coef.fill_(adapted if option == self.hp.kl_coef else self.hp.kl_coef)

@@ -144,7 +144,7 @@ class SAC(OffPolicy):
         space = self.policy.input_space
         if self.critic_network is None and not has_images(space):
             return FlatInput(space)
-        encoder = build_network(self.critic_network, space)
+        encoder = build_network(self.critic_network, space, "critic_network")
         if has_memory(encoder):
             raise OptionError(
                 f"critic_network={type(encoder).__name__}: expected a network without memory. Give it to "

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lit_rl.errors import OptionError
+from lit_rl.spec import EnvSpec
 
 PRECISIONS = ("32-true", "bf16-mixed")
 # Callbacks that look at the networks in their `setup`, and what to do instead.
@@ -89,16 +90,16 @@ def _saves_by(option: str, callback: Callback) -> bool:
     )
 
 
-def check_critic(algorithm: Any) -> None:
+def check_critic(algorithm: Any, spec: EnvSpec) -> None:
     """Refuse options that the critic cannot have: see `ActorCritic`.
 
     Raises:
         OptionError: naming the option.
     """
     hp, kind, network = algorithm.hparams, algorithm.hparams.central_critic, algorithm.critic_network
-    if kind is not None and algorithm.spec.central_space is None:
+    if kind is not None and spec.central_space is None:
         raise OptionError(
-            f"central_critic={kind!r}: env={algorithm.spec.env_id} has one agent: expected an environment of several. "
+            f"central_critic={kind!r}: env={spec.env_id} has one agent: expected an environment of several. "
             "Leave it out."
         )
     if kind is not None and hp.share_encoder:

@@ -85,8 +85,15 @@ def output_size(network: nn.Module) -> int:
     )
 
 
-def build_network(network: NetworkFactory | dict[str, Any] | None, observation_space: gym.Space) -> nn.Module:
+def build_network(
+    network: NetworkFactory | dict[str, Any] | None, observation_space: gym.Space, option: str = "network"
+) -> nn.Module:
     """A new network for `observation_space`: from a callable, from `describe_network`'s plain data, or the default.
+
+    Args:
+        network: what makes it.
+        observation_space: of what it is given.
+        option: how messages name it.
 
     Raises:
         CheckpointError: if plain data names a network that is the user's own, and must be passed.
@@ -94,11 +101,11 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
     if network is None:
         return default_network(observation_space)
     if isinstance(network, dict) and "name" in network:
-        return named_network(network)(observation_space)
+        return named_network(network, option)(observation_space)
     if isinstance(network, nn.Module) or not callable(network):
         given = f"a {type(network).__name__} object" if isinstance(network, nn.Module) else repr(network)
         raise OptionError(
-            f"network={given}: expected a callable from an observation space to an nn.Module, "
+            f"{option}={given}: expected a callable from an observation space to an nn.Module, "
             "such as the class itself or a functools.partial of it."
         )
     function = _unwrap(network)[0]
@@ -114,7 +121,7 @@ def build_network(network: NetworkFactory | dict[str, Any] | None, observation_s
         message = " ".join(str(error).split())
         hint = " (A network with memory also defines initial_state.)" if "'state'" in message else ""
         raise OptionError(
-            f"network={name} fails for {observation_space}: {type(error).__name__}: {message}{hint}"
+            f"{option}={name} fails for {observation_space}: {type(error).__name__}: {message}{hint}"
         ) from error
     return module
 
@@ -163,15 +170,15 @@ def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in found.items()} if tensors else {}
 
 
-def named_network(description: dict[str, Any]) -> NetworkFactory:
-    """The callable that `describe_network` described.
+def named_network(description: dict[str, Any], option: str = "network") -> NetworkFactory:
+    """The callable that `describe_network` described; messages name it by an option.
 
     Raises:
         CheckpointError: if it is not a built-in one.
     """
     name = description["name"]
     if name not in NETWORKS:
-        raise CheckpointError(f"The policy was trained with a network of your own, {name!r}: pass it as network=.")
+        raise CheckpointError(f"The policy was trained with a network of your own, {name!r}: pass it as {option}=.")
     return functools.partial(NETWORKS[name], **description.get("arguments", {}))
 
 

@@ -103,7 +103,7 @@ class CentralCritic(ValueNetwork):
         normalize_inputs: bool,
     ):
         seen = gym.spaces.Dict(OrderedDict(observation=input_space, central=central_space))
-        super().__init__(build_network(network, seen), normalize)
+        super().__init__(build_network(network, seen, "critic_network"), normalize)
         self._central_space = central_space
         normalizer = None
         if normalize_inputs:
@@ -111,9 +111,7 @@ class CentralCritic(ValueNetwork):
                 normalizer = ObservationNormalizer(central_space)
         self.normalizer = normalizer
 
-    def forward(self, inputs: Tree, central: Tree) -> Tensor:  # type: ignore[override]
-        """Values [*B] of an agent's observation as the policy's encoder takes it, and of raw central inputs."""
+    def joined(self, inputs: Tree, central: Tree) -> Tree:
+        """What the encoder takes: an agent's observation as the policy's encoder has it, and raw central inputs."""
         central = as_input(self._central_space, central)
-        if self.normalizer is not None:
-            central = self.normalizer(central)
-        return super().forward({"observation": inputs, "central": central})
+        return {"observation": inputs, "central": central if self.normalizer is None else self.normalizer(central)}

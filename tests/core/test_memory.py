@@ -245,8 +245,8 @@ def rollout_of_counters(policy: Policy, length: int = 16) -> Any:
 def test_sequences_continue_the_rollout_they_are_cut_from(burn_in: int) -> None:
     policy = Policy(EnvConfig(CounterEnv).spec(), network=Recorder)
     rollout = rollout_of_counters(policy)
-    *_, states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1))
-    batch = sequences(rollout, states, 4, burn_in, "observation")
+    states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1)).before
+    batch = sequences(rollout, {"state": states}, 4, burn_in, "observation")
     assert batch.batch_size == (12,) and batch["observation"].shape == (12, 4, 1)
     if burn_in:
         batch["state"].fill_(1000.0)  # stale; burning in replaces it, but for the first sequence of each environment
@@ -258,8 +258,8 @@ def test_sequences_continue_the_rollout_they_are_cut_from(burn_in: int) -> None:
 def test_burnt_in_steps_carry_no_gradient() -> None:
     policy = Policy(EnvConfig(CounterEnv).spec(), network=GRUNetwork)
     rollout = rollout_of_counters(policy)
-    *_, states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1).detach())
-    batch = sequences(rollout, states, 4, 4, "observation")
+    states = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1).detach()).before
+    batch = sequences(rollout, {"state": states}, 4, 4, "observation")
     batch["burn_in", "observation"].requires_grad_()
     policy.features(batch).sum().backward()
     assert batch["burn_in", "observation"].grad is None
@@ -269,7 +269,7 @@ def test_values_after_truncation_remember_the_episode() -> None:
     """Values by hand: the state counts an episode's steps, so V(s_t) = t, and V(final observation) its length."""
     policy = Policy(EnvConfig(CounterEnv).spec(), network=Recorder)
     rollout = rollout_of_counters(policy)
-    value, next_value, _ = next_values_with_memory(rollout, policy.unroll, lambda x: x.squeeze(-1).detach())
+    value, next_value, *_ = next_values_with_memory(rollout, policy.unroll, lambda x: x.squeeze(-1).detach())
     t = rollout["observation"][..., 0] % 100
     assert torch.equal(value, t)
     assert torch.equal(next_value, t + 1)

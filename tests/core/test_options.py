@@ -463,7 +463,7 @@ class Checked(Tempered):
 
 
 def test_hyper_parameters_are_the_options_of_all_classes_and_not_the_dict_that_hands_them_on() -> None:
-    names = set(options_of(PPO) or {}) - {"network", "policy_class", "spec"}
+    names = set(options_of(PPO) or {}) - {"network", "critic_network", "policy_class", "spec"}
     assert set(PPO().hparams) == names
     tempered = Tempered(temperature=2, gamma=1)
     assert set(tempered.hparams) == names | {"temperature"}
@@ -504,7 +504,7 @@ def test_the_command_line_keeps_the_same_hyper_parameters_as_python(name: str) -
     (path,) = Path().rglob("*.ckpt")
     restored = cls.load_from_checkpoint(path)
     assert restored.hparams == cls(**options).hparams
-    assert torch.load(path, weights_only=True)["hyper_parameters"].keys() == {*restored.hparams, "spec", "network"}
+    assert torch.load(path, weights_only=True)["hyper_parameters"].keys() == {*restored.hparams, "spec", *cls.NETWORKS}
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

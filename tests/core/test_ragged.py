@@ -29,6 +29,7 @@ from lit_rl.rollout import (
     next_values_with_memory,
     rows,
     sequences,
+    states_before,
 )
 from lit_rl.runners.fragment import Fragment
 from lit_rl.runners.gathering import padded, to_rollout
@@ -228,7 +229,7 @@ def test_unrolling_a_ragged_rollout_equals_stepping_through_each_of_its_rows(net
         return policy.unroll(obs, state, is_init)
 
     with torch.no_grad():
-        value, next_value, states = next_values_with_memory(cut, unroll, lambda x: head(x).squeeze(-1))
+        value, next_value, states, ends = next_values_with_memory(cut, unroll, lambda x: head(x).squeeze(-1))
         for b, length in enumerate(LENGTHS):
             state = map_tree(lambda x, b=b: x[b : b + 1], cut["state"])
             start = map_tree(torch.from_numpy, policy.initial_state(1))
@@ -242,6 +243,8 @@ def test_unrolling_a_ragged_rollout_equals_stepping_through_each_of_its_rows(net
                 final = (cut["final_step"][b] == t).nonzero()
                 after = cut["final_observation"][b, final[0, 0]] if len(final) else after
                 following[b, t] = head(policy.encoder(after[None], state)[0])
+            for name in state if length else ():
+                torch.testing.assert_close(ends[name][b], state[name][0])
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(next_value[mask_of(cut)], following[mask_of(cut)])
     assert next_value[mask_of(cut)].unique().numel() > 20
@@ -251,9 +254,7 @@ def test_sequences_leave_out_pieces_of_padding() -> None:
     whole, cut = rollouts(SAMPLE, network=LSTMNetwork)
     policy = Policy(SAMPLE.spec(), network=LSTMNetwork)
     with torch.no_grad():
-        (*_, states), (*_, whole_states) = (
-            next_values_with_memory(x, policy.unroll, lambda x: x.sum(-1)) for x in (cut, whole)
-        )
+        states, whole_states = ({"state": states_before(x, policy.unroll)} for x in (cut, whole))
     found = sequences(cut, states, 4, 2, "observation", "action", "mask")
     expected = sequences(whole, whole_states, 4, 2, "observation", "action", "mask")
     kept = torch.tensor([0, 1, 4, 5, 6, 7, 12])  # of row 0, which has 7 steps, row 1 and row 3, which has 1

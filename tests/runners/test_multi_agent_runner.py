@@ -191,7 +191,7 @@ def test_states_before_every_row_are_those_of_the_agents_past() -> None:
         real, policy = mask_of(rollout), runner.policy
         assert real is not None
         with torch.no_grad():
-            *_, expected = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1))
+            expected = next_values_with_memory(rollout, policy.unroll, lambda x: x.sum(-1)).before
         inside = real & ~rollout["is_init"]
         for name, state in states.items():
             torch.testing.assert_close(state[inside], expected[name][inside])
