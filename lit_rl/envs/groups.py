@@ -196,6 +196,6 @@ def _first_alone(action_space: gym.Space, mask_space: gym.Space) -> Any:
         return {key: _first_alone(parts[key], part) for key, part in mask_space.spaces.items()}
     if isinstance(mask_space, spaces.Tuple):
         return tuple(_first_alone(parts[str(i)], part) for i, part in enumerate(mask_space.spaces))
-    mask = np.zeros(mask_space.shape, mask_space.dtype)
+    mask = np.zeros(mask_space.shape or (), mask_space.dtype)
     mask[np.cumsum([0, *class_counts(action_space)[:-1]])] = 1
     return mask

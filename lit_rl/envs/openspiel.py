@@ -55,7 +55,7 @@ class OpenSpielEnv(MultiAgentEnv):
         self._observation_space = spaces.Dict(
             {"observation": spaces.Box(-np.inf, np.inf, (size,)), ACTION_MASK: spaces.MultiBinary(num_actions)}
         )
-        self._action_space = spaces.Discrete(num_actions)
+        self._action_space: gym.Space = spaces.Discrete(num_actions)
         self._rng = np.random.default_rng()
 
     def observation_space(self, agent: str) -> gym.Space:

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any
 
 import gymnasium as gym
@@ -38,7 +37,7 @@ class TeamReward(MultiAgentWrapper):
 
     def __init__(self, env: MultiAgentEnv, team: Patterns | Mapping[str, Patterns] = "*", weight: float = 1.0):
         super().__init__(env)
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight <= 1:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
             raise OptionError(f"TeamReward: weight={short(weight)}: expected a number from 0 to 1.")
         teams = team if isinstance(team, Mapping) else {"team": team}
         self._weight = float(weight)

@@ -33,7 +33,7 @@ def waterworld(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def checkpoint(make_trainer: Any, env: str, **env_kwargs: Any) -> str:
     wrappers = ["lit_rl.envs.multi_agent:AgentId"]
-    data = RolloutDataModule(env, env_kwargs=env_kwargs, wrappers=wrappers, rollout_length=8, max_env_steps=8)
+    data = RolloutDataModule(env, env_kwargs=env_kwargs, wrappers=wrappers, rollout_length=8, max_env_steps=64)
     trainer = make_trainer(limit_val_batches=0)
     trainer.fit(PPO(minibatch_size=8, num_epochs=1), data)
     trainer.save_checkpoint("a.ckpt")

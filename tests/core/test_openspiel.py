@@ -237,7 +237,7 @@ def test_without_openspiel_it_is_said_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_one_policy_learns_by_playing_both_sides_and_its_checkpoint_plays(make_trainer: Any) -> None:
-    data = RolloutDataModule(ENV, env_kwargs={"game": "leduc_poker"}, rollout_length=64, max_env_steps=64)
+    data = RolloutDataModule(ENV, env_kwargs={"game": "leduc_poker"}, rollout_length=64, max_env_steps=512)
     trainer = make_trainer(limit_val_batches=0)
     trainer.fit(PPO(network=MLP, minibatch_size=16, num_epochs=1), data)
     assert np.isfinite(float(trainer.callback_metrics["loss/policy"]))
@@ -247,7 +247,7 @@ def test_one_policy_learns_by_playing_both_sides_and_its_checkpoint_plays(make_t
 
 def test_a_policy_learns_against_random_play(make_trainer: Any) -> None:
     data = RolloutDataModule(ENV, env_kwargs={"game": "goofspiel", "num_cards": 4, "players": 2}, rollout_length=64,
-                             max_env_steps=64)  # fmt: skip
+                             max_env_steps=512)  # fmt: skip
     algorithm = MultiAgent({"me": PPO(minibatch_size=16, num_epochs=1), "other": Random()},
                            policy_mapping={"player_0": "me", "player_1": "other"})  # fmt: skip
     trainer = make_trainer(limit_val_batches=0)

@@ -469,10 +469,10 @@ def test_a_group_learns_what_its_members_must_do_together(seed: int, make_traine
     L.seed_everything(seed, verbose=False)
     wrappers = [{GROUPED: {"groups": {"pair": "*"}}}]
     data = RolloutDataModule(
-        TwoStepGame, wrappers=wrappers, num_envs_per_env_runner=4, rollout_length=32, max_env_steps=4096,
+        TwoStepGame, wrappers=wrappers, num_envs_per_env_runner=4, rollout_length=32, max_env_steps=2048,
     )  # fmt: skip
     trainer = make_trainer()
-    trainer.fit(PPO(lr=3e-3, entropy_coef=0.05, minibatch_size=64), data)
+    trainer.fit(PPO(lr=1e-2, entropy_coef=0.05, num_epochs=4, minibatch_size=64), data)
     assert trainer.callback_metrics["eval/return_mean"] == 8.0
     assert trainer.callback_metrics["eval/return_mean/pair"] == 8.0
 
@@ -502,7 +502,7 @@ def test_ppo_updates_the_policy_of_a_group(env: Any, groups: Any, ends: str, mak
 def test_wrappers_of_teams_are_named_in_a_checkpoint_and_trusted(make_trainer: Any) -> None:
     shared = {"lit_rl.envs.teams:TeamReward": {"team": {"red": "red_*", "blue": "blue_*"}, "weight": 0.5}}
     wrappers = [shared, {GROUPED: {"groups": {"red": "red_*", "others": ["blue_*", "fox"]}}}]
-    data = RolloutDataModule("lit_rl.envs.coins:CoinGame", wrappers=wrappers, rollout_length=16, max_env_steps=16)
+    data = RolloutDataModule("lit_rl.envs.coins:CoinGame", wrappers=wrappers, rollout_length=16, max_env_steps=128)
     algorithm = MultiAgent({"red": PPO(minibatch_size=8, num_epochs=1), "others": Random()})
     trainer = make_trainer(limit_val_batches=0)
     trainer.fit(algorithm, data)
