@@ -23,8 +23,20 @@ from lit_rl.viewing.timeline import Timeline
 from lit_rl.viewing.video import VideoFile, check_format, check_renders, framed, rendering
 
 # Of what a file names, this alone is made unasked: a checkpoint from a stranger must not decide what is imported.
-TRUSTED_WRAPPERS = ("gymnasium.wrappers", "lit_rl.envs.wrappers", "lit_rl.envs.cartpole", "lit_rl.envs.multi_agent")
-TRUSTED_ENVS = ("lit_rl.envs.coins:CoinGame", "lit_rl.envs.multi_agent:ReplicatedEnv")
+TRUSTED_WRAPPERS = (
+    "gymnasium.wrappers",
+    "lit_rl.envs.cartpole",
+    "lit_rl.envs.multi_agent",
+    "lit_rl.envs.teams",
+    "lit_rl.envs.wrappers",
+)
+TRUSTED_ENVS = (
+    "lit_rl.envs.coins:CoinGame",
+    "lit_rl.envs.cooperation:Halves",
+    "lit_rl.envs.cooperation:TwoStepGame",
+    "lit_rl.envs.multi_agent:ReplicatedEnv",
+    "lit_rl.envs.openspiel:OpenSpielEnv",
+)
 TRUSTED_PLUGINS = ("ale_py",)  # modules whose import registers environments: "ale_py:ALE/Pong-v5"
 
 
