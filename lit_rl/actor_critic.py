@@ -1,5 +1,9 @@
 """What algorithms with a policy and a critic of states share."""
 
+from collections.abc import Generator
+from typing import Any, TypeAlias
+
+from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm
@@ -10,9 +14,15 @@ from lit_rl.normalizer import ReturnNormalizer
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
+# Yields minibatches, is sent what `gradient_step` returns for each, and returns metrics.
+Steps: TypeAlias = Generator[TensorDict, tuple[bool | Tensor, Any], dict[str, Tensor | float]]
+
 
 class ActorCritic(Algorithm):
     """Base of PPO and IMPALA. A subclass gives the options that `build` reads, and what an `Algorithm`'s gives.
+
+    In place of `update` it gives `steps`: by itself an algorithm takes the gradient steps one after the other, and
+    algorithms that share networks take them together, see `Team`.
 
     Attributes:
         critic: a network of its own or, where the encoder is shared, a head on the policy's features.
@@ -43,6 +53,19 @@ class ActorCritic(Algorithm):
         else:
             self.critic = ValueNetwork(build_network(self.network, self.policy.input_space))
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+
+    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
+        steps, result = self.steps(rollout), None
+        while True:
+            try:
+                minibatch = steps.send(result)  # type: ignore[arg-type] # None to begin with
+            except StopIteration as end:
+                return end.value
+            result = self.gradient_step(minibatch)
+
+    def steps(self, rollout: TensorDict) -> Steps:
+        """Learn from a rollout, as `update` does; the caller takes the gradient step on each minibatch."""
+        raise NotImplementedError(f"{type(self).__name__} must define steps(rollout).")
 
     @property
     def shares_encoder(self) -> bool:
