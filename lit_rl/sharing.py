@@ -111,9 +111,12 @@ class Sharing:
 
     def _networks_of(self, policy_id: str) -> dict[str, nn.Module]:
         """What a policy shares."""
-        algorithm = self._algorithms[policy_id]
-        networks = {CRITIC: ("critic", algorithm.critic), ENCODER: ("encoder", algorithm.policy.encoder)}
-        return dict(networks[option] for option, groups in self.groups.items() if any(policy_id in g for g in groups))
+        algorithm, found = self._algorithms[policy_id], {}
+        if any(policy_id in group for group in self.groups[CRITIC]):
+            found["critic"] = algorithm.critic
+        if any(policy_id in group for group in self.groups[ENCODER]):
+            found["encoder"] = algorithm.policy.encoder
+        return found
 
 
 def _check_ids(option: str, groups: Sequence[Sequence[str]], trained: Sequence[str]) -> None:
