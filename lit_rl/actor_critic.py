@@ -21,8 +21,8 @@ Steps: TypeAlias = Generator[TensorDict, tuple[bool | Tensor, Any], dict[str, Te
 class ActorCritic(Algorithm):
     """Base of PPO and IMPALA. A subclass gives the options that `build` reads, and what an `Algorithm`'s gives.
 
-    In place of `update` it gives `steps`: by itself an algorithm takes the gradient steps one after the other, and
-    algorithms that share networks take them together, see `Team`.
+    In place of `update` it gives `update_steps`. An algorithm by itself takes a gradient step on each minibatch of it;
+    algorithms that share networks go on together, see `Team`.
 
     Attributes:
         critic: a network of its own or, where the encoder is shared, a head on the policy's features.
@@ -55,7 +55,7 @@ class ActorCritic(Algorithm):
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        steps, result = self.steps(rollout), None
+        steps, result = self.update_steps(rollout), None
         while True:
             try:
                 minibatch = steps.send(result)  # type: ignore[arg-type] # None to begin with
@@ -63,9 +63,9 @@ class ActorCritic(Algorithm):
                 return end.value
             result = self.gradient_step(minibatch)
 
-    def steps(self, rollout: TensorDict) -> Steps:
+    def update_steps(self, rollout: TensorDict) -> Steps:
         """Learn from a rollout, as `update` does; the caller takes the gradient step on each minibatch."""
-        raise NotImplementedError(f"{type(self).__name__} must define steps(rollout).")
+        raise NotImplementedError(f"{type(self).__name__} must define update_steps(rollout).")
 
     @property
     def shares_encoder(self) -> bool:

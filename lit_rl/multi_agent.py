@@ -88,8 +88,9 @@ class MultiAgent(Algorithm):
         self.frozen: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Policy)})
         self.scripted = {i: x for i, x in made.items() if not isinstance(x, nn.Module)}
         self.trained = self._chosen(train)
-        self.sharing = Sharing({CRITIC: critic_groups, ENCODER: encoder_groups}, self.algorithms, self.trained)
-        teams = [Team({policy_id: self.algorithms[policy_id] for policy_id in ids}) for ids in self.sharing.teams]
+        algorithms: dict[str, Any] = dict(self.algorithms.items())
+        self.sharing = Sharing({CRITIC: critic_groups, ENCODER: encoder_groups}, algorithms, self.trained)
+        teams = [Team({policy_id: algorithms[policy_id] for policy_id in ids}) for ids in self.sharing.teams]
         self.teams = {policy_id: team for team in teams for policy_id in team.members}
         if isinstance(init_from, str):
             raise OptionError(

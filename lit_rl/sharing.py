@@ -148,7 +148,7 @@ def _check_algorithms(option: str, algorithms: Mapping[str, Algorithm]) -> None:
             if getattr(type(algorithm), method) is not getattr(base, method):
                 raise OptionError(
                     f"{option}: {name}, the algorithm of {policy_id!r}, overrides {method}, which is not called where "
-                    "algorithms take their steps together. Override steps or loss."
+                    "algorithms take their steps together. Override update_steps or loss."
                 )
         if algorithm.hp.get("compile"):
             raise OptionError(f"{option}: {policy_id!r} has compile=True: expected eager steps. Leave it out.")

@@ -69,7 +69,7 @@ class Team:
         there = {policy_id: rollouts[policy_id] for policy_id in self.members if rollouts[policy_id].has_rows}
         if there:
             lags = {policy_id: self.members[policy_id].lag_of(rollout) for policy_id, rollout in there.items()}
-            update = first.checked_update(TensorDict(there), lambda: self.update(there))  # type: ignore[arg-type]
+            update = first.checked_update(TensorDict(there), lambda: self.update(there))
             first.check_updates()
             for policy_id in there:
                 found[policy_id] = update.metrics[policy_id] | {"rollout/policy_lag": lags[policy_id]}
@@ -80,7 +80,7 @@ class Team:
 
     def update(self, rollouts: Mapping[str, TensorDict]) -> dict[str, dict[str, Tensor | float]]:
         """Learn from rollouts, step by step together; returns the metrics by policy."""
-        steps = {policy_id: self.members[policy_id].steps(rollout) for policy_id, rollout in rollouts.items()}
+        steps = {policy_id: self.members[policy_id].update_steps(rollout) for policy_id, rollout in rollouts.items()}
         results: dict[str, Any] = dict.fromkeys(steps)
         metrics = {}
         while results:

@@ -78,7 +78,7 @@ class APPO(IMPALA):
         if not host.is_resumed:  # the policy may be another run's since it was built
             self.follow(1.0)
 
-    def steps(self, rollout: TensorDict) -> Steps:
+    def update_steps(self, rollout: TensorDict) -> Steps:
         taken, terms = yield self.batch_of(rollout)
         self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
         if (self.updates_done + 1) % self.hp.target_update_interval == 0:

@@ -158,7 +158,7 @@ class IMPALA(ActorCritic):
             return RMSprop(parameters, lr=hp.lr, decay=hp.rmsprop_decay, eps=hp.rmsprop_eps)
         return torch.optim.Adam(parameters, lr=hp.lr, eps=hp.adam_eps, fused=True)
 
-    def steps(self, rollout: TensorDict) -> Steps:
+    def update_steps(self, rollout: TensorDict) -> Steps:
         taken, terms = yield self.batch_of(rollout)
         self.policy.update_normalizer(rollout["observation"], new_rows(rollout))
         return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}

@@ -141,7 +141,7 @@ class PPO(ActorCritic):
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
         return torch.optim.Adam(parameters, lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)
 
-    def steps(self, rollout: TensorDict) -> Steps:
+    def update_steps(self, rollout: TensorDict) -> Steps:
         hp, mask, length = self.hp, mask_of(rollout), length_of(rollout)
         with torch.no_grad():
             value, next_value, states = self.values(rollout)

@@ -53,7 +53,8 @@ def pack_weights(module: torch.nn.Module) -> Packed:
             arrays[name] = tensor.cpu().numpy()
     packed = pack(arrays)
     places = {name: place for name, *place in packed.layout}
-    return Packed(packed.buffer, tuple((name, *places[same]) for name, same in names.items()))
+    layout: Any = tuple((name, *places[same]) for name, same in names.items())
+    return Packed(packed.buffer, layout)
 
 
 def load_weights(module: torch.nn.Module, weights: Packed) -> None:
