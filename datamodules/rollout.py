@@ -414,7 +414,8 @@ class RolloutDataModule(EnvDataModule):
         if not len(versions):  # this rank has none
             return
         lag = updates - float(versions.double().mean())
-        steps = lag * self.attached_trainer.global_step / updates / len(self.algorithm.learners)  # of a policy
+        optimizing = {learner.host.steps for learner in self.algorithm.learners}  # some take theirs together
+        steps = lag * self.attached_trainer.global_step / updates / len(optimizing)  # of a policy
         if steps >= OLD:
             self._said_old = True
             rank_zero_warn(

@@ -1,7 +1,7 @@
 """What algorithms with a policy and a critic of states share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, TypeAlias
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -25,9 +25,15 @@ from lit_rl.rollout import OWN, WITH_CENTRAL
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
+# Yields minibatches, is sent what `gradient_step` returns for each, and returns metrics.
+Steps: TypeAlias = Generator[TensorDict, tuple[bool | Tensor, Any], dict[str, Tensor | float]]
+
 
 class ActorCritic(Algorithm):
     """Base of PPO and IMPALA. A subclass gives the options that `build` reads, and what an `Algorithm`'s gives.
+
+    In place of `update` it gives `update_steps`. An algorithm by itself takes a gradient step on each minibatch of it;
+    algorithms that share networks go on together, see `Team`.
 
     Args:
         critic_network: see the subclasses.
@@ -67,6 +73,19 @@ class ActorCritic(Algorithm):
         self.critic = self.make_critic(spec)
         check_same_in_training(self.critic)
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
+
+    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
+        steps, result = self.update_steps(rollout), None
+        while True:
+            try:
+                minibatch = steps.send(result)  # type: ignore[arg-type] # None to begin with
+            except StopIteration as end:
+                return end.value
+            result = self.gradient_step(minibatch)
+
+    def update_steps(self, rollout: TensorDict) -> Steps:
+        """Learn from a rollout, as `update` does; the caller takes the gradient step on each minibatch."""
+        raise NotImplementedError(f"{type(self).__name__} must define update_steps(rollout).")
 
     def make_critic(self, spec: EnvSpec) -> ValueNetwork | ValueHead:
         """What the options ask for."""

@@ -6,7 +6,7 @@ import math
 import time
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -59,7 +59,7 @@ class Update:
         unread: those of which only the device knows.
     """
 
-    metrics: dict[str, Tensor | float]
+    metrics: Any
     skipped: int = 0
     unread: int = 0
 
@@ -189,11 +189,16 @@ class Algorithm(TakesOptions, L.LightningModule):
         """
         return self.host.steps.on_loss(loss, optimizer)
 
-    def checked_update(self, batch: TensorDict) -> "Update":
-        """`update`, and `check_updates` after it: where only a GPU knows what became of the steps, after some more."""
+    def checked_update(self, batch: TensorDict, function: Callable[[], Any] | None = None) -> "Update":
+        """`update`, and `check_updates` after it: where only a GPU knows what became of the steps, after some more.
+
+        Args:
+            batch: what is learned from.
+            function: what learns from it in place of `update`, by the gradient steps of the same host.
+        """
         steps = self.host.steps
         skipped, unread = steps.skipped, steps.num_unread
-        update = Update(self.update(batch))
+        update = Update(self.update(batch) if function is None else function())
         update.skipped, update.unread = steps.skipped - skipped, steps.num_unread - unread
         self._unchecked.append((batch, update))
         if not 0 < steps.num_unread < MOST_UNREAD:
@@ -343,9 +348,8 @@ class Algorithm(TakesOptions, L.LightningModule):
                 part.follow(now, budget)
         if self.lr is not None and self._host is not None:
             lr = self.lr.at(now, budget)
-            for optimizer in self._host.steps.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("lr_scale", 1.0)
+            for group in self._host.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def learn_from(self, batch: Any) -> dict[str, Tensor | float]:
         """`update` for each part of what the datamodule gave, here one rollout, and count its env steps."""
@@ -357,12 +361,17 @@ class Algorithm(TakesOptions, L.LightningModule):
         if not batch.has_rows:
             self.count("env_steps", batch.env_steps)
             return {}
-        lag = float(distributed.masked_mean(self.updates_done - batch["policy_version"].double(), mask_of(batch)))
+        lag = self.lag_of(batch)
         update = self.checked_update(batch)
         self.check_updates()
         self.count("env_steps", batch.env_steps)
         self.count("updates", 1)
         return {**update.metrics, "rollout/policy_lag": lag}
+
+    def lag_of(self, rollout: Rollout) -> float:
+        """Updates since the weights that acted, the mean over the rows of all ranks."""
+        age = self.updates_done - rollout["policy_version"].double()
+        return float(distributed.masked_mean(age, mask_of(rollout)))
 
     def learn(self, *args: Any, **kwargs: Any) -> None:
         """Not how it is trained here: refused in words for those who come from libraries where it is."""
@@ -491,7 +500,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         if steps.skipped > self._skipped_before:  # the steps that were taken have finite means
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["optim/skipped_updates"] = steps.skipped
-        metrics["optim/lr"] = steps.optimizers[0].param_groups[0]["lr"]
+        metrics["optim/lr"] = self.host.param_groups[0]["lr"]
         return metrics
 
     # --- Lightning's hooks: evaluation --------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from lit_rl.algorithm import Algorithm, seed_for
 from lit_rl.central import with_central
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, policy_returns
-from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes, init_from
-from lit_rl.files.loading import load_policy
+from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes
+from lit_rl.files.loading import SECTION, load_policy
 from lit_rl.learner.host import make_host
 from lit_rl.learner.refusals import check_streams, check_trainer
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Names
+from lit_rl.options import Groups, Names
 from lit_rl.policy import EpisodeInfo, Policy, PolicySet
 from lit_rl.policy.mapping import PolicyMapping
 from lit_rl.policy.policy_set import check_ids
@@ -26,8 +26,10 @@ from lit_rl.policy.scripted import Random, Scripted
 from lit_rl.replay import ReplayStream
 from lit_rl.rollout import Rollouts
 from lit_rl.roster import is_pattern
+from lit_rl.sharing import CRITIC, ENCODER, Sharing
 from lit_rl.source import Source, source_of
 from lit_rl.spec import EnvSpec, MultiAgentSpec
+from lit_rl.team import Team
 
 CHILDREN = 102  # first number of SeedSequence keys of the algorithms
 
@@ -37,7 +39,8 @@ class MultiAgent(Algorithm):
 
     Each has its own options, networks, optimizer, normalisers and schedules, and learns from the rows of the agents
     that act by its policy: an on-policy one with one update per rollout, an off-policy one from a replay buffer of its
-    own. Their metrics begin with the policy's id: `team/loss/policy`.
+    own. Their metrics begin with the policy's id: `team/loss/policy`. Policies may share a critic or an encoder: their
+    algorithms then take their gradient steps together, see `Team`.
 
     Reads a `ReplayStream`, if all are off-policy, or a `Rollouts`: a rollout or a stream for each policy that is
     trained.
@@ -49,6 +52,10 @@ class MultiAgent(Algorithm):
             `{"red_*": "team", "*": "random"}`, of which the first that matches wins, or a function of an agent and an
             `EpisodeInfo`. None: the only policy, or the one that is called as the agent.
         train: ids of the algorithms that learn; None: all of them. The others' policies act as they are.
+        critic_groups: groups of policies by id, `[["left", "right"]]`, each of which has one critic. They learn
+            together, by one algorithm with equal options of the optimizer.
+        encoder_groups: groups of policies, each of which has one encoder; their heads are their own. They learn
+            together, too.
         init_from: checkpoints by policy id, from whose policies these begin; of one that holds several, from the one
             with that id.
         spec: the environment's agents and spaces, a `MultiAgentSpec` in plain data; None takes the datamodule's.
@@ -64,6 +71,8 @@ class MultiAgent(Algorithm):
         *,
         policy_mapping: str | dict[str, str] | Callable[[str, EpisodeInfo], str] | None = None,
         train: Names | None = None,
+        critic_groups: Groups | None = None,
+        encoder_groups: Groups | None = None,
         init_from: dict[str, str] | None = None,
         spec: dict[str, Any] | None = None,
     ):
@@ -79,6 +88,10 @@ class MultiAgent(Algorithm):
         self.frozen: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Policy)})
         self.scripted = {i: x for i, x in made.items() if not isinstance(x, nn.Module)}
         self.trained = self._chosen(train)
+        algorithms: dict[str, Any] = dict(self.algorithms.items())
+        self.sharing = Sharing({CRITIC: critic_groups, ENCODER: encoder_groups}, algorithms, self.trained)
+        teams = [Team({policy_id: algorithms[policy_id] for policy_id in ids}) for ids in self.sharing.teams]
+        self.teams = {policy_id: team for team in teams for policy_id in team.members}
         if isinstance(init_from, str):
             raise OptionError(
                 f"init_from={init_from!r}: expected a dict of checkpoints by policy, as in "
@@ -100,8 +113,9 @@ class MultiAgent(Algorithm):
         """Keep what is plain data; algorithms describe themselves in a checkpoint."""
         mapping = options.get("policy_mapping")
         self.hparams.update({"policy_mapping": mapping if isinstance(mapping, str | dict) else None})
-        if options.get("train") is not None:
-            self.hparams.update({"train": list(options["train"])})
+        for name in ("train", CRITIC, ENCODER):
+            if options.get(name) is not None:
+                self.hparams.update({name: list(options[name])})
 
     @property
     def central_inputs(self) -> dict[str, str]:
@@ -139,6 +153,7 @@ class MultiAgent(Algorithm):
             specs[policy_id] = with_central(self.spec, kind, names, policy_id)
         for policy_id, algorithm in self.algorithms.items():
             algorithm.build_networks(_Part(source, specs[policy_id], self.ids.index(policy_id), None))
+        self.sharing.share()
         policies = {i: self._policy_of(i, specs[i]) for i in self.ids}
         # No module of its own: its parts belong to the algorithms.
         self.__dict__["policy"] = PolicySet(self.spec, policies, mapping.given, self.trained)
@@ -151,13 +166,17 @@ class MultiAgent(Algorithm):
                 f"--model.init_from '{{{self.trained[0]}: {paths}}}'."
             )
         self.build_networks(source_of(self._trainer))
-        for policy_id, path in paths.items() if is_new else ():
-            init_from(self.algorithms[policy_id], path, policy_id)
+        if is_new:
+            self.sharing.init_from(paths)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         found: list[torch.optim.Optimizer] = []
         for policy_id in self.trained:
-            optimizers = self.algorithms[policy_id].configure_optimizers()
+            team = self.teams.get(policy_id)
+            if team is None:
+                optimizers = self.algorithms[policy_id].configure_optimizers()
+            else:
+                optimizers = [team.configure_optimizer()] if team.first == policy_id else []
             optimizers = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
             self._num_optimizers[policy_id] = len(optimizers)
             found += optimizers
@@ -187,7 +206,12 @@ class MultiAgent(Algorithm):
             mine = [left.pop(0) for _ in range(self._num_optimizers[policy_id])]
             share = len(self.policy.slots_of(policy_id)) / self.spec.num_slots
             part = _Part(self.source, self.policy.spec_of(policy_id), self.ids.index(policy_id), share)
-            hosts[policy_id] = make_host(self.algorithms[policy_id], self, mine, part)
+            team, algorithm = self.teams.get(policy_id), self.algorithms[policy_id]
+            if team is None:
+                hosts[policy_id] = make_host(algorithm, self, mine, part)
+            else:
+                host = make_host(algorithm, self, mine, part, team.names) if mine else hosts[team.first]
+                hosts[policy_id] = host.within(part, policy_id)
         own = hosts[self.trained[0]].within(self.source)
         if not own.is_resumed:
             own.source.restart()
@@ -232,12 +256,15 @@ class MultiAgent(Algorithm):
         self.count("env_steps", batch.env_steps)
         self.count("updates", 1)
         for policy_id in self.trained:
-            algorithm = self.algorithms[policy_id]
+            algorithm, team = self.algorithms[policy_id], self.teams.get(policy_id)
             if policy_id in batch.streams:
                 found[policy_id] = algorithm.metrics_of(batch.streams[policy_id])
                 continue
             rollout = batch[policy_id]
-            found[policy_id] = algorithm.metrics_of(rollout)
+            if team is None:
+                found[policy_id] = algorithm.metrics_of(rollout)
+            elif team.first == policy_id:
+                found |= team.metrics_of(batch)
             if not rollout.has_rows:
                 algorithm.count("updates", 1)  # versions are those of all policies
         return found
@@ -260,7 +287,8 @@ class MultiAgent(Algorithm):
 
     @property
     def skipped_updates(self) -> int:
-        return sum(self.algorithms[policy_id].skipped_updates for policy_id in self.trained)
+        by_optimizer = [i for i in self.trained if i not in self.teams or self.teams[i].first == i]
+        return sum(self.algorithms[policy_id].skipped_updates for policy_id in by_optimizer)
 
     # --- evaluation and checkpoints -------------------------------------------------------------------------------
 
@@ -273,13 +301,15 @@ class MultiAgent(Algorithm):
         arguments = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         arguments.pop("network", None)
         arguments["policies"] = {policy_id: self._described(policy_id) for policy_id in self.ids}
+        checkpoint[SECTION]["groups"] = self.sharing.groups
 
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         check_algorithm(self, found)
-        there = found["policy"]["policies"]
+        there, groups = found["policy"]["policies"], found.get("groups", {})
         for what, in_file, here in (
             ("policies", list(there), list(self.ids)),
             ("train", list(found["policy"]["trained"]), list(self.trained)),
+            *((option, groups.get(option, []), here) for option, here in self.sharing.groups.items()),
         ):
             if in_file != here:
                 raise CheckpointError(

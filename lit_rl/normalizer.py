@@ -118,6 +118,12 @@ class ReturnNormalizer(RunningMoments):
         self.gamma = gamma
         self.running_return: Tensor | None = None  # [B], this rank's own: saved with the rank, not with the weights
 
+    def shared(self) -> "ReturnNormalizer":
+        """One with the same statistics for other time lines: what either takes in, both have."""
+        other = ReturnNormalizer(self.gamma)
+        other._buffers = self._buffers
+        return other
+
     def scale(
         self,
         reward: Tensor,

@@ -151,6 +151,19 @@ class ListOfNames(Limit):
         return "a list of keys"
 
 
+class ListOfGroups(Limit):
+    """Several lists of texts."""
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(ListOfNames().accepts(group) for group in value)
+
+    def kept(self, value: Any) -> list[list[str]]:
+        return [list(group) for group in value]
+
+    def __repr__(self) -> str:
+        return "a list of groups, such as [['a', 'b']]"
+
+
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
@@ -161,6 +174,7 @@ CountOrZero = Annotated[int, Within(0, whole=True)]
 TwoOrMore = Annotated[int, Within(2, whole=True)]
 Counts = Annotated[Sequence[int], ListOfCounts()]
 Names = Annotated[Sequence[str], ListOfNames()]
+Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 

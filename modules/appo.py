@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from lit_rl.actor_critic import Steps
 from lit_rl.learner.host import Host
 from lit_rl.learner.steps import where_taken
 from lit_rl.learner.targets import Follower, target_of
@@ -73,11 +74,12 @@ class APPO(IMPALA):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
+        self.follow = Follower(self.target, self.policy)  # since it was built it may share another policy's encoder
         if not host.is_resumed:  # the policy may be another run's since it was built
             self.follow(1.0)
 
-    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        taken, terms = self.gradient_step(self.batch_of(rollout))
+    def update_steps(self, rollout: TensorDict) -> Steps:
+        taken, terms = yield self.batch_of(rollout)
         self.update_normalizers(rollout, new_rows(rollout))
         if (self.updates_done + 1) % self.hp.target_update_interval == 0:
             self.follow(self.hp.tau, taken)

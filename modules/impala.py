@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import distributed, returns
-from lit_rl.actor_critic import ActorCritic
+from lit_rl.actor_critic import ActorCritic, Steps
 from lit_rl.central import CentralInput
 from lit_rl.distributed import standardize
 from lit_rl.errors import OptionError
@@ -171,8 +171,8 @@ class IMPALA(ActorCritic):
             return RMSprop(parameters, lr=hp.lr, decay=hp.rmsprop_decay, eps=hp.rmsprop_eps)
         return torch.optim.Adam(parameters, lr=hp.lr, eps=hp.adam_eps, fused=True)
 
-    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        taken, terms = self.gradient_step(self.batch_of(rollout))
+    def update_steps(self, rollout: TensorDict) -> Steps:
+        taken, terms = yield self.batch_of(rollout)
         self.update_normalizers(rollout, new_rows(rollout))
         return {name: mean for means in where_taken([taken], [terms]) for name, mean in zip(TERMS, means.unbind())}
 

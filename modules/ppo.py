@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import returns
-from lit_rl.actor_critic import ActorCritic
+from lit_rl.actor_critic import ActorCritic, Steps
 from lit_rl.central import CentralInput
 from lit_rl.distributed import greatest, rank_mean, standardize
 from lit_rl.errors import OptionError
@@ -155,7 +155,7 @@ class PPO(ActorCritic):
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
         return torch.optim.Adam(parameters, lr=self.hp.lr, eps=self.hp.adam_eps, fused=True)
 
-    def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
+    def update_steps(self, rollout: TensorDict) -> Steps:
         hp, mask, length = self.hp, mask_of(rollout), length_of(rollout)
         with torch.no_grad():
             value, next_value, states = self.values(rollout)
@@ -171,13 +171,13 @@ class PPO(ActorCritic):
             if hp.value_clip is not None:
                 rollout["state_value"] = value
 
-        steps = []
+        results = []
         for minibatch in self.minibatches(rollout, states):
-            taken, minibatch_terms = self.gradient_step(minibatch)
-            steps.append((taken, minibatch_terms))
+            taken, minibatch_terms = yield minibatch
+            results.append((taken, minibatch_terms))
             if hp.target_kl is not None and taken and rank_mean(minibatch_terms[KL].clone()) > hp.target_kl:
                 break
-        terms = where_taken(*zip(*steps))
+        terms = where_taken(*zip(*results))
 
         self.update_normalizers(rollout, mask)
         metrics: dict[str, Tensor | float] = {}

@@ -281,3 +281,41 @@ class MaskedInTurns(MultiAgentEnv):
         self._mask = (self._rng.random(4) < 0.4).astype(np.int8)
         self._mask[self._rng.integers(4)] = 1
         return {agent: self._rng.uniform(-1, 1, 2).astype(np.float32)}, {agent: {"action_mask": self._mask}}
+
+
+class Namers(MultiAgentEnv):
+    """Two agents that see a number of three: "a" gets 1 for naming it, "b" for the next one. Episodes last four steps.
+
+    "b" acts in every other step alone. What happens depends on an episode's seed and the actions.
+
+    Args:
+        scale: of what "b" sees.
+    """
+
+    possible_agents = ("a", "b")
+
+    def __init__(self, scale: float = 1.0):
+        self._scale = {"a": 1.0, "b": scale}
+
+    def observation_space(self, agent: str) -> gym.Space:
+        return spaces.Box(0.0, self._scale[agent], (3,))
+
+    def action_space(self, agent: str) -> gym.Space:
+        return spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self._rng, self._t = np.random.default_rng(seed), 0
+        return self._show(), {}
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        right = {"a": self._number, "b": (self._number + 1) % 3}
+        reward = {agent: float(action == right[agent]) for agent, action in actions.items()}
+        self._t += 1
+        if self._t == 4:
+            return {}, reward, dict.fromkeys(self.possible_agents, True), {}, {}
+        return self._show(), reward, {}, {}, {}
+
+    def _show(self) -> dict[str, np.ndarray]:
+        self._number = int(self._rng.integers(3))
+        seen = np.eye(3, dtype=np.float32)[self._number]
+        return {agent: seen * self._scale[agent] for agent in ("a", "b")[: 1 if self._t % 2 else 2]}

@@ -1,6 +1,6 @@
 """What an algorithm needs of its surroundings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl.files import rescue
@@ -29,6 +30,7 @@ class Host:
         rank: of this process, from 0.
         save_checkpoint: writes a checkpoint of the run under a name, and returns its path; every rank calls it.
         log_folder: where the run's files are; every rank calls it.
+        policy_id: of the algorithm among those that take their steps together; None if it takes them by itself.
     """
 
     steps: GradientSteps
@@ -37,14 +39,25 @@ class Host:
     rank: int
     save_checkpoint: Callable[[str], Path]
     log_folder: Callable[[], Path]
+    policy_id: str | None = None
 
-    def within(self, source: Source) -> "Host":
-        """The same surroundings, with another source: for an algorithm that others are part of."""
-        return replace(self, source=source)
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizers' groups of parameters whose learning rate is the algorithm's."""
+        groups = [group for optimizer in self.steps.optimizers for group in optimizer.param_groups]
+        return [group for group in groups if group.get("policy_id") == self.policy_id]
+
+    def within(self, source: Source, policy_id: str | None = None) -> "Host":
+        """The same surroundings, with another source: for an algorithm that others are part of, or take steps with."""
+        return replace(self, source=source, policy_id=policy_id)
 
 
 def make_host(
-    algorithm: Any, module: L.LightningModule, optimizers: Sequence[LightningOptimizer], source: Source
+    algorithm: Any,
+    module: L.LightningModule,
+    optimizers: Sequence[LightningOptimizer],
+    source: Source,
+    names: Mapping[nn.Parameter, str] | None = None,
 ) -> Host:
     """The host of an algorithm in a fit that begins.
 
@@ -53,6 +66,7 @@ def make_host(
         module: the Trainer's, whose manual optimisation takes the steps: the algorithm itself, or what it is a part of.
         optimizers: Lightning's wrappers of what the algorithm's `configure_optimizers` returned.
         source: of its batches.
+        names: of the parameters that are stepped; None takes the algorithm's.
 
     Raises:
         OptionError: if its steps are to be compiled and cannot be.
@@ -64,7 +78,7 @@ def make_host(
         optimizers,
         backward,
         step,
-        {parameter: name for name, parameter in algorithm.named_parameters()},
+        names or {parameter: name for name, parameter in algorithm.named_parameters()},
         clipping,
         no_sync=trainer.model.no_sync if isinstance(trainer.model, DistributedDataParallel) else nullcontext,
         compiled=CompiledStep(algorithm, optimizers[0], clipping) if algorithm.hp.get("compile") else None,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from lit_rl.errors import EnvError
 from lit_rl.policy import Policy
@@ -79,8 +80,7 @@ class LocalPool:
 
     def start(self, policy: Policy, version: int, epsilons: Epsilons = (0.0,)) -> None:
         if self._weights is None or self._weights[0] is not policy:
-            tensors = ([*module.parameters(), *module.buffers()] for module in (self._runner.policy, policy))
-            self._weights = policy, *tensors
+            self._weights = policy, *(_tensors(module) for module in (self._runner.policy, policy))
         with torch.no_grad():
             torch._foreach_copy_(*self._weights[1:])
         self._runner.set_version(version, epsilons)
@@ -104,3 +104,9 @@ class LocalPool:
     def close(self) -> None:
         self.ledger.discard(0, 0, self._runner.executed, "unread")
         self._runner.close()
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, as often as they have a name: the learner's policies may share some."""
+    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return [tensor for _, tensor in found]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import ddp_script
+import ddp_teams
 import fake_ray
 import numpy as np
 import pytest
@@ -262,3 +263,32 @@ def test_policies_that_appear_on_one_rank_and_for_a_while_neither_hang_nor_skew(
     for policy_id in ("two", "three"):  # a quarter for each row that either rank took after the warm-up
         stored, done = second["stored"][policy_id], first["updates"][policy_id]
         assert 0.8 * stored / 8 < done + 64 / 8 < 1.2 * stored / 8
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have after runs with policies that share networks: one start for all of them."""
+    out = tmp_path_factory.mktemp("teams")
+    ddp_teams.record(out)
+    run_python(TESTS / "ddp_teams.py", out, cwd=out, timeout=240)
+    return out
+
+
+@pytest.mark.parametrize("case", ddp_teams.CASES)
+def test_policies_that_share_networks_have_the_gradients_of_one_process_on_two_ranks(teams: Path, case: str) -> None:
+    masks = [rollout["mask"] for rollout in torch.load(teams / "rollouts.pt", weights_only=True).values()]
+    rows = [[int(mask[: len(mask) // 2].sum()), int(mask[len(mask) // 2 :].sum())] for mask in masks]
+    (a, b), (c, d) = rows
+    assert a * d != b * c  # each policy has another share of its rows on each rank
+    ddp_teams.gradients(1, teams, "one", case)
+    one = torch.load(teams / f"{case}-one-0.pt")
+    assert len(one["gradients"]) == 2
+    for shares in ("two", "uneven"):
+        first, second = (torch.load(teams / f"{case}-{shares}-{rank}.pt") for rank in (0, 1))
+        assert one["env_steps"] == first["env_steps"] == second["env_steps"] == 2 * 64
+        for gradients in zip(*(found["gradients"] for found in (one, first, second)), strict=True):
+            for x, y, z in zip(*gradients, strict=True):
+                assert torch.isfinite(x).all() and torch.equal(y, z)
+                torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(value, first["weights"][key], atol=1e-5, rtol=1e-4)

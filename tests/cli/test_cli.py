@@ -12,7 +12,7 @@ import yaml
 from helpers import ROOT
 from lightning.pytorch.cli import LightningCLI
 
-from lit_rl import Policy, Replay, cli, load_policy
+from lit_rl import MultiAgent, Policy, Replay, cli, load_policy
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
 
@@ -356,6 +356,33 @@ def test_several_policies_run_from_a_config(capsys: pytest.CaptureFixture) -> No
     lit_rl("play", str(checkpoint), "--episodes", "1")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Episode 1: return")]
     assert "(agent_0 " in line and ", agent_1 " in line
+
+
+TEAM = SEVERAL.replace("{class_path: Random}", "{class_path: PPO, init_args: {minibatch_size: 32}}").replace(
+    "    policy_mapping:", "    critic_groups: [[first, second]]\n    policy_mapping:"
+)
+
+
+def test_policies_of_a_config_share_networks() -> None:
+    Path("team.yaml").write_text(TEAM)
+    lit_rl("fit", "--config", "team.yaml", "--model.encoder_groups", "[[second, first]]")
+    (checkpoint,) = Path().rglob("*.ckpt")
+    algorithm = MultiAgent.load_from_checkpoint(checkpoint)
+    first, second = algorithm.algorithms.values()
+    assert first.critic is second.critic and first.policy.encoder is second.policy.encoder
+    assert algorithm.hparams["encoder_groups"] == [["second", "first"]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ("[first, second]", "critic_groups"),
+        ("[[first, third]]", "critic_groups: 'third': expected policies whose algorithms are trained"),
+    ],
+)
+def test_what_is_wrong_with_groups_is_told(capsys: pytest.CaptureFixture, groups: str, words: str) -> None:
+    Path("team.yaml").write_text(TEAM.replace("[[first, second]]", groups))
+    assert words in fails(capsys, "fit", "--config", "team.yaml")[1]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lit_rl import (
     SAC,
     Evaluation,
     LSTMNetwork,
+    MultiAgent,
     Rainbow,
     ReplayDataModule,
     RolloutDataModule,
@@ -133,6 +134,25 @@ def test_a_few_updates_give_the_weights_of_eager_ones_on_the_cpu(
     assert found.updates_done == expected.updates_done > 1
     for path, value in numbers(expected).items():
         torch.testing.assert_close(numbers(found)[path], value, rtol=1e-3, atol=2e-4, msg=path)
+
+
+@on_devices
+@pytest.mark.parametrize("cls", [PPO, APPO])
+def test_policies_that_share_networks_learn_there_as_on_the_cpu(
+    cls: type, accelerator: str, make_trainer: Callable
+) -> None:
+    env_kwargs, groups = {"env": "CartPole-v1", "num_agents": 2}, [["agent_0", "agent_1"]]
+    found = []
+    for where in ("cpu", accelerator):
+        options: dict[str, Any] = {"minibatch_size": 32, "num_epochs": 2} if cls is PPO else {}
+        policies = {policy_id: cls(normalize_observations=True, **options) for policy_id in groups[0]}
+        module = MultiAgent(policies, critic_groups=groups, encoder_groups=groups)
+        sizes = ROLLOUTS | {"max_env_steps": 256}
+        data = RolloutDataModule("lit_rl.envs.multi_agent:ReplicatedEnv", env_kwargs=env_kwargs, **sizes)
+        make_trainer(accelerator=where).fit(module, data)
+        found.append(numbers(module))
+    for path, value in found[0].items():
+        torch.testing.assert_close(found[1][path], value, rtol=1e-3, atol=2e-4, msg=path)
 
 
 class Follows(L.Callback):

@@ -94,6 +94,19 @@ def test_scaled_rewards_of_real_rows_do_not_see_a_reset_row() -> None:
     assert int(with_reset.count) == int(without.count) == 12
 
 
+def test_normalisers_with_one_statistic_scale_by_the_rewards_of_both_and_go_on_with_their_own_returns() -> None:
+    first, done = ReturnNormalizer(0.5), torch.zeros(1, 2, dtype=torch.bool)
+    second = first.shared()
+    first.scale(torch.tensor([[2.0, 4.0]]), done)  # returns 2 and 5
+    scaled = second.scale(torch.tensor([[6.0, 0.0]]), done)  # 6 and 3
+    torch.testing.assert_close(scaled, torch.tensor([[6.0, 0.0]]) / np.std([2, 5, 6, 3]))
+    assert first.running_return / second.running_return == 5 / 3
+    moved = torch.nn.ModuleList([first, second]).double()
+    assert moved[0].var is moved[1].var and moved[0].var.dtype == torch.float64
+    moved[1].load_state_dict(ReturnNormalizer(0.5).state_dict())
+    assert first.count == 0
+
+
 def test_scaled_rewards_keep_their_sign_and_are_clipped() -> None:
     normalizer = ReturnNormalizer(0.0)  # the running return is the reward itself
     reward = torch.cat([torch.zeros(1, 9999), torch.full((1, 1), -1000.0)], 1)

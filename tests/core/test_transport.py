@@ -100,3 +100,26 @@ def test_packed_weights_do_not_follow_later_updates() -> None:
     with torch.no_grad():
         source[0].weight.add_(1.0)
     np.testing.assert_array_equal(packed.views()["0.weight"], before)
+
+
+def test_a_tensor_of_several_names_is_sent_once() -> None:
+    shared, bytes_of = nn.Linear(30, 40), []
+    for others in ([nn.Linear(30, 40), nn.Linear(30, 40)], [shared, shared]):
+        module = nn.ModuleDict({"first": shared, "own": others[0], "same": others[1]})
+        packed = pack_weights(module)
+        bytes_of.append(len(packed.buffer))
+        copy = nn.ModuleDict({name: nn.Linear(30, 40) for name in module})
+        load_weights(copy, packed)
+        assert list(packed.views()) == list(module.state_dict())
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(copy.state_dict()[name], tensor), name
+    assert bytes_of[0] == 3 * bytes_of[1]
+
+
+def test_tensors_that_begin_at_one_place_and_differ_are_sent_both() -> None:
+    module = nn.Module()
+    whole = torch.arange(6.0)
+    for name, buffer in (("whole", whole), ("part", whole[:2]), ("strided", whole[::2]), ("square", whole.view(2, 3))):
+        module.register_buffer(name, buffer)
+    for name, view in pack_weights(module).views().items():
+        np.testing.assert_array_equal(view, module.get_buffer(name).numpy(), err_msg=name)
