@@ -43,6 +43,10 @@ def wrapper_of(wrapper: Wrapper) -> tuple[Callable[..., Any], dict[str, Any]]:
         if found is None:
             raise OptionError(f"wrappers: {wrapper!r} is not 'package.module:Class' of something importable.")
         wrapper = found
+    if not callable(wrapper):
+        raise OptionError(
+            f"wrappers: {wrapper!r}: expected a callable, 'package.module:Class', or a dict of one such with its kwargs."
+        )
     return wrapper, _with_tuples(wrapper, kwargs or {})
 
 
