@@ -46,6 +46,7 @@ SAC_OPTIONS: dict[str, Any] = {
 CASES: dict[str, Any] = {
     "PPO": (PPO, PPO_OPTIONS),
     "PPO, shared": (PPO, {"minibatch_size": 24, "share_encoder": True, "grad_clip_by": "norm", "max_grad_norm": 0.1}),
+    "PPO, normalised values": (PPO, PPO_OPTIONS | {"normalize_values": True}),
     "PPO, by value": (PPO, {"minibatch_size": 24, "grad_clip_by": "value", "max_grad_norm": 0.01}),
     "IMPALA": (IMPALA, IMPALA_OPTIONS),
     "IMPALA, RMSProp": (IMPALA, IMPALA_OPTIONS | {"optimizer": "rmsprop", "rmsprop_eps": 1e-3, "share_encoder": True}),
