@@ -35,11 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from agent_returns import returns_of
 from games import Match, play_games
 
-from lit_rl import Policy, load_policy
+from lit_rl import Policy, Random, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.evaluation.episodes import play
+from lit_rl.spec import MultiAgentSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
@@ -139,11 +141,14 @@ def env_config(data: dict[str, Any]) -> EnvConfig:
 
 
 def play_randomly(env: EnvConfig) -> dict[str, Any]:
-    """The return of a policy that chooses among all (legal) actions alike."""
-    policy = Policy(env.spec())
-    torch.nn.init.zeros_(policy.head.weight)
-    seeds = np.random.SeedSequence([0, 30_000]).generate_state(100).tolist()
-    returns = [episode.return_ for episode in play(env, policy, seeds, deterministic=False)]
+    """The return of a policy that chooses among all (legal) actions alike; with several agents, of all of them."""
+    seeds, spec = np.random.SeedSequence([0, 30_000]).generate_state(100).tolist(), env.try_out()
+    if isinstance(spec, MultiAgentSpec):
+        returns = returns_of(env, Random(), seeds).tolist()
+    else:
+        policy = Policy(spec)
+        torch.nn.init.zeros_(policy.head.weight)
+        returns = [episode.return_ for episode in play(env, policy, seeds, deterministic=False)]
     return {
         "return_mean": round(statistics.mean(returns), 3),
         "return_std": round(statistics.pstdev(returns), 3),

@@ -74,3 +74,11 @@ def test_the_table_of_defaults_in_the_docs_is_the_one_that_was_measured(monkeypa
     page = (ROOT / "docs" / "coming_from.md").read_text()
     assert page.split("<!-- defaults -->\n")[1].split("\n<!-- end -->")[0] == table
     assert table.count("\n") >= 7
+
+
+def test_random_actions_are_measured_with_one_agent_and_with_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = importlib.import_module("results")
+    game = results.play_randomly(results.env_config({"env": "lit_rl.envs.cooperation:TwoStepGame"}))
+    assert abs(game["return_mean"] - 4.75) < 1.0  # half of them 7, half the mean of 0, 1, 1 and 8
+    assert 15 < results.play_randomly(results.env_config({"env": "CartPole-v1"}))["return_mean"] < 30
