@@ -45,7 +45,7 @@ def wrapper_of(wrapper: Wrapper) -> tuple[Callable[..., Any], dict[str, Any]]:
         wrapper = found
     if not callable(wrapper):
         raise OptionError(
-            f"wrappers: {wrapper!r}: expected a callable, 'package.module:Class', or a dict of one such with its kwargs."
+            f"wrappers: {wrapper!r}: expected a callable, 'package.module:Class', or a dict of one and its kwargs."
         )
     return wrapper, _with_tuples(wrapper, kwargs or {})
 
