@@ -38,7 +38,44 @@ class Book:
         make: Callable[..., TimeLines] = TimeLines,
     ):
         self._cast, self._copies, self._make = cast, copies, make
-        self.lines = [self._lines_of(policy, actor, copies, keep_states) for actor in cast.actors]
+        self._policy, self._keep_states = policy, keep_states
+        self._actors = cast.actors
+        self._has_others = False  # whether there are time lines of agents to whom the mapping now gives other policies
+        self.lines = [self._lines_of(actor) for actor in cast.actors]
+
+    def follow(self, policies: PolicySet, keep_states: bool | Collection[str]) -> None:
+        """Keep up with the cast, by which other policies act from now on, between two fragments.
+
+        Args:
+            policies: see `Cast.follow`.
+            keep_states: as it was, for those that were there before.
+        """
+        kept = dict(zip(self._actors, self.lines))
+        self._policy, self._keep_states, self._actors = policies, keep_states, self._cast.actors
+        self.lines[:] = [kept[actor] if actor in kept else self._lines_of(actor) for actor in self._actors]
+
+    def fit(self) -> None:
+        """Have time lines where the mapping and the episodes under way have agents, between two fragments.
+
+        In an episode that began before the mapping changed they keep their policies.
+        """
+        self._has_others = False
+        for number, actor in enumerate(self._actors):
+            mapped = self._slots_of(actor)
+            if mapped is None:
+                continue
+            slots = mapped | self._cast.slots_of(number)
+            self._has_others |= slots != mapped
+            lines = self.lines[number]
+            if lines is None or not slots:
+                self.lines[number] = self._lines_of(actor, slots)
+            elif set(lines.slots.tolist()) != slots:
+                lines.move(np.array(sorted(slots)))
+
+    def fit_if_needed(self) -> None:
+        """`fit`, if there may be time lines that are not needed any more."""
+        if self._has_others:
+            self.fit()
 
     def act(self, group: Group, choice: Choice | None, version: int) -> None:
         """What agents do that act by one policy.
@@ -82,6 +119,17 @@ class Book:
             if lines is not None:
                 lines.ask(group.slots, group.obs, self._cast.is_init(group.slots))
 
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        """Have time lines wherever a runner's saved `state` has what is under way."""
+        for number, saved in enumerate(state["lines"]):
+            if saved is not None:
+                lines, slots = self.lines[number], set(np.flatnonzero(saved["goes_on"].numpy()).tolist())
+                there = set() if lines is None else set(lines.slots.tolist())
+                if lines is None:
+                    self.lines[number] = self._lines_of(self._actors[number], slots)
+                elif not slots <= there:
+                    lines.move(np.array(sorted(slots | there)))
+
     def fits(self, state: Mapping[str, Any], slots: np.ndarray) -> bool:
         """Whether a runner's saved `state` has time lines of the same policies, and of the same ones in these slots."""
         for lines, saved in zip(self.lines, state["lines"], strict=True):
@@ -96,16 +144,27 @@ class Book:
         what = f"env={self._copies.env_id}: reward={reward} of {whose}"
         return EnvError(f"{what}: expected finite numbers. Mend the environment.")
 
-    def _lines_of(
-        self, policy: Policy | PolicySet, actor: Actor, copies: Copies, keep_states: bool | Collection[str]
-    ) -> TimeLines | None:
-        """Where what a policy does is recorded; None if it is not trained."""
-        num, slots = copies.num_slots, None
-        if isinstance(policy, PolicySet):
-            if actor.policy_id not in policy.trained:
+    def _lines_of(self, actor: Actor, slots: set[int] | None = None) -> TimeLines | None:
+        """Where what a policy does is recorded; None if it is not trained, or nobody acts by it.
+
+        Args:
+            actor: the policy at work.
+            slots: in which its agents may be; None: those that the mapping gives it.
+        """
+        keep, found = self._keep_states, None
+        if isinstance(self._policy, PolicySet):
+            slots = self._slots_of(actor) if slots is None else slots
+            if not slots:
                 return None
-            size = copies.roster.num_slots
-            slots = np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel()
-        keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
+            found = np.array(sorted(slots))
+        keep = keep if isinstance(keep, bool) else actor.policy_id in keep
         keep = keep and actor.state is not None
-        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=slots)
+        return self._make(actor.spec, self._copies.num_slots, state=actor.state, keep_states=keep, slots=found)
+
+    def _slots_of(self, actor: Actor) -> set[int] | None:
+        """In which slots agents may be to whom the mapping gives a policy; None if it is not trained."""
+        policy, num = self._policy, self._copies.num_slots
+        if not isinstance(policy, PolicySet) or actor.policy_id not in policy.trained:
+            return None
+        size = self._copies.roster.num_slots
+        return set(np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel().tolist())
