@@ -11,7 +11,7 @@ from lit_rl.algorithm import Algorithm, seed_for
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.loading import load_policy
 from lit_rl.networks import named_network
-from lit_rl.policy import Policy, PolicySet
+from lit_rl.policy import POLICIES, Policy, PolicySet
 from lit_rl.policy.scripted import Random, Scripted
 from lit_rl.source import Source
 from lit_rl.spec import EnvSpec
@@ -62,15 +62,16 @@ def made_of(policy_id: str, given: Any) -> Any:
             )
         return policy.requires_grad_(False).train()
     if isinstance(given, dict) and "policy" in given:
-        return Policy.from_description(given["policy"]).requires_grad_(False)
+        cls = POLICIES.get(given["policy"]["class"], Policy)
+        return cls.from_description(given["policy"]).requires_grad_(False)
     if isinstance(given, dict) and "class" in given:
-        cls = getattr(lit_rl, given["class"], None) if given["class"] in lit_rl.__all__ else None
-        if not (isinstance(cls, type) and issubclass(cls, Algorithm | Random)):  # a file may name anything
+        found = getattr(lit_rl, given["class"], None) if given["class"] in lit_rl.__all__ else None
+        if not (isinstance(found, type) and issubclass(found, Algorithm | Random)):  # a file may name anything
             raise CheckpointError(
                 f"The checkpoint's policy {policy_id!r} is of the class {given['class']}, which is none of lit_rl's "
                 "own: pass policies= with it."
             )
-        return cls(**given["options"])
+        return found(**given["options"])
     if isinstance(given, Algorithm | Policy) or (isinstance(given, Scripted) and not isinstance(given, type)):
         return given
     raise OptionError(

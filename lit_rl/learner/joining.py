@@ -6,13 +6,12 @@ from typing import Any
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
-from torch.optim import Optimizer
 
 from lit_rl.errors import OptionError
 
 
-def wrapped(trainer: Any, optimizers: Optimizer | Sequence[Optimizer]) -> list[LightningOptimizer]:
-    """Lightning's wrappers of what an algorithm's `configure_optimizers` returned."""
+def wrapped(trainer: Any, optimizers: Any) -> list[LightningOptimizer]:
+    """Lightning's wrappers of what an algorithm's `configure_optimizers` returned: an optimizer, or several."""
     found = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
     return [LightningOptimizer._to_lightning_optimizer(optimizer, trainer.strategy) for optimizer in found]
 
