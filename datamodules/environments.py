@@ -27,6 +27,7 @@ from lit_rl.files.checkpoint import files_beside
 from lit_rl.learner.transfer import Transfer
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
+from lit_rl.policy import PolicySet
 from lit_rl.replay.feed import ReplayFeeds
 from lit_rl.replay.options import Replay
 from lit_rl.runners.faults import FaultTolerance, time_limit
@@ -136,6 +137,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self._transfer = Transfer()
         self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
+        self._acting: Any = None  # the policies by which its runners act
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times `rollout_length` env steps came, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
@@ -174,7 +176,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def teardown(self, stage: str) -> None:
         if self._pool is not None:
-            self._runner_states = self._pool.get_state()  # a checkpoint may still be written
+            pool = self._pool if stage == "exception" else self.pool
+            self._runner_states = pool.get_state()  # a checkpoint may still be written
             self._pool.close()
             self._pool = None
         if self._evaluator is not None:
@@ -290,6 +293,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         counts = {"rollout/discarded_steps": float(self.ledger.discarded.total())}
         if isinstance(self.spec, MultiAgentSpec):
             counts["rollout/agent_steps"] = float(self.ledger.agent_steps)
+            counts["rollout/abandoned_episodes"] = float(self.ledger.abandoned)
         return counts
 
     def restart(self) -> None:
@@ -307,7 +311,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 [e.return_, e.length, dict(e.info), *([] if e.returns is None else [dict(e.returns)])]
                 for e in self._episodes
             ],
-            "runners": self._runner_states if self._pool is None else self._pool.get_state(),
+            "runners": self._runner_states if self._pool is None else self.pool.get_state(),
             **self.feeds.state(weights_only),
         }
 
@@ -343,8 +347,15 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             trainer = self.attached_trainer
             self.feeds.load(state, files_beside(trainer.ckpt_path) / f"rank_{trainer.global_rank}")
 
-    def feed(self, algorithms: Mapping[str, OffPolicy], replays: Mapping[str, Replay]) -> None:
+    def feed(
+        self, algorithms: Mapping[str, OffPolicy], replays: Mapping[str, Replay], added: Mapping[str, int]
+    ) -> None:
         """Have replay buffers for algorithms, by policy.
+
+        Args:
+            algorithms: by policy.
+            replays: options of their buffers.
+            added: numbers of the policies with which the run did not begin.
 
         Raises:
             OptionError: if one of them would never learn.
@@ -359,6 +370,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         self.feeds.setup(
             algorithms,
             replays,
+            added=added,
             seed=functools.partial(self._seed_sequence, REPLAY_BUFFERS, trainer.global_rank),
             log_folder=lambda: Path(trainer.log_dir or trainer.default_root_dir),
         )
@@ -374,10 +386,27 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         Args:
             epsilons: see `EnvRunner.set_version`.
         """
-        if self._pool is None:
-            self._pool = self._make_pool()
         algorithm = self.algorithm
-        self._pool.start(algorithm.policy, algorithm.updates_done, epsilons)
+        self.pool.start(algorithm.policy, algorithm.updates_done, epsilons)
+
+    @property
+    def pool(self) -> Pool:
+        """This rank's runners, which act by the policies there are now when they are asked for fragments next."""
+        policy = self.algorithm.policy
+        with torch.inference_mode(False):  # a checkpoint may be written while Lightning validates
+            if self._pool is None:
+                self._pool = self._make_pool()
+            if policy is not self._acting and isinstance(policy, PolicySet):
+                self._pool.follow(policy.maker(), self.feeds.keep_states)
+                self._acting = policy
+        return self._pool
+
+    def before_change(self) -> None:
+        if self._pool is None and self._saved_runners:
+            self._pool = self.pool  # the checkpoint's episodes go on, by the policies that it has
+
+    def remove_policy(self, policy_id: str) -> None:
+        self.feeds.remove(policy_id)
 
     def took(self, fragments: Sequence[tuple[int, Fragment]], times: int = 1) -> None:
         """Count what runners collected, `times` their `rollout_length`, and say what they survived."""
@@ -502,6 +531,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         if self.num_env_runners:
             self._connect_ray()
         saved, self._saved_runners = self._saved_runners, None
+        self._acting = algorithm.policy
         return make_pool(
             self.env,
             algorithm.policy.maker(),

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from lit_rl import distributed
+from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
@@ -68,13 +69,11 @@ class ReplayDataModule(EnvDataModule):
         if stage != "fit":
             return
         algorithm = self.algorithm
+        added: dict[str, int] = {}
         if isinstance(algorithm, MultiAgent):
-            found = algorithm.off_policy
+            found, added = algorithm.off_policy, algorithm.added
             for policy_id in algorithm.on_policy:
-                raise OptionError(
-                    f"policies[{policy_id!r}]={algorithm.name_of(policy_id)}(...): ReplayDataModule feeds off-policy "
-                    "algorithms such as DQN and SAC alone. Use RolloutDataModule(replay=Replay(...)), which feeds both."
-                )
+                self.check_policy(policy_id, algorithm.algorithms[policy_id])
         elif isinstance(algorithm, OffPolicy):
             found = {ALONE: algorithm}
         else:
@@ -82,7 +81,17 @@ class ReplayDataModule(EnvDataModule):
                 f"model={type(algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
                 "SAC. Use RolloutDataModule."
             )
-        self.feed(found, dict.fromkeys(found, self.replay))
+        self.feed(found, dict.fromkeys(found, self.replay), added)
+
+    def check_policy(self, policy_id: str, algorithm: Algorithm) -> None:
+        if not isinstance(algorithm, OffPolicy):
+            raise OptionError(
+                f"policies[{policy_id!r}]={type(algorithm).__name__}(...): ReplayDataModule feeds off-policy "
+                "algorithms such as DQN and SAC alone. Use RolloutDataModule(replay=Replay(...)), which feeds both."
+            )
+
+    def add_policy(self, policy_id: str, algorithm: Any, number: int) -> None:
+        self.feeds.add(policy_id, algorithm, self.replay, number)
 
     def train_dataloader(self) -> "ReplayLoader":
         self.set_threads()
@@ -102,11 +111,13 @@ class ReplayDataModule(EnvDataModule):
         self.feeds.begin(begin)
         end = begin + self.env_steps_per_batch * trainer.world_size
         self.sample_s = 0.0
+        learning = algorithm.learning if isinstance(algorithm, MultiAgent) else list(self.feeds)
         while self._env_steps < end and self._budget_left(self._env_steps) >= self._max_rows:
             started = time.perf_counter()
             device = algorithm.device.type  # this is inside of the learner's training_step
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 self._collect(end)
+            self.feeds.rest(learning)
             stream.env_steps = self._env_steps - begin
             stream.waited_s += time.perf_counter() - started
             self.sample_s = stream.waited_s  # here, since whoever takes minibatches may stop at any
@@ -133,7 +144,9 @@ class ReplayDataModule(EnvDataModule):
             assert self._pool is not None
             fragments = distributed.together(self._pool.finish, device)
         self.took(fragments, times)
-        self._env_steps += self.feeds.take(fragments, self.rollout_length, device)
+        policy: Any = self.algorithm.policy
+        numbers = {} if ALONE in self.feeds else policy.numbers
+        self._env_steps += self.feeds.take(fragments, self.rollout_length, device, numbers)
 
     def _times_at_once(self, rows: int, end: int) -> int:
         """How often `rows` env steps can be taken in one fragment: until an update is due, or `end` is reached.

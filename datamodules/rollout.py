@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed
+from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
@@ -21,7 +22,7 @@ from lit_rl.replay.options import Replay, Replays
 from lit_rl.rollout import Rollout, Rollouts, map_rollouts, mask_of, rollouts_in
 from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.runners.free_running import FreeRunning
-from lit_rl.runners.gathering import evened, nothing_like, to_rollout
+from lit_rl.runners.gathering import evened, nothing_like, to_rollout, to_rollouts
 from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.runners.reuse import CircularBuffer, FragmentReplay
 
@@ -109,7 +110,7 @@ class RolloutDataModule(EnvDataModule):
                 f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule."
             )
         if isinstance(algorithm, MultiAgent):
-            self.feed(algorithm.off_policy, self._replays_of(algorithm))
+            self.feed(algorithm.off_policy, self._replays_of(algorithm), algorithm.added)
         elif self.replay is not None:
             raise OptionError(
                 f"replay=...: expected none with {name}. It is for the off-policy algorithms of a MultiAgent; one by "
@@ -121,12 +122,29 @@ class RolloutDataModule(EnvDataModule):
                 "fill replay buffers yet."
             )
         for learner in algorithm.learners:
-            for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
-                if getattr(self, option) != nothing and not learner.LEARNS_AGAIN:
-                    raise OptionError(
-                        f"{option}={getattr(self, option)}: {type(learner).__name__} does not learn from rollouts "
-                        "again. Use APPO or IMPALA alone, or leave it out."
-                    )
+            self._check_reuse(learner)
+
+    def _check_reuse(self, algorithm: Algorithm) -> None:
+        for option, nothing in (("num_reuses", 1), ("replay_fraction", 0)):
+            if getattr(self, option) != nothing and not algorithm.LEARNS_AGAIN:
+                raise OptionError(
+                    f"{option}={getattr(self, option)}: {type(algorithm).__name__} does not learn from rollouts "
+                    "again. Use APPO or IMPALA alone, or leave it out."
+                )
+
+    def check_policy(self, policy_id: str, algorithm: Algorithm) -> None:
+        self._check_reuse(algorithm)
+        if isinstance(algorithm, OffPolicy) and not isinstance(self.replay, Replay):
+            raise OptionError(
+                f"policies[{policy_id!r}]={type(algorithm).__name__}(...): it learns from a replay buffer, for which "
+                "there are no options. Begin with an off-policy algorithm and RolloutDataModule(replay=Replay(...)), "
+                "the same for all policies, or use ReplayDataModule."
+            )
+
+    def add_policy(self, policy_id: str, algorithm: Algorithm, number: int) -> None:
+        if isinstance(algorithm, OffPolicy):
+            assert isinstance(self.replay, Replay)
+            self.feeds.add(policy_id, algorithm, self.replay, number)
 
     def _replays_of(self, algorithm: MultiAgent) -> dict[str, Replay]:
         """The options of the replay buffers, by policy.
@@ -137,7 +155,7 @@ class RolloutDataModule(EnvDataModule):
         off_policy = algorithm.off_policy
         given = self.replay if isinstance(self.replay, dict) else dict.fromkeys(off_policy, self.replay)
         for policy_id in given:
-            if policy_id in off_policy:
+            if policy_id in off_policy or policy_id in algorithm.removed:
                 continue
             if policy_id in algorithm.trained:
                 raise OptionError(
@@ -148,7 +166,7 @@ class RolloutDataModule(EnvDataModule):
                 f"replay[{policy_id!r}]: expected some of the policies that learn from replay, {list(off_policy)}. "
                 "Leave it out."
             )
-        if self.replay is not None and not off_policy:
+        if self.replay is not None and not off_policy and not algorithm.removed:
             raise OptionError(
                 f"replay=...: none of the policies that are trained, {algorithm.trained}, has an off-policy algorithm. "
                 "Leave it out."
@@ -228,8 +246,10 @@ class RolloutDataModule(EnvDataModule):
     def _streams_of(self, fragments: list[tuple[int, Fragment]]) -> dict[str, ReplayStream]:
         """Put fragments into the replay buffers; returns the minibatches that are due, by policy."""
         algorithm = self.algorithm
+        assert isinstance(algorithm, MultiAgent)
         self.feeds.begin(algorithm.env_steps_done)
-        env_steps = self.feeds.take(fragments, self.rollout_length, algorithm.device)
+        env_steps = self.feeds.take(fragments, self.rollout_length, algorithm.device, algorithm.policy.numbers)
+        self.feeds.rest(algorithm.learning)
         return {policy_id: feed.stream(env_steps, self.has_reached_max_steps) for policy_id, feed in self.feeds.items()}
 
     def _epsilons(self) -> Epsilons:
@@ -252,10 +272,9 @@ class RolloutDataModule(EnvDataModule):
     @property
     def _runners(self) -> RunnerPool:
         """Those that can be asked for several fragments ahead."""
-        if self._pool is None:
-            self._pool = self._make_pool()
-        assert isinstance(self._pool, RunnerPool)
-        return self._pool
+        pool = self.pool
+        assert isinstance(pool, RunnerPool)
+        return pool
 
     def _free_batch(self) -> Rollout | Rollouts:
         """The next fragments of free-running runners; a rank that has none in time joins the others without rows."""
@@ -272,7 +291,7 @@ class RolloutDataModule(EnvDataModule):
                 self._template = map_rollouts(nothing_like, found) if self._template is None else self._template
             else:
                 assert self._template is not None  # see _take
-                found = map_rollouts(nothing_like, self._template)
+                found = self._nothing_like(self._template)
             for rollout in rollouts_in(found):
                 rollout.env_steps += dropped_steps
             batch = self._evened(found)
@@ -282,6 +301,16 @@ class RolloutDataModule(EnvDataModule):
             most, any_spent = distributed.greatest([len(taken), int(is_spent)], algorithm.device)
             if most or any_spent:
                 return batch
+
+    def _nothing_like(self, template: Rollout | Rollouts) -> Rollout | Rollouts:
+        """A batch without a row, also of policies that were added since there was a template."""
+        found = map_rollouts(nothing_like, template)
+        if isinstance(found, Rollouts):
+            nothing = self._joined([], copy=True)
+            assert isinstance(nothing, Rollouts)
+            alike = {i for i in nothing if i in found and found.numbers[i] == nothing.numbers[i]}
+            return Rollouts({i: found[i] if i in alike else nothing[i] for i in nothing}, numbers=nothing.numbers)
+        return found
 
     def _take(self, room: int) -> tuple[list[tuple[int, Fragment]], list[tuple[int, Fragment]]]:
         """See `FreeRunning.take`. It is waited for as long as it takes where no other rank has fragments meanwhile."""
@@ -306,20 +335,18 @@ class RolloutDataModule(EnvDataModule):
             self._replay = FragmentReplay(self.replay_fraction, self.replay_buffer_fragments, seed)
         oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
         past = self._replay.draw(len(new), oldest)
-        found = self._joined([*new, *past], copy=True)
+        found = self._joined([*new, *past], copy=True, num_new=len(new))
         self._replay.add(new)
         for rollout in rollouts_in(found):
-            num_lines = len(rollout) // (len(new) + len(past))  # of a fragment
-            rollout["is_new"] = torch.arange(len(rollout)) < num_lines * len(new)
             rollout.env_steps = sum(fragment.entry.delivered for fragment in new)
         return found
 
-    def _joined(self, fragments: list[Fragment], *, copy: bool) -> Rollout | Rollouts:
-        parts = fragments[0].parts
-        if parts is None:
-            return to_rollout(fragments, copy=copy)
-        learned = [policy_id for policy_id in parts if policy_id not in self.feeds]
-        return Rollouts({i: to_rollout([fragment.of(i) for fragment in fragments], copy=copy) for i in learned})
+    def _joined(self, fragments: list[Fragment], *, copy: bool, num_new: int | None = None) -> Rollout | Rollouts:
+        algorithm = self.algorithm
+        if not isinstance(algorithm, MultiAgent):
+            return to_rollout(fragments, copy=copy, num_new=num_new)
+        policies, version = algorithm.policy, algorithm.updates_done
+        return to_rollouts(fragments, policies, algorithm.on_policy, version, copy=copy, num_new=num_new)
 
     def _evened(self, found: Rollout | Rollouts) -> Any:
         """This rank's rollouts as a batch, see `evened`."""

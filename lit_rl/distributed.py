@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -119,6 +119,13 @@ def row_means(mask: Tensor | None, *values: Tensor, count: Tensor | None = None)
 def rank_mean(x: Tensor) -> Tensor:
     """The average of `x` over ranks, in place."""
     return all_reduce_sum(x).div_(world_size())
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the first one's values of tensors, in place."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def gather(value: Result) -> list[Result]:

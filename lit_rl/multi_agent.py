@@ -1,40 +1,38 @@
 """Several algorithms in one run, one for each policy of a multi-agent environment."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import lit_rl
-from lit_rl.algorithm import Algorithm, seed_for
-from lit_rl.central import with_central
+from lit_rl.algorithm import Algorithm
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, policy_returns
 from lit_rl.files.fits import check_algorithm, check_policy_fits, check_shapes
-from lit_rl.files.loading import SECTION, load_policy
+from lit_rl.files.loading import SECTION
 from lit_rl.learner.host import make_host
 from lit_rl.learner.refusals import check_streams, check_trainer
+from lit_rl.learner.turns import Turns
+from lit_rl.membership import Membership
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Groups, Names
+from lit_rl.options import Groups, Names, check
+from lit_rl.parts import Part, check_apart, check_spaces, made_of
 from lit_rl.policy import EpisodeInfo, Policy, PolicySet
 from lit_rl.policy.mapping import PolicyMapping
 from lit_rl.policy.policy_set import check_ids
-from lit_rl.policy.scripted import Random, Scripted
+from lit_rl.policy.register import Register
+from lit_rl.policy.scripted import Scripted
 from lit_rl.replay import ReplayStream
 from lit_rl.rollout import Rollouts
-from lit_rl.roster import is_pattern
 from lit_rl.sharing import CRITIC, ENCODER, Sharing
 from lit_rl.source import Source, source_of
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 from lit_rl.team import Team
 
-CHILDREN = 102  # first number of SeedSequence keys of the algorithms
 
-
-class MultiAgent(Algorithm):
+class MultiAgent(Membership):
     """Ordinary algorithms, one per policy, beside policies that are not trained.
 
     Each has its own options, networks, optimizer, normalisers and schedules, and learns from the rows of the agents
@@ -51,7 +49,8 @@ class MultiAgent(Algorithm):
         policy_mapping: which agent acts by which policy: an id for all, a dict of patterns such as
             `{"red_*": "team", "*": "random"}`, of which the first that matches wins, or a function of an agent and an
             `EpisodeInfo`. None: the only policy, or the one that is called as the agent.
-        train: ids of the algorithms that learn; None: all of them. The others' policies act as they are.
+        train: ids of the algorithms that learn; None: all of them. The others' policies act as they are. Or a function
+            of the number of an update, from 0, that returns the ids of those that learn in it.
         critic_groups: groups of policies by id, `[["left", "right"]]`, each of which has one critic. They learn
             together, by one algorithm with equal options of the optimizer.
         encoder_groups: groups of policies, each of which has one encoder; their heads are their own. They learn
@@ -61,8 +60,6 @@ class MultiAgent(Algorithm):
         spec: the environment's agents and spaces, a `MultiAgentSpec` in plain data; None takes the datamodule's.
     """
 
-    policy: Any
-    spec: Any
     init_from: Any
 
     def __init__(
@@ -70,7 +67,7 @@ class MultiAgent(Algorithm):
         policies: dict[str, Algorithm | Scripted | str],
         *,
         policy_mapping: str | dict[str, str] | Callable[[str, EpisodeInfo], str] | None = None,
-        train: Names | None = None,
+        train: Names | Callable[[int], Sequence[str]] | None = None,
         critic_groups: Groups | None = None,
         encoder_groups: Groups | None = None,
         init_from: dict[str, str] | None = None,
@@ -81,17 +78,21 @@ class MultiAgent(Algorithm):
         if not isinstance(policies, Mapping) or not policies:
             raise OptionError(f"policies={policies!r}: expected a dict of algorithms and other policies by id.")
         check_ids(policies)
-        made = {policy_id: _made(policy_id, given) for policy_id, given in policies.items()}
-        _check_apart(made)
-        self.ids = tuple(made)
-        self.algorithms: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Algorithm)})
-        self.frozen: Any = nn.ModuleDict({i: x for i, x in made.items() if isinstance(x, Policy)})
-        self.scripted = {i: x for i, x in made.items() if not isinstance(x, nn.Module)}
-        self.trained = self._chosen(train)
+        made = {policy_id: made_of(policy_id, given) for policy_id, given in policies.items()}
+        check_apart(made)
+        self._keep(made)
+        self.trained = self._chosen(None if callable(train) else train)
+        self.turns = Turns(train) if callable(train) else None
+        self.register = Register(self.ids)
         algorithms: dict[str, Any] = dict(self.algorithms.items())
         self.sharing = Sharing({CRITIC: critic_groups, ENCODER: encoder_groups}, algorithms, self.trained)
         teams = [Team({policy_id: algorithms[policy_id] for policy_id in ids}) for ids in self.sharing.teams]
         self.teams = {policy_id: team for team in teams for policy_id in team.members}
+        if self.teams and self.turns is not None:
+            raise OptionError(
+                f"train: expected ids, not a function, with {CRITIC} or {ENCODER}: policies that share networks learn "
+                "together. Leave one of them out."
+            )
         if isinstance(init_from, str):
             raise OptionError(
                 f"init_from={init_from!r}: expected a dict of checkpoints by policy, as in "
@@ -104,6 +105,10 @@ class MultiAgent(Algorithm):
         self.given_mapping = policy_mapping
         self.spec = None if spec is None else MultiAgentSpec.from_dict(spec)
         self._num_optimizers: dict[str, int] = {}
+        self._specs = {
+            i: EnvSpec.from_dict(x["spec"]) for i, x in policies.items() if isinstance(x, dict) and "spec" in x
+        }
+        self._is_learning = self._is_attached = False  # in an update; in a fit that is set up
 
     @property
     def learners(self) -> Sequence[Algorithm]:
@@ -114,7 +119,7 @@ class MultiAgent(Algorithm):
         mapping = options.get("policy_mapping")
         self.hparams.update({"policy_mapping": mapping if isinstance(mapping, str | dict) else None})
         for name in ("train", CRITIC, ENCODER):
-            if options.get(name) is not None:
+            if not (options.get(name) is None or callable(options[name])):
                 self.hparams.update({name: list(options[name])})
 
     @property
@@ -144,19 +149,17 @@ class MultiAgent(Algorithm):
             )
         if "policy" in self.__dict__:
             return
-        self.spec = self.spec or found
-        mapping = PolicyMapping(self._mapping(), self.ids)
-        specs = {}
-        for policy_id in self.ids:
-            names = mapping.names_of(policy_id, list(self.spec.agents))
-            kind = self.central_inputs.get(policy_id)
-            specs[policy_id] = with_central(self.spec, kind, names, policy_id)
+        self.spec, numbers = self.spec or found, self.register.numbers
+        mapping = PolicyMapping(self._mapping(self.given_mapping, self.ids), self.ids)
+        self._specs = specs = {policy_id: self._spec_of(policy_id, mapping) for policy_id in self.ids}
         for policy_id, algorithm in self.algorithms.items():
-            algorithm.build_networks(_Part(source, specs[policy_id], self.ids.index(policy_id), None))
+            algorithm.build_networks(Part(source, specs[policy_id], numbers[policy_id], None))
         self.sharing.share()
         policies = {i: self._policy_of(i, specs[i]) for i in self.ids}
         # No module of its own: its parts belong to the algorithms.
-        self.__dict__["policy"] = PolicySet(self.spec, policies, mapping.given, self.trained)
+        self.__dict__["policy"] = PolicySet(
+            self.spec, policies, mapping.given, self.trained, numbers=numbers, specs=specs
+        )
 
     def configure_model(self) -> None:
         is_new, paths = "policy" not in self.__dict__, self.init_from or {}
@@ -167,7 +170,8 @@ class MultiAgent(Algorithm):
             )
         self.build_networks(source_of(self._trainer))
         if is_new:
-            self.sharing.init_from(paths)
+            ways = {i: path for i, path in paths.items() if i not in {*self.removed, *self.added}}
+            self.sharing.init_from(ways)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         found: list[torch.optim.Optimizer] = []
@@ -183,6 +187,7 @@ class MultiAgent(Algorithm):
         return found
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
+        self._is_attached = False
         for algorithm in self.algorithms.values():
             check_trainer(self.trainer, algorithm)
         for algorithm in () if self.on_policy else self.off_policy.values():
@@ -204,8 +209,7 @@ class MultiAgent(Algorithm):
         hosts = {}
         for policy_id in self.trained:
             mine = [left.pop(0) for _ in range(self._num_optimizers[policy_id])]
-            share = len(self.policy.slots_of(policy_id)) / self.spec.num_slots
-            part = _Part(self.source, self.policy.spec_of(policy_id), self.ids.index(policy_id), share)
+            part = self._part_of(policy_id, self.policy)
             team, algorithm = self.teams.get(policy_id), self.algorithms[policy_id]
             if team is None:
                 hosts[policy_id] = make_host(algorithm, self, mine, part)
@@ -218,6 +222,7 @@ class MultiAgent(Algorithm):
         self.attach(own)
         for policy_id, host in hosts.items():
             self.algorithms[policy_id].attach(host)
+        self._is_attached = True
 
     def follow_schedules(self) -> None:
         for policy_id in self.trained:
@@ -239,39 +244,53 @@ class MultiAgent(Algorithm):
         return type(self.algorithms[policy_id]).__name__
 
     def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
+        self._is_learning = True
+        try:
+            found = self._learned_from(batch)
+        finally:
+            self._is_learning = False
+        return {f"{policy_id}/{name}": x for policy_id, metrics in found.items() for name, x in metrics.items()}
+
+    def _learned_from(self, batch: Any) -> dict[str, dict[str, Tensor | float]]:
+        """The metrics of each algorithm that learned from a batch."""
         if isinstance(batch, ReplayStream):
-            found = self._learned_from_stream(batch)
-        elif isinstance(batch, Rollouts):
-            found = self._learned_from_rollouts(batch)
-        else:
+            return self._learned_from_stream(batch)
+        if not isinstance(batch, Rollouts):
             raise OptionError(
                 f"MultiAgent was given a {type(batch).__name__} to learn from: expected a lit_rl.rollout.Rollouts or a "
                 "lit_rl.replay.ReplayStream, as RolloutDataModule and ReplayDataModule give them."
             )
-        return {f"{policy_id}/{name}": x for policy_id, metrics in found.items() for name, x in metrics.items()}
+        return self._learned_from_rollouts(batch)
 
     def _learned_from_rollouts(self, batch: Rollouts) -> dict[str, dict[str, Tensor | float]]:
-        """The metrics of each algorithm."""
-        found = {}
+        """The metrics of each algorithm that learns now."""
+        found, learning = {}, self.learning
         self.count("env_steps", batch.env_steps)
         self.count("updates", 1)
         for policy_id in self.trained:
             algorithm, team = self.algorithms[policy_id], self.teams.get(policy_id)
-            if policy_id in batch.streams:
+            is_there = batch.is_of(policy_id, self.register.numbers[policy_id])
+            if is_there and policy_id in learning and policy_id in batch.streams:
                 found[policy_id] = algorithm.metrics_of(batch.streams[policy_id])
                 continue
-            rollout = batch[policy_id]
-            if team is None:
-                found[policy_id] = algorithm.metrics_of(rollout)
-            elif team.first == policy_id:
-                found |= team.metrics_of(batch)
-            if not rollout.has_rows:
+            has_rows = False
+            if is_there and policy_id in learning:
+                rollout = batch[policy_id]
+                has_rows = rollout.has_rows
+                if team is None:
+                    found[policy_id] = algorithm.metrics_of(rollout)
+                elif team.first == policy_id:
+                    found |= team.metrics_of(batch)
+            else:
+                algorithm.count("env_steps", batch.env_steps)
+            if not (has_rows or isinstance(algorithm, OffPolicy)):
                 algorithm.count("updates", 1)  # versions are those of all policies
         return found
 
     def _learned_from_stream(self, stream: ReplayStream) -> dict[str, dict[str, Tensor | float]]:
-        """The metrics of each algorithm, all of which are off-policy."""
-        algorithms = self.off_policy
+        """The metrics of each algorithm that learns now; all of them are off-policy."""
+        learning = self.learning
+        algorithms = {policy_id: x for policy_id, x in self.off_policy.items() if policy_id in learning}
         for algorithm in algorithms.values():
             algorithm.begin_batch()
         for policy_id, minibatch in stream.by_policy():
@@ -301,7 +320,18 @@ class MultiAgent(Algorithm):
         arguments = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         arguments.pop("network", None)
         arguments["policies"] = {policy_id: self._described(policy_id) for policy_id in self.ids}
+        for policy_id in self.ids:
+            if not self.policy.names_of(policy_id):
+                arguments["policies"][policy_id]["spec"] = self._specs[policy_id].to_dict()
         checkpoint[SECTION]["groups"] = self.sharing.groups
+        checkpoint[SECTION]["register"] = self.register.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._follow(checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        if "register" in checkpoint[SECTION]:
+            self.register = Register.from_state(checkpoint[SECTION]["register"])
+            self.policy.numbers = dict(self.register.numbers)
 
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         check_algorithm(self, found)
@@ -329,9 +359,10 @@ class MultiAgent(Algorithm):
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         for policy_id in self.trained:
-            algorithm = self.algorithms[policy_id]
-            algorithm.load_resume_state(state[policy_id])
-            algorithm.resume_skipped(state[policy_id]["skipped_updates"])
+            if policy_id in state:  # else it was added since
+                algorithm = self.algorithms[policy_id]
+                algorithm.load_resume_state(state[policy_id])
+                algorithm.resume_skipped(state[policy_id]["skipped_updates"])
 
     def resume_skipped(self, skipped: int) -> None:
         """Nothing: each algorithm goes on with its own number."""
@@ -344,9 +375,8 @@ class MultiAgent(Algorithm):
         keys = ("agents", "state_space") if "state" in self.central_inputs.values() else ("agents",)
         return all(here.get(key) == there.get(key) for key in keys)
 
-    def _chosen(self, train: Sequence[str] | None) -> list[str]:
-        if isinstance(train, str):
-            train = [train]
+    def _chosen(self, train: Any) -> list[str]:
+        train = [train] if isinstance(train, str) else check("train", train, Names | None)
         for policy_id in train or ():
             if policy_id not in self.algorithms:
                 raise OptionError(
@@ -358,126 +388,10 @@ class MultiAgent(Algorithm):
             raise OptionError(f"train={train!r}: none of the policies {list(self.ids)} is trained. {mend}.")
         return chosen
 
-    def _mapping(self) -> Any:
-        if self.given_mapping is not None:
-            return self.given_mapping
-        if len(self.ids) == 1:
-            return self.ids[0]
-        missing = [name for name in self.spec.agents if is_pattern(name) or name not in self.ids]
-        if missing:
-            raise OptionError(
-                f"policy_mapping: expected it, since no policy is called {missing[0]!r} as the agent is. Give a dict "
-                f"of patterns, as in policy_mapping={{{missing[0]!r}: {self.ids[0]!r}, ...}}."
-            )
-        return {name: name for name in self.spec.agents}
-
     def _policy_of(self, policy_id: str, spec: EnvSpec) -> Policy | Scripted:
         if policy_id in self.algorithms:
             return self.algorithms[policy_id].policy
         if policy_id in self.scripted:
             return self.scripted[policy_id]
-        policy = self.frozen[policy_id]
-        for kind in ("observation_space", "action_space"):
-            there, here = getattr(policy.spec, kind), getattr(spec, kind)
-            if there != here:
-                raise OptionError(
-                    f"policies[{policy_id!r}]: the checkpoint's policy has {kind} {there}, its agents have {here}. Use "
-                    "one that was trained on the same spaces."
-                )
-        return policy
-
-    def _described(self, policy_id: str) -> dict[str, Any]:
-        """One of the policies in plain data, from which `_made` makes it again."""
-        if policy_id in self.algorithms:
-            algorithm = self.algorithms[policy_id]
-            options = dict(algorithm.hparams) | algorithm.describe_networks()
-            return {"class": _class_name(type(algorithm)), "options": options}
-        if policy_id in self.frozen:
-            return {"policy": self.frozen[policy_id].describe()}
-        return {"class": _class_name(type(self.scripted[policy_id])), "options": {}}
-
-
-class _Part(Source):
-    """The datamodule, as the algorithm of one policy sees it.
-
-    Args:
-        source: the datamodule.
-        spec: of the policy's agents.
-        number: of the policy, which gives it a seed of its own.
-        share: of all agents that may be its own; None before there is a rollout.
-    """
-
-    ragged = True
-
-    def __init__(self, source: Source, spec: EnvSpec, number: int, share: float | None):
-        self._source, self._share = source, share
-        self.spec = spec
-        self.seed = None if source.seed is None else seed_for(source.seed, CHILDREN, number)
-        self.clock = source.clock
-
-    @property
-    def budget(self) -> int | None:
-        return self._source.budget
-
-    @property
-    def rollout_shape(self) -> tuple[int, int] | None:
-        shape = self._source.rollout_shape
-        return None if shape is None or self._share is None else (round(shape[0] * self._share), shape[1])
-
-    @property
-    def in_order(self) -> bool:
-        return self._source.in_order
-
-    @property
-    def policy_lag(self) -> int:
-        return self._source.policy_lag
-
-
-def _made(policy_id: str, given: Any) -> Any:
-    """An algorithm, a policy that is not trained, or a scripted one."""
-    if isinstance(given, str | Path):
-        policy = load_policy(given)
-        if isinstance(policy, PolicySet):
-            raise OptionError(
-                f"policies[{policy_id!r}]={str(given)!r} holds several policies: load one with load_policy(path, "
-                "policy=...) and pass it."
-            )
-        return policy.requires_grad_(False).train()
-    if isinstance(given, dict) and "policy" in given:
-        return Policy.from_description(given["policy"]).requires_grad_(False)
-    if isinstance(given, dict) and "class" in given:
-        cls = getattr(lit_rl, given["class"], None) if given["class"] in lit_rl.__all__ else None
-        if not (isinstance(cls, type) and issubclass(cls, Algorithm | Random)):  # a file may name anything
-            raise CheckpointError(
-                f"The checkpoint's policy {policy_id!r} is of the class {given['class']}, which is none of lit_rl's "
-                "own: pass policies= with it."
-            )
-        return cls(**given["options"])
-    if isinstance(given, Algorithm | Policy) or (isinstance(given, Scripted) and not isinstance(given, type)):
-        return given
-    raise OptionError(
-        f"policies[{policy_id!r}]={given!r}: expected an algorithm such as PPO(), a checkpoint's path, Random(), or an "
-        "object with act(obs)."
-    )
-
-
-def _check_apart(policies: Mapping[str, Any]) -> None:
-    """Refuse an algorithm that is given twice, and one that is made of several."""
-    seen: dict[int, str] = {}
-    for policy_id, given in policies.items():
-        if isinstance(given, MultiAgent):
-            raise OptionError(f"policies[{policy_id!r}]: a MultiAgent: expected an algorithm with one policy.")
-        if not isinstance(given, nn.Module):
-            continue
-        other = seen.setdefault(id(given), policy_id)
-        if other != policy_id:
-            raise OptionError(
-                f"policies[{policy_id!r}] is the same object as policies[{other!r}]: make one for each, or give both "
-                "groups of agents one policy by policy_mapping."
-            )
-
-
-def _class_name(cls: type) -> str:
-    """How a checkpoint names a class: those of lit_rl by their name alone."""
-    own = getattr(lit_rl, cls.__name__, None) if cls.__name__ in lit_rl.__all__ else None
-    return cls.__name__ if own is cls else f"{cls.__module__}:{cls.__qualname__}"
+        check_spaces(policy_id, self.frozen[policy_id], spec)
+        return self.frozen[policy_id]

@@ -62,12 +62,23 @@ class Rollouts(dict[str, Rollout]):
 
     Attributes:
         streams: by id, minibatches for the algorithms that learn from replay buffers.
+        numbers: by id, of the policies it is of: see `PolicySet`.
         env_steps, has_rows: see `Rollout`.
     """
 
-    def __init__(self, rollouts: Mapping[str, Rollout], streams: Mapping[str, ReplayStream] | None = None):
+    def __init__(
+        self,
+        rollouts: Mapping[str, Rollout],
+        streams: Mapping[str, ReplayStream] | None = None,
+        numbers: Mapping[str, int] | None = None,
+    ):
         super().__init__(rollouts)
         self.streams = dict(streams or {})
+        self.numbers = dict(numbers or {})
+
+    def is_of(self, policy_id: str, number: int) -> bool:
+        """Whether it was collected when there was the policy of that number; True if it does not know."""
+        return not self.numbers or self.numbers.get(policy_id) == number
 
     @property
     def env_steps(self) -> int:
@@ -82,7 +93,8 @@ class Rollouts(dict[str, Rollout]):
 def map_rollouts(function: Callable[[Rollout], Rollout], batch: Any) -> Any:
     """`function` of a rollout, or of each policy's."""
     if isinstance(batch, Rollouts):
-        return Rollouts({policy_id: function(rollout) for policy_id, rollout in batch.items()}, batch.streams)
+        found = {policy_id: function(rollout) for policy_id, rollout in batch.items()}
+        return Rollouts(found, batch.streams, batch.numbers)
     return function(batch)
 
 

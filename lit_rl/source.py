@@ -54,6 +54,28 @@ class Source(Protocol):
         """What is to be logged of where the last batch came from; every rank calls it."""
         return {}
 
+    # --- policies that come and go ------------------------------------------------------------------------------
+
+    def check_policy(self, policy_id: str, algorithm: Any) -> None:
+        """Refuse to feed one more algorithm, of a policy that is to be added while training.
+
+        Raises:
+            OptionError: if it cannot be fed.
+        """
+        return
+
+    def before_change(self) -> None:
+        """Policies are to be added or removed, or agents to be given others."""
+        return
+
+    def add_policy(self, policy_id: str, algorithm: Any, number: int) -> None:
+        """Feed one more algorithm, of a policy that has a number of its own."""
+        return
+
+    def remove_policy(self, policy_id: str) -> None:
+        """A policy's algorithm does not learn any more."""
+        return
+
     # --- the run ------------------------------------------------------------------------------------------------
 
     def restart(self) -> None:

@@ -47,10 +47,15 @@ class EvalPool:
         self._ray = ray
         self._env = env
         self._make_policy = make_policy
+        self._update: Callable[[], Policy] | None = None  # makes the policy, if actors were made with another
         self._faults = faults
         self._actor_class: Any = ray.remote(**placement.options())(_EvalActor)
         self._actors: list[Any] = [self._actor_class.remote(make_policy) for _ in range(num_runners)]
         self._under_way: dict[Any, tuple[int, list[int]]] = {}  # by Ray's reference: which actor, and what seeds it has
+
+    def follow(self, make_policy: Callable[[], Policy]) -> None:
+        """Have other policies play in the evaluations that are begun from now on."""
+        self._make_policy = self._update = make_policy
 
     def start(self, policy: Policy, seeds: Sequence[int], timeout_s: float, **options: Any) -> None:
         """Begin an evaluation of the policy as it is now.
@@ -107,7 +112,9 @@ class EvalPool:
     def _begin(self, runner: int, seeds: list[int]) -> None:
         if seeds:
             timeout_s = max(self._deadline - time.monotonic(), 0.0)
-            reference = self._actors[runner].play.remote(self._weights, self._env, seeds, timeout_s, self._options)
+            reference = self._actors[runner].play.remote(
+                self._weights, self._env, seeds, timeout_s, self._options, self._update
+            )
             self._under_way[reference] = runner, seeds
 
     def _again(self, runner: int, seeds: list[int], what: str) -> None:
@@ -136,8 +143,16 @@ class _EvalActor:
         self._policy = make_policy().eval()
 
     def play(
-        self, weights: Packed, env: EnvConfig, seeds: list[int], timeout_s: float, options: dict[str, Any]
+        self,
+        weights: Packed,
+        env: EnvConfig,
+        seeds: list[int],
+        timeout_s: float,
+        options: dict[str, Any],
+        update: Callable[[], Policy] | None,
     ) -> list[Episode]:
+        if update is not None:
+            self._policy = update().eval()
         load_weights(self._policy, weights)
         self._policy.rng = np.random.default_rng(seeds)
         return list(play(env, self._policy, seeds, timeout_s=timeout_s, **options))

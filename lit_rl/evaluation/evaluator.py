@@ -50,6 +50,7 @@ class Evaluator:
         self._info_metrics = tuple(info_metrics)
         self._faults, self._placement, self._connect = faults, placement, connect
         self._pool: EvalPool | None = None
+        self._playing: Any = None  # the policies that eval runners have
         self._under_way: tuple[int, int] | None = None  # in eval runners: env steps of the policy, number of episodes
         self._results: list[EvaluationResult] = []
 
@@ -111,6 +112,9 @@ class Evaluator:
             self._connect()
             num_runners = self._options.num_env_runners
             self._pool = EvalPool(self._env, policy.maker(), num_runners, self._faults, self._placement)
+        elif policy is not self._playing:
+            self._pool.follow(policy.maker())
+        self._playing = policy
         self._pool.start(policy, seeds, self._options.timeout_s, **self._play_options(record))
         self._under_way = at, len(seeds)
 

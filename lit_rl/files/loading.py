@@ -12,7 +12,7 @@ from lit_rl.errors import CheckpointError
 from lit_rl.files import digests
 from lit_rl.networks import NetworkFactory
 from lit_rl.policy import POLICIES, Policy, PolicySet, Random
-from lit_rl.spec import MultiAgentSpec
+from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def load_policy(
     if mapping is None:
         raise CheckpointError(f"Checkpoint {path}: its mapping is a function: pass it as policy_mapping=.")
     spec = MultiAgentSpec.from_dict(description["spec"])
-    return PolicySet(spec, found, mapping, description["trained"]).eval()
+    specs = {policy_id: EnvSpec.from_dict(data) for policy_id, data in description.get("specs", {}).items()}
+    return PolicySet(spec, found, mapping, description["trained"], specs=specs).eval()
 
 
 def _policy(

@@ -91,6 +91,12 @@ class PolicyMapping:
         found = [name for name in names if policy_id in self.may_be(name)]
         return list(names) if not found and self.is_function else found
 
+    def named(self, names: Sequence[str]) -> set[str]:
+        """The policies that it names; of a function those that it gives agents of entries of `possible_agents`."""
+        if self._patterns is not None:
+            return set(self._patterns.values())
+        return {policy_id for name in names if not is_pattern(name) for policy_id in self.may_be(name)}
+
     @property
     def is_function(self) -> bool:
         """Whether it is one, which may give any agent any policy."""

@@ -25,12 +25,14 @@ class PolicySet(nn.Module):
         policies: by id: a `Policy`, or a scripted one.
         mapping: see `PolicyMapping`; None where there is only one policy.
         trained: ids of those that are learned: what they do is recorded.
+        numbers: by id: what tells a policy from others that had its id before; None: from 0 on.
+        specs: by id the spaces of those that the mapping gives no agent.
 
     Attributes:
         learned: those that have weights, also if they are not trained.
         scripted: the others.
         mapping: which agent acts by which.
-        trained: see above.
+        trained, numbers: see above.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class PolicySet(nn.Module):
         policies: Mapping[str, Policy | Scripted],
         mapping: Mapped,
         trained: Sequence[str] = (),
+        *,
+        numbers: Mapping[str, int] | None = None,
+        specs: Mapping[str, EnvSpec] | None = None,
     ):
         super().__init__()
         self.spec = spec
@@ -47,6 +52,8 @@ class PolicySet(nn.Module):
         self.scripted = {i: x for i, x in policies.items() if not isinstance(x, Policy)}
         self.mapping = PolicyMapping(mapping, self.ids)
         self.trained = tuple(trained)
+        self.numbers = dict(numbers or {policy_id: number for number, policy_id in enumerate(self.ids)})
+        self._specs = {i: spec for i, spec in (specs or {}).items() if not self.names_of(i)}
         self._scripts: dict[str, Script] = {}
         self.rng = np.random.default_rng()
 
@@ -60,11 +67,36 @@ class PolicySet(nn.Module):
         self._rng = rng
         children = rng.spawn(len(self.ids))
         for policy_id, child in zip(self.ids, children):
-            if policy_id in self.learned:
-                self.learned[policy_id].rng = child
+            self._give_rng(policy_id, child)
+
+    def succeed(self, before: "PolicySet", seed: np.random.SeedSequence) -> None:
+        """Go on for another set: policies that are in both are the other's own, as they are now.
+
+        Args:
+            before: the other set, which is not used any more.
+            seed: of the generators of new policies; the number of each is a part of its own.
+        """
+        self._rng = before._rng
+        for policy_id in self.ids:
+            if not self.is_kept(policy_id, before):
+                key = (*seed.spawn_key, self.numbers[policy_id])
+                rng = np.random.default_rng(np.random.SeedSequence(seed.entropy, spawn_key=key))
+                self._give_rng(policy_id, rng)
+            elif policy_id in self.learned:
+                self.learned[policy_id] = before.learned[policy_id]
             else:
-                spec, scripted = self.spec_of(policy_id), self.scripted[policy_id]
-                self._scripts[policy_id] = Script(policy_id, scripted, spec, child)
+                self._scripts[policy_id] = before._scripts[policy_id]
+
+    def is_kept(self, policy_id: str, before: "PolicySet") -> bool:
+        """Whether a policy was in another set too, and not another one of its id."""
+        return before.numbers.get(policy_id) == self.numbers[policy_id]
+
+    def _give_rng(self, policy_id: str, rng: np.random.Generator) -> None:
+        if policy_id in self.learned:
+            self.learned[policy_id].rng = rng
+        else:
+            spec, scripted = self.spec_of(policy_id), self.scripted[policy_id]
+            self._scripts[policy_id] = Script(policy_id, scripted, spec, rng)
 
     def rng_state(self) -> dict[str, Any]:
         """Of all generators, in plain data."""
@@ -86,7 +118,7 @@ class PolicySet(nn.Module):
         Raises:
             OptionError: if they differ, or there is none.
         """
-        return self.spec.shared(self.names_of(policy_id), policy_id)
+        return self._specs.get(policy_id) or self.spec.shared(self.names_of(policy_id), policy_id)
 
     def names_of(self, policy_id: str) -> list[str]:
         """The entries of `possible_agents` whose agents may act by a policy."""
@@ -139,7 +171,8 @@ class PolicySet(nn.Module):
         """What makes sets of this structure, with weights of their own, also in another process."""
         makers: dict[str, Any] = {i: policy.maker() for i, policy in self.learned.items()}
         parts = {i: makers.get(i, self.scripted.get(i)) for i in self.ids}
-        return functools.partial(_make, self.spec, parts, frozenset(makers), self.mapping.given, self.trained)
+        more = {"numbers": self.numbers, "specs": self._specs}
+        return functools.partial(_make, self.spec, parts, frozenset(makers), self.mapping.given, self.trained, more)
 
     def acting_copy(self) -> "PolicySet":
         """A copy, on the CPU, that plays and leaves this one as it is."""
@@ -162,6 +195,7 @@ class PolicySet(nn.Module):
             "scripted": {i: type(x).__name__ for i, x in self.scripted.items()},
             "mapping": self.mapping.plain,
             "trained": list(self.trained),
+            "specs": {policy_id: spec.to_dict() for policy_id, spec in self._specs.items()},
         }
 
 
@@ -181,7 +215,12 @@ def check_ids(policies: Mapping[str, Any]) -> None:
 
 
 def _make(
-    spec: MultiAgentSpec, parts: dict[str, Any], learned: frozenset[str], mapping: Mapped, trained: Sequence[str]
+    spec: MultiAgentSpec,
+    parts: dict[str, Any],
+    learned: frozenset[str],
+    mapping: Mapped,
+    trained: Sequence[str],
+    more: dict[str, Any],
 ) -> PolicySet:
     policies = {i: part() if i in learned else part for i, part in parts.items()}
-    return PolicySet(spec, policies, mapping, trained)
+    return PolicySet(spec, policies, mapping, trained, **more)

@@ -1,7 +1,7 @@
 """What feeds off-policy algorithms: for each a replay buffer, and minibatches in proportion to the rows that come."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from lit_rl.runners.fragment import Epsilons, Fragment
 from lit_rl.trees import iterate
 
 ROUNDING = 1e-6  # of an update
+ADDED = 1  # last number of the keys of buffers that were not there from the beginning
 ALONE = ""  # the id of the policy of an algorithm that is not part of a `MultiAgent`
+MOST_SLOTS = 2**32  # more than any env runner has
 
 
 class ReplayFeed:
@@ -29,6 +31,7 @@ class ReplayFeed:
     Args:
         algorithm: that learns; its networks may be made later, but before the first row comes.
         replay: options of the buffer. What is not set is as the algorithm has it.
+        key: what its buffer's seed depends on, beside the rank.
 
     Attributes:
         options: the buffer's.
@@ -39,8 +42,8 @@ class ReplayFeed:
         some_are_empty: whether the buffers of some ranks have no rows.
     """
 
-    def __init__(self, algorithm: OffPolicy, replay: Replay):
-        self.algorithm = algorithm
+    def __init__(self, algorithm: OffPolicy, replay: Replay, key: tuple[int, ...]):
+        self.algorithm, self.key = algorithm, key
         self.options: CompleteReplay = replay.completed(algorithm.REPLAY)
         self.buffer: ReplayBuffer | None = None
         self.owed = 0.0
@@ -95,7 +98,10 @@ class ReplayFeed:
         for runner, fragment in fragments:
             arrays = fragment.rows.views() | fragment.finals.views()
             size = len(arrays["reward"])
-            taken += self.buffer.extend(arrays, range(runner * size, (runner + 1) * size), rollout_length)
+            envs: Any = range(runner * size, (runner + 1) * size)
+            if fragment.slots is not None:  # whose time lines may be others in the next one
+                envs = (runner * MOST_SLOTS + fragment.slots).tolist()
+            taken += self.buffer.extend(arrays, envs, rollout_length)
         return taken
 
     def count(self, taken: int, env_steps: int) -> None:
@@ -185,6 +191,7 @@ class ReplayFeeds(dict[str, ReplayFeed]):
         algorithms: Mapping[str, OffPolicy],
         replays: Mapping[str, Replay],
         *,
+        added: Mapping[str, int],
         seed: Callable[..., np.random.SeedSequence],
         log_folder: Callable[[], Path],
     ) -> None:
@@ -193,17 +200,36 @@ class ReplayFeeds(dict[str, ReplayFeed]):
         Args:
             algorithms: by policy.
             replays: their options.
+            added: numbers of the policies with which the run did not begin.
             seed: of this rank's buffers: of the numbers of a policy, none where an algorithm is alone.
             log_folder: where the run's files are; every rank calls it.
         """
         before = dict(self)
         self.clear()
         self._seed, self._log_folder = seed, log_folder
-        for policy_id, algorithm in algorithms.items():
-            self[policy_id] = feed = ReplayFeed(algorithm, replays[policy_id])
-            if policy_id in before:
-                old = before[policy_id]
+        for number, (policy_id, algorithm) in enumerate(algorithms.items()):
+            if policy_id in added:
+                self.add(policy_id, algorithm, replays[policy_id], added[policy_id])
+            else:
+                self[policy_id] = ReplayFeed(algorithm, replays[policy_id], () if policy_id == ALONE else (number,))
+            feed, old = self[policy_id], before.get(policy_id)
+            if old is not None and old.key == feed.key:
                 feed.buffer, feed.owed, feed.stored = old.buffer, old.owed, old.stored
+
+    def add(self, policy_id: str, algorithm: OffPolicy, replay: Replay, number: int) -> None:
+        """Feed one more algorithm of a run that has begun; its policy has a number that no other has."""
+        self[policy_id] = ReplayFeed(algorithm, replay, (number, ADDED))
+
+    def remove(self, policy_id: str) -> None:
+        """Feed an algorithm no more, if it was fed; its rows are forgotten."""
+        self.pop(policy_id, None)
+        self._saved.pop(policy_id, None)
+
+    def rest(self, learning: Collection[str]) -> None:
+        """No updates are due for policies that do not learn now: their rows ask for none, also later."""
+        for policy_id, feed in self.items():
+            if policy_id not in learning:
+                feed.owed = 0.0
 
     def close(self) -> None:
         """Remove the files that are no checkpoint's."""
@@ -226,14 +252,12 @@ class ReplayFeeds(dict[str, ReplayFeed]):
 
     def make_buffers(self) -> None:
         """Have buffers, those of the checkpoint from which the run is resumed with their rows. Networks are needed."""
-        for number, (policy_id, feed) in enumerate(self.items()):
+        for policy_id, feed in self.items():
             if feed.buffer is not None:
                 continue
             storage_dir = feed.options.storage_dir
-            buffer = feed.make_buffer(
-                self._seed() if policy_id == ALONE else self._seed(number),
-                None if storage_dir is None else Path(storage_dir) / policy_id,
-            )
+            folder = None if storage_dir is None else Path(storage_dir) / policy_id
+            buffer = feed.make_buffer(self._seed(*feed.key), folder)
             if policy_id in self._saved:
                 saved = self._saved.pop(policy_id)
                 buffer.load(self._saved_in, saved)
@@ -247,12 +271,27 @@ class ReplayFeeds(dict[str, ReplayFeed]):
             return [0.0] * times
         return found[ALONE] if ALONE in found else [dict(zip(found, each)) for each in zip(*found.values())]
 
-    def take(self, fragments: Sequence[tuple[int, Fragment]], rollout_length: int, device: torch.device) -> int:
-        """Put what runners collected into the buffers; returns the env steps of all ranks."""
-        taken: Any = [
-            feed.extend([(n, f if policy_id == ALONE else f.of(policy_id)) for n, f in fragments], rollout_length)
-            for policy_id, feed in self.items()
-        ]
+    def take(
+        self,
+        fragments: Sequence[tuple[int, Fragment]],
+        rollout_length: int,
+        device: torch.device,
+        numbers: Mapping[str, int],
+    ) -> int:
+        """Put what runners collected into the buffers; returns the env steps of all ranks.
+
+        Args:
+            fragments: each after its runner; of several policies those that were trained when it was begun.
+            rollout_length: see `ReplayBuffer.extend`.
+            device: on which ranks tell each other.
+            numbers: of several policies, see `PolicySet`.
+        """
+        taken: Any = []
+        for policy_id, feed in self.items():
+            own = fragments
+            if policy_id != ALONE:
+                own = [(n, f.of(policy_id)) for n, f in fragments if f.has(policy_id, numbers[policy_id])]
+            taken.append(feed.extend(own, rollout_length))
         env_steps = sum(fragment.entry.delivered for _, fragment in fragments)  # with several agents not those taken
         if distributed.world_size() > 1:
             empty = [int(not feed.buffer) for feed in self.values()]

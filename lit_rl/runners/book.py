@@ -41,8 +41,45 @@ class Book:
         make: Callable[..., TimeLines] = TimeLines,
     ):
         self._cast, self._copies, self._make = cast, copies, make
-        self._kinds = [(central or {}).get(actor.policy_id) for actor in cast.actors]
-        self.lines = [self._lines_of(policy, actor, kind, keep_states) for actor, kind in zip(cast.actors, self._kinds)]
+        self._central_kinds = dict(central or {})
+        self._policy, self._keep_states = policy, keep_states
+        self._actors = cast.actors
+        self._has_others = False  # whether there are time lines of agents to whom the mapping now gives other policies
+        self.lines = [self._lines_of(actor) for actor in cast.actors]
+
+    def follow(self, policies: PolicySet, keep_states: bool | Collection[str]) -> None:
+        """Keep up with the cast, by which other policies act from now on, between two fragments.
+
+        Args:
+            policies: see `Cast.follow`.
+            keep_states: as it was, for those that were there before.
+        """
+        kept = dict(zip(self._actors, self.lines))
+        self._policy, self._keep_states, self._actors = policies, keep_states, self._cast.actors
+        self.lines[:] = [kept[actor] if actor in kept else self._lines_of(actor) for actor in self._actors]
+
+    def fit(self) -> None:
+        """Have time lines where the mapping and the episodes under way have agents, between two fragments.
+
+        In an episode that began before the mapping changed they keep their policies.
+        """
+        self._has_others = False
+        for number, actor in enumerate(self._actors):
+            mapped = self._slots_of(actor)
+            if mapped is None:
+                continue
+            slots = mapped | self._cast.slots_of(number)
+            self._has_others |= slots != mapped
+            lines = self.lines[number]
+            if lines is None or not slots:
+                self.lines[number] = self._lines_of(actor, slots)
+            elif set(lines.slots.tolist()) != slots:
+                lines.move(np.array(sorted(slots)))
+
+    def fit_if_needed(self) -> None:
+        """`fit`, if there may be time lines that are not needed any more."""
+        if self._has_others:
+            self.fit()
 
     def act(self, group: Group, choice: Choice | None, version: int) -> None:
         """What agents do that act by one policy.
@@ -77,7 +114,8 @@ class Book:
             lines, policy = all_lines[number], self._cast.actors[number].policy
             if lines is not None and policy is not None:
                 final = None if obs is None else final_observation(policy, obs)
-                seen = None if central is None else central.get(str(self._kinds[number]))
+                kind = self._central_kinds.get(self._actors[number].policy_id)
+                seen = None if central is None or kind is None else central[kind]
                 lines.end(slot, terminated, truncated, final, seen)
         for number, lines in enumerate(all_lines):
             again = events.again if len(all_lines) == 1 else [slot for slot in events.again if owner[slot] == number]
@@ -87,8 +125,19 @@ class Book:
         for group in self._cast.groups:
             lines = all_lines[group.number]
             if lines is not None:
-                central = self._central(self._kinds[group.number], group.slots)
+                central = self._central(self._actors[group.number], group.slots)
                 lines.ask(group.slots, group.obs, self._cast.is_init(group.slots), central)
+
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        """Have time lines wherever a runner's saved `state` has what is under way."""
+        for number, saved in enumerate(state["lines"]):
+            if saved is not None:
+                lines, slots = self.lines[number], set(np.flatnonzero(saved["goes_on"].numpy()).tolist())
+                there = set() if lines is None else set(lines.slots.tolist())
+                if lines is None:
+                    self.lines[number] = self._lines_of(self._actors[number], slots)
+                elif not slots <= there:
+                    lines.move(np.array(sorted(slots | there)))
 
     def fits(self, state: Mapping[str, Any], slots: np.ndarray) -> bool:
         """Whether a runner's saved `state` has time lines of the same policies, and of the same ones in these slots."""
@@ -100,27 +149,39 @@ class Book:
                 return False
         return True
 
-    def _central(self, kind: str | None, slots: np.ndarray) -> Tree:
-        """What a central critic sees of agents in slots [N], [N, ...]; None without one."""
-        views = self._copies.views
+    def _central(self, actor: Actor, slots: np.ndarray) -> Tree:
+        """What the central critic of a policy sees of agents in slots [N], [N, ...]; None without one."""
+        kind, views = self._central_kinds.get(actor.policy_id), self._copies.views
         return None if kind is None or views is None else views.rows(kind, slots)
 
     def _not_finite(self, whose: str, reward: float) -> EnvError:
         what = f"env={self._copies.env_id}: reward={reward} of {whose}"
         return EnvError(f"{what}: expected finite numbers. Mend the environment.")
 
-    def _lines_of(
-        self, policy: Policy | PolicySet, actor: Actor, kind: str | None, keep_states: bool | Collection[str]
-    ) -> TimeLines | None:
-        """Where what a policy does is recorded; None if it is not trained."""
-        copies, slots = self._copies, None
-        num = copies.num_slots
-        if isinstance(policy, PolicySet):
-            if actor.policy_id not in policy.trained:
+    def _lines_of(self, actor: Actor, slots: set[int] | None = None) -> TimeLines | None:
+        """Where what a policy does is recorded; None if it is not trained, or nobody acts by it.
+
+        Args:
+            actor: the policy at work.
+            slots: in which its agents may be; None: those that the mapping gives it.
+        """
+        keep, found = self._keep_states, None
+        if isinstance(self._policy, PolicySet):
+            slots = self._slots_of(actor) if slots is None else slots
+            if not slots:
                 return None
-            size = copies.roster.num_slots
-            slots = np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel()
-        keep = keep_states if isinstance(keep_states, bool) else actor.policy_id in keep_states
+            found = np.array(sorted(slots))
+        keep = keep if isinstance(keep, bool) else actor.policy_id in keep
         keep = keep and actor.state is not None
-        space = None if kind is None or copies.views is None else copies.views.spaces[kind]
-        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=slots, central=space)
+        kind, views = self._central_kinds.get(actor.policy_id), self._copies.views
+        space = None if kind is None or views is None else views.spaces[kind]
+        num = self._copies.num_slots
+        return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=found, central=space)
+
+    def _slots_of(self, actor: Actor) -> set[int] | None:
+        """In which slots agents may be to whom the mapping gives a policy; None if it is not trained."""
+        policy, num = self._policy, self._copies.num_slots
+        if not isinstance(policy, PolicySet) or actor.policy_id not in policy.trained:
+            return None
+        size = self._copies.roster.num_slots
+        return set(np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel().tolist())

@@ -78,8 +78,7 @@ class Cast:
         num, self._copies = copies.num_slots, copies
         self._set = policy if isinstance(policy, PolicySet) else None
         if isinstance(policy, PolicySet):
-            learned = dict(policy.learned.items())
-            self.actors = [Actor(i, learned.get(i), policy.script(i), policy.spec_of(i), num) for i in policy.ids]
+            self.actors = [self._actor(policy, policy_id) for policy_id in policy.ids]
             self._numbers = {policy_id: number for number, policy_id in enumerate(policy.ids)}
         else:
             self.actors = [Actor("", policy, None, policy.spec, num)]
@@ -93,6 +92,33 @@ class Cast:
         if self._set is None:
             for name in copies.roster.names:
                 self._check(name, 0)
+
+    def follow(self, policies: PolicySet) -> list[int]:
+        """Have other policies act from now on. Those that were there too go on, and agents keep them.
+
+        Returns:
+            The copies in whose episodes a policy acted that is not there any more: each is to begin another one.
+        """
+        before = self._set
+        assert before is not None
+        kept = {i: self.actors[self._numbers[i]] for i in policies.ids if policies.is_kept(i, before)}
+        moved = {self._numbers[i]: number for number, i in enumerate(policies.ids) if i in kept}
+        self._set, self._checked = policies, set()
+        self.actors = [kept.get(policy_id) or self._actor(policies, policy_id) for policy_id in policies.ids]
+        self._numbers = {policy_id: number for number, policy_id in enumerate(policies.ids)}
+        self.owner = [moved.get(number, 0) for number in self.owner]
+        afresh = [b for b, given in enumerate(self._given) if not moved.keys() >= set(given.values())]
+        for b, given in enumerate(self._given):
+            self._given[b] = {} if b in afresh else {agent: moved[number] for agent, number in given.items()}
+        return afresh
+
+    def slots_of(self, number: int) -> set[int]:
+        """Where agents of the episodes under way are, or may come again, that act by an actor."""
+        roster, found = self._copies.roster, set()
+        for b, given in enumerate(self._given):
+            names = {str(roster.name_of(agent)) for agent, its_number in given.items() if its_number == number}
+            found |= {b * roster.num_slots + slot for slot in roster.slots_of(list(names))}
+        return found
 
     def begin(self, b: int, seed: int | None) -> None:
         """An episode of copy b begins."""
@@ -176,6 +202,11 @@ class Cast:
             if agent in returns:
                 found.setdefault(self.actors[number].policy_id, []).append(returns[agent])
         return found
+
+    def _actor(self, policies: PolicySet, policy_id: str) -> Actor:
+        policy = dict(policies.learned.items()).get(policy_id)
+        spec, num_slots = policies.spec_of(policy_id), self._copies.num_slots
+        return Actor(policy_id, policy, policies.script(policy_id), spec, num_slots)
 
     def _grouped(self, asked: list[Asked]) -> Iterator[Group]:
         if len(self.actors) == 1 and asked:

@@ -42,6 +42,21 @@ class Episode(NamedTuple):
     by_policy: dict[str, list[float]] | None = None
 
 
+class Part(NamedTuple):
+    """What one of several policies did in a fragment.
+
+    Attributes:
+        rows, finals: see `Fragment`.
+        slots: of its time lines, [B].
+        number: of the policy, see `PolicySet`.
+    """
+
+    rows: Packed
+    finals: Packed
+    slots: np.ndarray
+    number: int
+
+
 class Fragment(NamedTuple):
     """What one `EnvRunner.sample` collected.
 
@@ -60,6 +75,7 @@ class Fragment(NamedTuple):
         busy_s: seconds it took, of a runner in a process of its own.
         idle_s: seconds that this was idle before it.
         parts: of several policies the rows and finals of each that is trained, by its id; there are no others then.
+        slots: of the time lines of one of several policies, [B].
     """
 
     rows: Packed
@@ -70,13 +86,19 @@ class Fragment(NamedTuple):
     failures: Sequence[str] = ()
     busy_s: float = 0.0
     idle_s: float = 0.0
-    parts: dict[str, tuple[Packed, Packed]] | None = None
+    parts: dict[str, Part] | None = None
+    slots: np.ndarray | None = None
+
+    def has(self, policy_id: str, number: int) -> bool:
+        """Whether there is a part of the policy with a number, and not of another one that had its id."""
+        assert self.parts is not None
+        return policy_id in self.parts and self.parts[policy_id].number == number
 
     def of(self, policy_id: str) -> "Fragment":
         """The part of one policy."""
         assert self.parts is not None
-        rows, finals = self.parts[policy_id]
-        return self._replace(rows=rows, finals=finals, parts=None)
+        part = self.parts[policy_id]
+        return self._replace(rows=part.rows, finals=part.finals, slots=part.slots, parts=None)
 
 
 NOTHING = pack({})

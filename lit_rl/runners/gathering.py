@@ -10,19 +10,23 @@ import numpy as np
 import torch
 
 from lit_rl import distributed
-from lit_rl.rollout import Rollout, length_of, mask_of
+from lit_rl.policy import Policy, PolicySet
+from lit_rl.rollout import Rollout, Rollouts, length_of, mask_of
 from lit_rl.runners.fragment import Fragment
+from lit_rl.runners.ledger import Entry
+from lit_rl.runners.time_lines import TimeLines
 from lit_rl.trees import nest
 
 NEXT = ("reward", "terminated", "truncated")
 
 
-def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
+def to_rollout(fragments: Sequence[Fragment], *, copy: bool, num_new: int | None = None) -> Rollout:
     """One rollout [B] of all fragments, stacked along B.
 
     Args:
         fragments: of equal T, unless their time lines have a `length` each.
         copy: whether the result must own its memory, because the fragments' is read-only (from Ray).
+        num_new: how many of the fragments, the first ones, are new; None: all, without an `is_new`.
     """
     parts = [fragment.rows.views() | fragment.finals.views() for fragment in fragments]
     longest = max(part["is_init"].shape[1] for part in parts)
@@ -54,7 +58,41 @@ def to_rollout(fragments: Sequence[Fragment], *, copy: bool) -> Rollout:
     next_["done"] = next_["terminated"] | next_["truncated"]
     rollout = Rollout({**nest(columns), "next": next_}, [batch])
     rollout.env_steps = sum(fragment.entry.delivered for fragment in fragments)
+    if num_new is not None:
+        rollout["is_new"] = torch.arange(batch) < sum(len(part["reward"]) for part in parts[:num_new])
     return rollout
+
+
+def to_rollouts(
+    fragments: Sequence[Fragment],
+    policies: PolicySet,
+    learned: Sequence[str],
+    version: int,
+    *,
+    copy: bool,
+    num_new: int | None = None,
+) -> Rollouts:
+    """A rollout of each of several policies, see `to_rollout`.
+
+    Fragments that were begun before a policy was added have no rows of it. If none has, its rollout is without a
+    transition. What they have of policies that were removed since is left out.
+
+    Args:
+        fragments: of which each has a part for each policy that was trained then.
+        policies: that there are now.
+        learned: those that learn from rollouts.
+        version: of the weights now.
+        copy, num_new: see `to_rollout`.
+    """
+    found = {}
+    for policy_id in learned:
+        has_part = [fragment.has(policy_id, policies.numbers[policy_id]) for fragment in fragments]
+        parts = [fragment.of(policy_id) for fragment, has in zip(fragments, has_part) if has]
+        parts = parts or [nothing_of(policies.learned[policy_id], version)]
+        new = None if num_new is None else sum(has_part[:num_new])
+        found[policy_id] = to_rollout(parts, copy=copy, num_new=new)
+        found[policy_id].env_steps = sum(fragment.entry.delivered for fragment in fragments)
+    return Rollouts(found, numbers=policies.numbers)
 
 
 def evened(rollout: Rollout, device: torch.device) -> Rollout:
@@ -99,6 +137,13 @@ def nothing_like(rollout: Rollout) -> Rollout:
     nothing["mask"] = torch.ones_like(nothing["is_init"])
     nothing["length"] = torch.zeros(1, dtype=torch.int64)
     return _without_steps(nothing)
+
+
+def nothing_of(policy: Policy, version: int) -> Fragment:
+    """A fragment [1] without a transition, of one of several policies."""
+    lines = TimeLines(policy.spec, 1, state=policy.initial_state(1), keep_states=False)
+    rows, finals = lines.fragment(version)
+    return Fragment(rows, finals, [], version, Entry(0, 0, 0, {}))
 
 
 def _without_steps(rollout: Any) -> Any:

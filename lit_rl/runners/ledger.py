@@ -15,6 +15,7 @@ class Entry(NamedTuple):
         delivered: real transitions among them.
         discarded: the rest, by reason.
         agent_steps: with several agents, transitions of all of them in the fragment; env steps are calls of `step`.
+        abandoned: episodes that were broken off before it, since a policy that acted in them was removed.
     """
 
     start: int
@@ -22,6 +23,7 @@ class Entry(NamedTuple):
     delivered: int
     discarded: dict[str, int]
     agent_steps: int = 0
+    abandoned: int = 0
 
 
 class Ledger:
@@ -35,6 +37,8 @@ class Ledger:
         restarts: runners that were replaced, and environments that were rebuilt.
         dropped: of the delivered transitions, those that were too old to learn from.
         agent_steps: with several agents, transitions of all of them that were delivered.
+        abandoned: episodes that were broken off, since a policy that acted in them was removed. All their env steps
+            were delivered; what their agents did last is in no transition.
     """
 
     def __init__(self) -> None:
@@ -43,6 +47,7 @@ class Ledger:
         self.restarts = 0
         self.dropped = 0
         self.agent_steps = 0
+        self.abandoned = 0
         self._accounted: dict[tuple[int, int], int] = {}  # of each incarnation: its env steps that are accounted for
 
     @property
@@ -65,6 +70,7 @@ class Ledger:
         self._accounted[runner, incarnation] = entry.end
         self.delivered += entry.delivered
         self.agent_steps += entry.agent_steps
+        self.abandoned += entry.abandoned
         self.discarded.update(entry.discarded)
 
     def discard(self, runner: int, incarnation: int, executed: int, reason: str) -> int:
@@ -86,6 +92,7 @@ class Ledger:
             "restarts": self.restarts,
             "dropped": self.dropped,
             "agent_steps": self.agent_steps,
+            "abandoned": self.abandoned,
         }
 
     def load(self, state: dict) -> None:
@@ -93,6 +100,7 @@ class Ledger:
         self.delivered, self.restarts = state["delivered"], state["restarts"]
         self.dropped = state.get("dropped", 0)  # absent from older checkpoints
         self.agent_steps = state.get("agent_steps", 0)  # likewise
+        self.abandoned = state.get("abandoned", 0)  # likewise
         self.discarded = Counter(state["discarded"])
 
     def add(self, state: dict) -> None:
@@ -101,4 +109,5 @@ class Ledger:
         self.restarts += state["restarts"]
         self.dropped += state.get("dropped", 0)
         self.agent_steps += state.get("agent_steps", 0)
+        self.abandoned += state.get("abandoned", 0)
         self.discarded.update(state["discarded"])

@@ -9,12 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
-from lit_rl.runners.env_runner import EnvRunner
-from lit_rl.runners.faults import FaultTolerance, Watchdog
+from lit_rl.runners.faults import FaultTolerance
 from lit_rl.runners.ledger import Ledger
-from lit_rl.runners.multi_agent_runner import MultiAgentEnvRunner
+from lit_rl.runners.maker import RunnerMaker
 from lit_rl.runners.placement import Placement
-from lit_rl.runners.pool import LocalPool, Pool, Runner
+from lit_rl.runners.pool import LocalPool, Pool
 from lit_rl.runners.ray_pool import RunnerPool
 
 log = logging.getLogger(__name__)
@@ -47,39 +46,31 @@ def make_pool(
         env: how to make the environments.
         make_policy: makes a policy of the learner's structure, in the runner's process.
         num_env_runners: Ray actors, of a Ray that is connected; 0: one runner in this process.
-        num_envs: environments of each runner.
-        seed: of all ranks' runners. A runner's own depends on its number among all of them, so that 2 ranks with a
-            runner each collect what 1 rank with 2 does, and on what was collected before the run was resumed.
-        rank: of this learner process.
-        world_size: how many there are.
-        collected: times fragments came since the run began.
         ledger: where env steps are written down.
         placement: of Ray actors.
         saved: the states of the runners in the checkpoint from which the run is resumed; None if it is not.
+        num_envs, seed, rank, world_size, collected: see `RunnerMaker`.
         rollout_length, faults, info_metrics, keep_states, reward_scale, reward_clip: see `EnvRunner`.
         central: see `MultiAgentEnvRunner`.
     """
-
-    is_multi_agent = env.is_multi_agent
-
-    def make_runner(runner: int, incarnation: int, watchdog: Watchdog) -> Runner:
-        key = (*seed.spawn_key, 0, runner * world_size + rank, incarnation, collected)
-        options: dict[str, Any] = {
-            "num_envs": num_envs,
-            "rollout_length": rollout_length,
-            "seed": np.random.SeedSequence(seed.entropy, spawn_key=key),
-            "info_metrics": info_metrics,
-            "keep_states": keep_states,
-            "faults": faults,
-            "watchdog": watchdog,
-            "replayable": not num_env_runners,
-            "reward_scale": reward_scale,
-            "reward_clip": reward_clip,
-        }
-        if is_multi_agent:
-            return MultiAgentEnvRunner(env, make_policy(), central=central, **options)
-        return EnvRunner(env, make_policy(), **options)
-
+    make_runner = RunnerMaker(
+        env,
+        make_policy,
+        num_envs=num_envs,
+        rollout_length=rollout_length,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        collected=collected,
+        faults=faults,
+        info_metrics=info_metrics,
+        keep_states=keep_states,
+        is_multi_agent=env.is_multi_agent,
+        replayable=not num_env_runners,
+        reward_scale=reward_scale,
+        reward_clip=reward_clip,
+        central=central,
+    )
     if saved is not None and collected and (num_env_runners or not saved):
         rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")
     if num_env_runners:

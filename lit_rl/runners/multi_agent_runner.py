@@ -22,7 +22,7 @@ from lit_rl.runners.book import Book
 from lit_rl.runners.cast import Cast
 from lit_rl.runners.faults import FaultTolerance, Phase, Watchdog
 from lit_rl.runners.finite import OF_POLICY
-from lit_rl.runners.fragment import NOTHING, Episode, Epsilons, Fragment
+from lit_rl.runners.fragment import NOTHING, Episode, Epsilons, Fragment, Part
 from lit_rl.runners.ledger import Entry
 from lit_rl.runners.stepping import scale_rewards
 from lit_rl.runners.survival import Survival
@@ -50,6 +50,7 @@ class MultiAgentEnvRunner:
         reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
         reward_clip: rewards of fragments, as summed and scaled, are clipped to plus or minus this; None leaves them.
         central: the kinds of inputs of central critics, by policy, which rows then have; "" is the only one's id.
+        new_seed: of the generators of policies that are added later; None takes one that depends on `seed`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MultiAgentEnvRunner:
         reward_scale: float = 1.0,
         reward_clip: float | None = None,
         central: Mapping[str, str] | None = None,
+        new_seed: np.random.SeedSequence | None = None,
     ):
         self.policy = policy.eval()
         self.policy_version = 0
@@ -78,8 +80,10 @@ class MultiAgentEnvRunner:
         self._reward_scale, self._reward_clip = reward_scale, reward_clip
         self._accounted = 0  # env steps in fragments so far
         self._discarded: Counter[str] = Counter()  # env steps since, that are in no fragment
+        self._abandoned = 0  # episodes that were broken off since
         self._unproven: set[int] = set()  # copies that were rebuilt and did not make a step since
-        env_seed, action_seed = seed.spawn(2)
+        env_seed, action_seed, other_seed = seed.spawn(3)
+        self._new_seed = new_seed or other_seed
         self._seeds = [np.random.default_rng(child) for child in env_seed.spawn(num_envs)]  # what gives episodes theirs
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
@@ -106,6 +110,30 @@ class MultiAgentEnvRunner:
         self.policy_version = version
         self._epsilons = [epsilon for epsilon in epsilons for _ in range(self._rollout_length)]
 
+    def follow(self, policies: PolicySet, keep_states: bool | Collection[str] = False) -> None:
+        """Act by other policies from the next fragment on. Those that were there before go on, and agents keep them.
+
+        Where one acted that is not there any more the copy begins another episode; what its agents did last is in no
+        fragment.
+
+        Args:
+            policies: in the place of the runner's own, and its own from now on.
+            keep_states: see above; as it was, for those that were there before.
+        """
+        assert isinstance(self.policy, PolicySet)
+        policies.succeed(self.policy, self._new_seed)
+        self.policy = policies.eval()
+        afresh, events = self._cast.follow(policies), Events()
+        self._book.follow(policies, keep_states)
+        try:
+            for b in afresh:
+                self._begin_afresh(b, events)
+        finally:
+            self._watchdog.enter(Phase.IDLE)
+        self._abandoned += len(afresh)
+        self._book.fit()
+        self._book.take(events)
+
     def sample(self) -> Fragment:
         """Step every copy `rollout_length` times for each of `epsilons`.
 
@@ -125,6 +153,8 @@ class MultiAgentEnvRunner:
         policy: Any = self.policy
         rng = policy.rng_state() if isinstance(policy, PolicySet) else policy.rng.bit_generator.state
         state = {"action_rng": rng}
+        if isinstance(policy, PolicySet):
+            state |= {"policies": dict(policy.numbers), "mapping": policy.mapping.plain}
         if self._replayable:
             state["copies"] = [self._copies.state(b) for b in range(self._num_envs)]
             state["seeds"] = [rng.bit_generator.state for rng in self._seeds]
@@ -138,29 +168,32 @@ class MultiAgentEnvRunner:
         Each copy is reset as it was when its episode began, and given the episode's actions again. If its agents then
         observe what they did, it goes on, unless the mapping now gives them other policies.
         """
+        policy = self.policy
         if not self._replayable or len(state.get("copies", ())) != self._num_envs:
             return self._num_envs
-        size, events, restarted = self._copies.roster.num_slots, Events(), 0
+        if isinstance(policy, PolicySet) and state.get("policies", policy.numbers) != policy.numbers:
+            return self._num_envs
+        events, restarted = Events(), 0
         for rng, saved in zip(self._seeds, state["seeds"]):
             rng.bit_generator.state = saved
+        if isinstance(policy, PolicySet) and state.get("mapping") == policy.mapping.plain:
+            self._book.make_room(state)
         for b, saved in enumerate(state["copies"]):
-            slots = np.arange(b * size, (b + 1) * size)
+            slots = self._slots_of(b)
             if self._book.fits(state, slots) and self._copies.begin_again(b, saved):
                 self._cast.load(state["cast"], b, slots)
                 for lines, of_lines in zip(self._lines, state["lines"]):
                     if lines is not None:
                         lines.load(of_lines, slots)
                 continue
-            for lines in self._lines:
-                if lines is not None:
-                    lines.clear(slots)
-            self._begin(b, events)
+            self._begin_afresh(b, events)
             restarted += 1
+        self._book.fit()
         self._book.take(events)
-        if isinstance(self.policy, PolicySet):
-            self.policy.load_rng_state(state["action_rng"])
+        if isinstance(policy, PolicySet):
+            policy.load_rng_state(state["action_rng"])
         else:
-            self.policy.rng.bit_generator.state = state["action_rng"]
+            policy.rng.bit_generator.state = state["action_rng"]
         return restarted
 
     def _collect(self) -> Fragment:
@@ -192,18 +225,20 @@ class MultiAgentEnvRunner:
         if failed:
             self._discarded["env_error"] += failed
         num_rows = sum(lines.num_complete for lines in self._lines if lines is not None)
+        numbers = self.policy.numbers if isinstance(self.policy, PolicySet) else {"": 0}
         parts = {
-            actor.policy_id: self._finished(lines)
+            actor.policy_id: Part(*self._finished(lines), lines.slots, numbers[actor.policy_id])
             for actor, lines in zip(cast.actors, self._lines)
             if lines is not None
         }
+        self._book.fit_if_needed()
         delivered = self._num_envs * len(self._epsilons) - failed
-        entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded), num_rows)
-        rows, finals = parts.get("", (NOTHING, NOTHING))
+        entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded), num_rows, self._abandoned)
+        rows, finals = parts[""][:2] if "" in parts else (NOTHING, NOTHING)
         fragment = Fragment(rows, finals, episodes, self.policy_version, entry, tuple(self._survival.failures))
         if "" not in parts:
             fragment = fragment._replace(parts=parts)
-        self._accounted = watchdog.executed
+        self._accounted, self._abandoned = watchdog.executed, 0
         self._discarded.clear()
         self._survival.failures.clear()
         return fragment
@@ -215,6 +250,17 @@ class MultiAgentEnvRunner:
         self._check_finite(lines, view | finals.views())
         scale_rewards(view["reward"], self._reward_scale, self._reward_clip)
         return rows, finals
+
+    def _begin_afresh(self, b: int, events: Events) -> None:
+        """Begin an episode in copy b instead of the one under way, of which nothing is learned any more."""
+        for lines in self._lines:
+            if lines is not None:
+                lines.clear(self._slots_of(b))
+        self._begin(b, events)
+
+    def _slots_of(self, b: int) -> np.ndarray:
+        size = self._copies.roster.num_slots
+        return np.arange(b * size, (b + 1) * size)
 
     def _begin(self, b: int, events: Events) -> None:
         """Begin an episode in copy b, with a seed of its own."""

@@ -1,6 +1,7 @@
 """This rank's env runners: what a datamodule asks of them, and the one that needs no Ray."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +62,14 @@ class Pool(Protocol):
     def finish(self) -> list[tuple[int, Fragment]]:
         """The fragments of the last `start`, each after its runner's number: at least one."""
 
+    def follow(self, make_policy: Callable[[], Policy], keep_states: bool | Collection[str]) -> None:
+        """Have runners act by other policies from the next `start` on. Fragments under way are of those before.
+
+        Args:
+            make_policy: makes them.
+            keep_states: see `EnvRunner`.
+        """
+
     def get_state(self) -> list[dict[str, Any]]:
         """The runners' states as plain data."""
 
@@ -75,6 +84,7 @@ class LocalPool:
 
     def __init__(self, make_runner: MakeRunner, ledger: Ledger):
         self.ledger = ledger
+        self._make_runner: Any = make_runner
         self._runner = make_runner(0, 0, Watchdog())
         self._weights: Any = None  # the learner's policy, the runner's tensors and the learner's
 
@@ -85,11 +95,15 @@ class LocalPool:
             torch._foreach_copy_(*self._weights[1:])
         self._runner.set_version(version, epsilons)
 
+    def follow(self, make_policy: Callable[[], Policy], keep_states: bool | Collection[str]) -> None:
+        self._make_runner = self._make_runner.with_policies(make_policy, keep_states)
+        self._weights = None
+        with _named():
+            self._make_runner.update(self._runner)
+
     def finish(self) -> list[tuple[int, Fragment]]:
-        try:
+        with _named():
             fragment = self._runner.sample()
-        except EnvError as error:
-            raise type(error)(f"Env runner 0: {error}") from error
         self.ledger.deliver(0, 0, fragment.entry)
         self.ledger.restarts += len(fragment.failures)
         return [(0, fragment)]
@@ -110,3 +124,12 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     """A module's parameters and buffers, as often as they have a name: the learner's policies may share some."""
     found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return [tensor for _, tensor in found]
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Name the runner in what it raises, as actors' errors do."""
+    try:
+        yield
+    except EnvError as error:
+        raise type(error)(f"Env runner 0: {error}") from error

@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class _Slot:
         fragments: those of the fragments it was asked for, in its order: it is at the first that is not ready.
         since: when `ready` or the first of `fragments` began.
         size: env steps of its last fragment.
+        maker: number of what it acts by: that of the pool when it was made, or asked for its last fragment.
         restart_at: when it may be replaced.
         given_up: why it is not replaced any more.
     """
@@ -52,6 +53,7 @@ class _Slot:
     fragments: deque[Any] = field(default_factory=deque)
     since: float = 0.0
     size: int = 0
+    maker: int = 0
     restart_at: float = field(default_factory=time.monotonic)
     given_up: str = ""
 
@@ -92,7 +94,9 @@ class RunnerPool:
         self.ledger = ledger
         self._ray = ray
         self._actor_class = ray.remote(**placement.options())(_RunnerActor)
+        self._maker: Any = make_runner
         self._make_runner = cloudpickle.dumps(make_runner)  # the actor reads it, and can say why it cannot
+        self._num_makers = 0  # before this one
         self._faults = faults
         self._folder = tempfile.TemporaryDirectory(prefix="lit_rl-runners-")
         self._reference: Any = None  # Ray's, to the weights that were sent last
@@ -154,6 +158,15 @@ class RunnerPool:
         for slot in asked:
             self._ask(slot)
 
+    def follow(self, make_policy: Callable[[], Policy], keep_states: bool | Collection[str]) -> None:
+        """See `Pool.follow`. Each runner is told when it is asked for its next fragment."""
+        from ray import cloudpickle
+
+        self._maker = self._maker.with_policies(make_policy, keep_states)
+        self._make_runner = cloudpickle.dumps(self._maker)
+        self._num_makers += 1
+        self._reference, self._sent_version = None, -math.inf
+
     def finish(self) -> list[tuple[int, Fragment]]:
         """The oldest fragment of every runner that was asked for one, each after its runner's number."""
         found: dict[int, Fragment] = {}
@@ -207,7 +220,9 @@ class RunnerPool:
     def _ask(self, slot: _Slot) -> None:
         if not slot.fragments:
             slot.since = time.monotonic()
-        slot.fragments.append(slot.actor.sample.remote(self._reference))
+        update = self._make_runner if slot.maker < self._num_makers else None
+        slot.fragments.append(slot.actor.sample.remote(self._reference, update))
+        slot.maker = self._num_makers
 
     def _under_way(self, without: Container[int] = ()) -> dict[Any, int]:
         """References to the first fragment of each runner and their runners, the oldest first."""
@@ -359,6 +374,7 @@ class RunnerPool:
                     self._make_runner, runner, slot.incarnation, self._faults, address
                 )
                 slot.ready, slot.since = slot.actor.ready.remote(), time.monotonic()
+                slot.maker = self._num_makers
 
     def _stop(self, runner: int, slot: _Slot, reason: str) -> None:
         """End a runner's process; what it executed and did not deliver is written down."""
@@ -421,9 +437,11 @@ class _RunnerActor:
         if self._error is not None:
             raise self._error
 
-    def sample(self, acts_by: tuple[Packed, int, Epsilons]) -> Fragment:
+    def sample(self, acts_by: tuple[Packed, int, Epsilons], update: bytes | None = None) -> Fragment:
         begun = time.perf_counter()
         weights, version, epsilons = acts_by
+        if update is not None:
+            _read(update).update(self._runner)
         load_weights(self._runner.policy, weights)
         self._runner.set_version(version, epsilons)
         fragment = self._runner.sample()
@@ -435,7 +453,7 @@ class _RunnerActor:
         return os.getpid()
 
 
-def _read(make_runner: bytes) -> MakeRunner:
+def _read(make_runner: bytes) -> Any:
     """What this process was sent by the learner, as Ray itself sends an actor's arguments.
 
     Raises:
@@ -444,11 +462,10 @@ def _read(make_runner: bytes) -> MakeRunner:
     from ray import cloudpickle
 
     try:
-        read: MakeRunner = cloudpickle.loads(make_runner)
+        return cloudpickle.loads(make_runner)
     except (ImportError, AttributeError) as error:
         raise EnvError(
             f"An env runner's process cannot import what it was given ({type(error).__name__}: {error}): expected the "
             "code of env, wrappers and policy_class in modules that can be imported there. Put them beside the script, "
             "install them, or name their folder in PYTHONPATH."
         ) from error
-    return read

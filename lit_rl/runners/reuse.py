@@ -94,7 +94,10 @@ class FragmentReplay:
     def add(self, fragments: Sequence[Fragment]) -> None:
         """Keep fragments: a copy, since their memory is Ray's."""
         for fragment in fragments:
-            parts = fragment.parts and {i: (_own(rows), _own(finals)) for i, (rows, finals) in fragment.parts.items()}
+            parts = fragment.parts and {
+                policy_id: part._replace(rows=_own(part.rows), finals=_own(part.finals))
+                for policy_id, part in fragment.parts.items()
+            }
             rows, finals = _own(fragment.rows), _own(fragment.finals)
             self._fragments.append(fragment._replace(rows=rows, finals=finals, parts=parts, episodes=[], failures=()))
 

@@ -44,13 +44,8 @@ class TimeLines:
         slots: np.ndarray | None = None,
         central: gym.Space | None = None,
     ):
-        self.slots = np.arange(num_slots) if slots is None else slots
-        kept = None if state is None else map_tree(lambda x: x[self.slots], state)
-        self._layout = FragmentLayout(
-            spec, len(self.slots), state=kept, keep_states=keep_states, has_mask=True, ragged=True, central=central
-        )
-        self._place = {slot: b for b, slot in enumerate(self.slots.tolist())}
-        self._keep_states = keep_states
+        self._spec, self._keep_states, self._central = spec, keep_states, central
+        self._lay_out(np.arange(num_slots) if slots is None else slots, state)
         self._fields = self._layout.row_fields
         self._seen_paths = [path for path in self._fields if path.split("/")[0] in ("observation", "central")]
         self._num_slots = num_slots
@@ -62,6 +57,10 @@ class TimeLines:
         # The state before each time line's first row, and before its newest.
         self._first_state, self._state = (None if state is None else map_tree(np.array, state) for _ in range(2))
         self._finals: list[tuple[int, int, Tree]] = []
+
+    def move(self, slots: np.ndarray) -> None:
+        """Have the time lines of other slots, between two fragments. Those of which something is under way go on."""
+        self._lay_out(slots, self._state)
 
     @property
     def num_complete(self) -> int:
@@ -200,6 +199,20 @@ class TimeLines:
         self._goes_on[slots] = False
         for slot in slots.tolist():
             self._pending[slot] = 0.0
+
+    def _lay_out(self, slots: np.ndarray, state: Tree) -> None:
+        self.slots = slots
+        kept = None if state is None else map_tree(lambda x: x[slots], state)
+        self._layout = FragmentLayout(
+            self._spec,
+            len(slots),
+            state=kept,
+            keep_states=self._keep_states,
+            has_mask=True,
+            ragged=True,
+            central=self._central,
+        )
+        self._place = {slot: b for b, slot in enumerate(slots.tolist())}
 
     def _make_room(self, num_rows: int) -> None:
         """Have room for so many rows of each time line."""

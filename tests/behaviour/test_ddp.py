@@ -17,7 +17,7 @@ from ddp_off_policy import CASES
 from envs import counter_vector
 from helpers import TESTS, make_runner, ragged, run_python
 
-from lit_rl import MLP, LSTMNetwork, load_policy
+from lit_rl import MLP, LSTMNetwork, MultiAgent, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.policy import Policy
 from lit_rl.runners.gathering import to_rollout
@@ -292,3 +292,24 @@ def test_policies_that_share_networks_have_the_gradients_of_one_process_on_two_r
                 torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
         for key, value in one["weights"].items():
             torch.testing.assert_close(value, first["weights"][key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def come_and_go(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on two ranks in which policies are added and removed."""
+    out = tmp_path_factory.mktemp("come_and_go")
+    run_python(TESTS / "ddp_membership.py", out, cwd=out, timeout=240)
+    return out
+
+
+@pytest.mark.parametrize("name", ["on-policy", "mixed", "off-policy"])
+def test_two_ranks_stay_equal_while_policies_come_and_go(come_and_go: Path, name: str) -> None:
+    first, second = (torch.load(come_and_go / f"{name}-{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first["drawn"], second["drawn"])  # each rank gave the algorithm weights of its own
+    assert first["ids"] == second["ids"] == ("one", "three", "past") and first["env_steps"] == 768
+    for key, value in first["weights"].items():
+        assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
+    assert first["updates"] == second["updates"] and first["updates"]["three"] > 5
+    assert first["global_step"] == second["global_step"] and first["loss"] == second["loss"] != {}
+    assert first["abandoned"] == second["abandoned"] == 2  # both copies of each rank
+    assert MultiAgent.load_from_checkpoint(come_and_go / f"{name}.ckpt").ids == first["ids"]

@@ -39,6 +39,7 @@ from lit_rl import (
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.errors import OptionError
 from lit_rl.replay import ReplayBuffer
+from lit_rl.replay.feed import MOST_SLOTS
 from lit_rl.runners.fragment import Epsilons
 
 TINY: Any = functools.partial(MLP, hidden_sizes=[8])
@@ -369,9 +370,10 @@ def test_several_env_runners_feed_every_policy(make: Any, prefetch: int, monkeyp
     assert algorithm.env_steps_done == 400
     rows = sum(len(feed.buffer) for feed in data.feeds.values())
     assert on_policy or rows == data.ledger.agent_steps
-    for feed in data.feeds.values():
-        runners = {env // (2 * (2 if feed is data.feeds["one"] and not on_policy else 1)) for env in feed.buffer._open}
-        assert runners == {0, 1}
+    for policy_id, feed in data.feeds.items():
+        agents = {"one": {0} if on_policy else {0, 2}, "two": {1}}[policy_id]  # of three in each of two copies
+        slots = {(runner, 3 * copy + agent) for runner in (0, 1) for copy in (0, 1) for agent in agents}
+        assert {divmod(env, MOST_SLOTS) for env in feed.buffer._open} == slots
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
