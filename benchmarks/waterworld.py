@@ -56,6 +56,7 @@ def rllib(name: str, env_steps: int, seed: int, seeds: Sequence[int]) -> dict[st
         .environment("env")
         .multi_agent(policies=policies, policy_mapping_fn=lambda agent, *_, **__: policy_of[agent])
         .training(vf_loss_coeff=0.005)
+        .env_runners(sample_timeout_s=600.0)  # a busy machine is no reason to learn from fewer steps
         .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={policy: RLModuleSpec() for policy in policies}))
         .debugging(seed=seed)
     )
