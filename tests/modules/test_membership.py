@@ -805,3 +805,51 @@ def test_one_mapping_of_names_needs_an_agent_for_each() -> None:
     algorithm = MultiAgent({policy_id: ppo() for policy_id in "abc"})
     with pytest.raises(OptionError, match=r"remove_policy\('c'\): policy_mapping still names it."):
         fit(algorithm, {1: lambda module: module.remove_policy("c")})
+
+
+# --- beside central critics and shared networks -----------------------------------------------------------------------
+
+
+def teammates(**options: Any) -> MultiAgent:
+    """ "one" and "two" share a central critic, "three" has one of its own."""
+    central: dict[str, Any] = {"central_critic": "observations"}
+    policies = {"one": ppo(**central), "two": ppo(**central), "three": ppo(**central)}
+    return MultiAgent(policies, policy_mapping=EACH, critic_groups=[["one", "two"]], **options)
+
+
+def test_a_past_version_plays_against_policies_with_central_critics(tmp_path: Path) -> None:
+    """The others learn what they would have learned, in turns and over a resume: central inputs go on too."""
+
+    def add(module: MultiAgent) -> None:
+        module.add_policy("past", module.frozen_copy("three"), policy_mapping=EACH | {"c": "past"})
+        module.remove_policy("three")
+
+    whole, half, resumed = teammates(), teammates(), teammates()
+    fit(whole, {3: add}, forgetful(8 * 12))
+    assert whole.ids == ("one", "two", "past") and whole.algorithms["one"].critic is whole.algorithms["two"].critic
+    fit(half, {3: add}, forgetful(8 * 7)).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, {}, forgetful(8 * 12), tmp_path / "half.ckpt")
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda algorithm: algorithm.remove_policy("two", policy_mapping=EACH | {"b": "one"}),
+            r"remove_policy\('two'\): it shares networks with \['one'\]",
+        ),
+        (
+            lambda algorithm: algorithm.add_policy("four", ppo(central_critic="state"), policy_mapping={"*": "four"}),
+            r"add_policy\('four'\): central_critic='state': what a central critic sees is collected from the beginning",
+        ),
+    ],
+)
+def test_what_cannot_be_with_central_critics_and_shared_networks_is_refused(call: Any, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        fit(teammates(), {2: call})
+
+
+def test_policies_that_share_networks_do_not_learn_in_turns() -> None:
+    with pytest.raises(OptionError, match="train: expected ids, not a function, with critic_groups"):
+        teammates(train=lambda update: ["one"])
