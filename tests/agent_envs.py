@@ -1,7 +1,10 @@
 """Multi-agent environments that write down what every transition is, to be held against what a runner recorded."""
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -188,6 +191,26 @@ class LoggedAgents(MultiAgentEnv):
         names = list(part)
         self._order.shuffle(names)
         return {name: part[name] for name in names}
+
+
+class DiesOnce(LoggedAgents):
+    """Ends its process in its 90th step, if no other one did so before.
+
+    Args:
+        marker: a file that says that one did.
+        **options: of `LoggedAgents`.
+    """
+
+    def __init__(self, marker: str, **options: Any):
+        super().__init__(**options)
+        self._marker = Path(marker)
+
+    def step(self, actions: dict[str, Any]) -> Any:
+        if self._steps == 89:
+            with contextlib.suppress(FileExistsError):  # two may be here at a time
+                self._marker.touch(exist_ok=False)
+                os._exit(1)
+        return super().step(actions)
 
 
 class Wrong(MultiAgentEnv):

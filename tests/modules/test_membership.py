@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -332,20 +331,6 @@ def test_free_running_runners_that_give_nothing_in_time_give_nothing_of_every_po
     assert not any(rollout["mask"].any() for batch in found for rollout in batch.values())
 
 
-class DiesOnce(LoggedAgents):
-    """Ends its process in its 40th step, if no other one did so before."""
-
-    def __init__(self, marker: str, **options: Any):
-        super().__init__(**options)
-        self._marker = Path(marker)
-
-    def step(self, actions: dict[str, Any]) -> Any:
-        if self._steps == 90 and not self._marker.exists():
-            self._marker.touch()
-            os._exit(1)
-        return super().step(actions)
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
@@ -356,15 +341,15 @@ def test_runners_in_processes_follow_also_one_that_dies_after_the_change(prefetc
     )
     env_kwargs = {"mode": "turns", "num_agents": 3, "marker": str(tmp_path / "died")}
     source = data(
-        "test_membership:DiesOnce", env_kwargs=env_kwargs, num_env_runners=2, prefetch=prefetch, max_env_steps=960,
+        "agent_envs:DiesOnce", env_kwargs=env_kwargs, num_env_runners=2, prefetch=prefetch, max_env_steps=960,
         evaluation=Evaluation(episodes=2, num_env_runners=1), rollouts_per_epoch=5,
     )  # fmt: skip
     add = lambda module: module.add_policy("three", IMPALA(network=TINY), policy_mapping=EACH)  # noqa: E731
     seen = Kept()
     trainer = fit(algorithm, {2: add, 4: remove_two}, source, callbacks=[seen], limit_val_batches=1.0)
     assert (tmp_path / "died").exists() and source.ledger.restarts == 1
-    assert algorithm.env_steps_done == 960 == source.ledger.delivered
-    assert source.ledger.executed == 960 + source.ledger.discarded.total()
+    assert 960 - 64 < algorithm.env_steps_done == source.ledger.delivered <= 960  # a rollout is short while one is away
+    assert source.ledger.executed == source.ledger.delivered + source.ledger.discarded.total()
     assert seen_agents(seen, "three").keys() == {1, 2} and "three/eval/return_mean" in trainer.callback_metrics
 
 
