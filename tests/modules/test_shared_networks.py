@@ -110,7 +110,12 @@ CASES = {
     "PPO, one network": (KeepingPPO, "both", SMALL | {"share_encoder": True}),
     "PPO, LSTM": (KeepingPPO, "both", SMALL | {"network": LSTM}),
     "PPO, LSTM without the critic": (KeepingPPO, "encoder", SMALL | {"network": LSTM}),
+    "PPO, central": (KeepingPPO, "critic", SMALL | {"central_critic": "observations", "value_clip": 0.2}),
+    "PPO, LSTM, critic by itself": (
+        KeepingPPO, "both", SMALL | {"network": LSTM, "central_critic": "observations", "critic_network": LSTM},
+    ),
     "IMPALA, both": (KeepingIMPALA, "both", {"optimizer": "rmsprop"}),
+    "IMPALA, central": (KeepingIMPALA, "both", {"central_critic": "observations", "normalize_observations": True}),
     "APPO, GRU": (KeepingAPPO, "both", {"network": functools.partial(GRUNetwork, hidden_size=8), "kl_coef": 0.3}),
 }  # fmt: skip
 
@@ -194,6 +199,27 @@ def test_a_policy_that_stops_early_drops_out() -> None:
     metrics = metrics_of(fit(algorithm, data(max_env_steps=64), callbacks=[by_hand]))
     taken = int(metrics["a/optim/gradient_steps"])
     assert 0 < taken < 4 and by_hand.took_part == [["a", "b"]] * taken + [["b"]] * (4 - taken)
+
+
+def test_statistics_of_a_shared_critic_stay_what_they_are_until_all_have_taken_their_steps() -> None:
+    options = SMALL | {"central_critic": "observations", "normalize_observations": True}
+    policies = {"a": PPO(target_kl=1e-7, lr=1e-2, **options), "b": PPO(**options)}
+    counts: list[list[int]] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            counts.append([])
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            critic = module.algorithms["b"].critic
+            counts[-1].append(int(critic.normalizer.moments["observations/0"].count))
+            targets.append(int(critic.head.moments.count))
+
+    targets: list[int] = []
+    algorithm = MultiAgent(policies, critic_groups=PAIR)
+    fit(algorithm, callbacks=[Keep()])
+    assert counts == [[0] * 4, [64 + 32] * 4]  # also when "a" has stopped
+    assert targets == [64 + 32] * 4 + [2 * (64 + 32)] * 4  # the targets are those of both
 
 
 def test_policies_without_rows_take_no_part() -> None:
@@ -380,7 +406,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_policy(tmp_path: Path) 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["PPO, both", "PPO, LSTM", "IMPALA, both", "APPO, GRU"])
+@pytest.mark.parametrize("case", ["PPO, both", "PPO, LSTM", "PPO, LSTM, critic by itself", "IMPALA, both", "APPO, GRU"])
 def test_a_checkpoint_is_loaded_with_what_is_shared_and_resumed_exactly(case: str, tmp_path: Path) -> None:
     cls, shared, options = CASES[case]
     make = functools.partial(pair, cls.__mro__[2], shared, **options)
