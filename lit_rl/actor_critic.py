@@ -25,8 +25,9 @@ from lit_rl.rollout import OWN, WITH_CENTRAL
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree
 
-# Yields minibatches, is sent what `gradient_step` returns for each, and returns metrics.
-Steps: TypeAlias = Generator[TensorDict, tuple[bool | Tensor, Any], dict[str, Tensor | float]]
+# Yields minibatches and is sent what `gradient_step` returns for each; may yield None to go on when all that learn
+# together have taken their steps; returns metrics.
+Steps: TypeAlias = Generator[TensorDict | None, Any, dict[str, Tensor | float]]
 
 
 class ActorCritic(Algorithm):
@@ -75,13 +76,13 @@ class ActorCritic(Algorithm):
         self.return_normalizer = ReturnNormalizer(hp.gamma) if hp.normalize_returns else None
 
     def update(self, rollout: TensorDict) -> dict[str, Tensor | float]:
-        steps, result = self.update_steps(rollout), None
+        steps, result = self.update_steps(rollout), None  # which begins when it is sent None
         while True:
             try:
-                minibatch = steps.send(result)  # type: ignore[arg-type] # None to begin with
+                minibatch = steps.send(result)
             except StopIteration as end:
                 return end.value
-            result = self.gradient_step(minibatch)
+            result = None if minibatch is None else self.gradient_step(minibatch)
 
     def update_steps(self, rollout: TensorDict) -> Steps:
         """Learn from a rollout, as `update` does; the caller takes the gradient step on each minibatch."""

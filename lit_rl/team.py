@@ -82,15 +82,23 @@ class Team:
         """Learn from rollouts, step by step together; returns the metrics by policy."""
         steps = {policy_id: self.members[policy_id].update_steps(rollout) for policy_id, rollout in rollouts.items()}
         results: dict[str, Any] = dict.fromkeys(steps)
-        metrics = {}
+        waiting, metrics = dict[str, Any](), dict[str, dict[str, Tensor | float]]()
         while results:
             minibatches = {}
             for policy_id, result in results.items():
                 try:
-                    minibatches[policy_id] = steps[policy_id].send(result)
+                    minibatch = steps[policy_id].send(result)
                 except StopIteration as end:
                     metrics[policy_id] = end.value
-            results = self.gradient_step(minibatches) if minibatches else {}
+                    continue
+                if minibatch is None:
+                    waiting[policy_id] = None
+                else:
+                    minibatches[policy_id] = minibatch
+            if minibatches:
+                results = self.gradient_step(minibatches)
+            else:
+                results, waiting = waiting, {}
         return metrics
 
     def gradient_step(self, minibatches: Mapping[str, TensorDict]) -> dict[str, tuple[bool | Tensor, Any]]:

@@ -179,6 +179,7 @@ class PPO(ActorCritic):
                 break
         terms = where_taken(*zip(*results))
 
+        yield None  # statistics stay what they are while others, that share the critic, are not done with their steps
         self.update_normalizers(rollout, mask)
         metrics: dict[str, Tensor | float] = {}
         if terms:

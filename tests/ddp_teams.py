@@ -20,6 +20,7 @@ CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "encoder": (PPO, {"encoder_groups": PAIR}, {"num_epochs": 1}),
     "critic": (PPO, {"critic_groups": PAIR}, {"num_epochs": 1}),
     "a central critic": (PPO, {"critic_groups": PAIR}, {"num_epochs": 1, "central_critic": "observations"}),
+    "central": (PPO, {"critic_groups": PAIR}, {"num_epochs": 1, "central_critic": "observations"}),
     "both": (APPO, {"critic_groups": PAIR, "encoder_groups": PAIR}, {"normalize_advantage": True, "kl_coef": 0.5}),
 }
 

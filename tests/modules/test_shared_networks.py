@@ -35,7 +35,8 @@ from lit_rl.learner import steps as gradient_steps
 from lit_rl.rollout import mask_of
 
 PAIR = [["a", "b"]]
-SMALL: dict[str, Any] = {"minibatch_size": 16, "num_epochs": 2, "sequence_length": 4}
+# Of a rollout's 64 rows "a" has minibatches of 24, 24 and 16, and of its 32 "b" such of 24 and 8.
+SMALL: dict[str, Any] = {"minibatch_size": 24, "num_epochs": 2, "sequence_length": 4}
 LSTM = functools.partial(LSTMNetwork, hidden_size=8)
 
 
@@ -110,7 +111,12 @@ CASES = {
     "PPO, one network": (KeepingPPO, "both", SMALL | {"share_encoder": True}),
     "PPO, LSTM": (KeepingPPO, "both", SMALL | {"network": LSTM}),
     "PPO, LSTM without the critic": (KeepingPPO, "encoder", SMALL | {"network": LSTM}),
+    "PPO, central": (KeepingPPO, "critic", SMALL | {"central_critic": "observations", "value_clip": 0.2}),
+    "PPO, LSTM, critic by itself": (
+        KeepingPPO, "both", SMALL | {"network": LSTM, "central_critic": "observations", "critic_network": LSTM},
+    ),
     "IMPALA, both": (KeepingIMPALA, "both", {"optimizer": "rmsprop"}),
+    "IMPALA, central": (KeepingIMPALA, "both", {"central_critic": "observations", "normalize_observations": True}),
     "APPO, GRU": (KeepingAPPO, "both", {"network": functools.partial(GRUNetwork, hidden_size=8), "kl_coef": 0.3}),
 }  # fmt: skip
 
@@ -128,8 +134,7 @@ def test_a_step_is_on_the_mean_over_the_rows_of_all_policies(case: str) -> None:
     by_hand, algorithm = ByHand(), pair(cls, shared, max_grad_norm=None, **options)
     trainer = fit(algorithm, callbacks=[by_hand])
     a, b = algorithm.algorithms.values()
-    # Of the 64 steps of each rollout "a" acts in all, and "b" in every other one.
-    per_rollout = [["a", "b"]] * 4 + [["a"]] * 4 if cls is KeepingPPO else [["a", "b"]]
+    per_rollout = [["a", "b"]] * 4 + [["a"]] * 2 if cls is KeepingPPO else [["a", "b"]]
     assert by_hand.took_part == per_rollout * 2
     # Each parameter is in one optimizer, once, and was stepped once for each of its gradients.
     (optimizer,) = trainer.optimizers
@@ -170,7 +175,7 @@ def test_policies_that_share_all_and_have_equal_heads_have_the_gradient_of_one_p
             self.compared = True
 
     compare = Compare()
-    fit(pair(KeepingPPO, max_grad_norm=None, **SMALL), callbacks=[compare])
+    fit(pair(KeepingPPO, max_grad_norm=None, minibatch_size=64), callbacks=[compare])  # 64 rows and 32
     assert compare.compared
 
 
@@ -194,6 +199,27 @@ def test_a_policy_that_stops_early_drops_out() -> None:
     metrics = metrics_of(fit(algorithm, data(max_env_steps=64), callbacks=[by_hand]))
     taken = int(metrics["a/optim/gradient_steps"])
     assert 0 < taken < 4 and by_hand.took_part == [["a", "b"]] * taken + [["b"]] * (4 - taken)
+
+
+def test_statistics_of_a_shared_critic_stay_what_they_are_until_all_have_taken_their_steps() -> None:
+    options = SMALL | {"central_critic": "observations", "normalize_observations": True}
+    policies = {"a": PPO(target_kl=1e-7, lr=1e-2, **options), "b": PPO(**options)}
+    counts: list[list[int]] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            counts.append([])
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            critic = module.algorithms["b"].critic
+            counts[-1].append(int(critic.normalizer.moments["observations/0"].count))
+            targets.append(int(critic.head.moments.count))
+
+    targets: list[int] = []
+    algorithm = MultiAgent(policies, critic_groups=PAIR)
+    fit(algorithm, callbacks=[Keep()])
+    assert counts == [[0] * 4, [64 + 32] * 4]  # also when "a" has stopped
+    assert targets == [64 + 32] * 4 + [2 * (64 + 32)] * 4  # the targets are those of both
 
 
 def test_policies_without_rows_take_no_part() -> None:
@@ -333,7 +359,7 @@ def test_a_step_that_is_skipped_is_skipped_once_for_all(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="The loss is not finite after 0 env steps: the optimizer step was"):
         trainer = fit(algorithm, default_root_dir=tmp_path)
     metrics = metrics_of(trainer)
-    assert trainer.global_step == 16 - 1 and algorithm.skipped_updates == 1
+    assert trainer.global_step == 12 - 1 and algorithm.skipped_updates == 1
     assert metrics["a/optim/skipped_updates"] == metrics["b/optim/skipped_updates"] == 1
     assert metrics["a/optim/grad_norm"] == metrics["b/optim/grad_norm"] > 0
     (path,) = tmp_path.rglob("nonfinite_batch_*")
@@ -372,7 +398,8 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_policy(tmp_path: Path) 
             loss, terms = super().loss(minibatch)
             return loss + ((0.0 * self.policy.head.bias[0]).sqrt() if self.hp.lr == 2e-4 else 0.0), terms
 
-    algorithm = MultiAgent({"a": Infinite(**SMALL), "b": Infinite(lr=2e-4, **SMALL)}, encoder_groups=PAIR)
+    options = SMALL | {"minibatch_size": 16}
+    algorithm = MultiAgent({"a": Infinite(**options), "b": Infinite(lr=2e-4, **options)}, encoder_groups=PAIR)
     with pytest.warns(UserWarning, match=r"The gradient of b\.policy\.head\.bias is not finite"):
         fit(algorithm, data(max_env_steps=16, rollout_length=4), default_root_dir=tmp_path)
 
@@ -380,7 +407,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_policy(tmp_path: Path) 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["PPO, both", "PPO, LSTM", "IMPALA, both", "APPO, GRU"])
+@pytest.mark.parametrize("case", ["PPO, both", "PPO, LSTM", "PPO, LSTM, critic by itself", "IMPALA, both", "APPO, GRU"])
 def test_a_checkpoint_is_loaded_with_what_is_shared_and_resumed_exactly(case: str, tmp_path: Path) -> None:
     cls, shared, options = CASES[case]
     make = functools.partial(pair, cls.__mro__[2], shared, **options)
