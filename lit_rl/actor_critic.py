@@ -174,5 +174,5 @@ class ActorCritic(Algorithm):
     def update_normalizers(self, rollout: TensorDict, mask: Tensor | None) -> None:
         """Take a rollout's observations into the statistics, if there are any; `mask` [B, T] says which rows."""
         self.policy.update_normalizer(rollout["observation"], mask)
-        if isinstance(self.critic, CentralCritic) and self.critic.normalizer is not None:
-            self.critic.normalizer.update(rollout["central"], mask)
+        if isinstance(self.critic, CentralCritic):
+            self.critic.take_inputs(rollout["central"], mask)

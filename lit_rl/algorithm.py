@@ -1,12 +1,13 @@
 """What every algorithm shares: a LightningModule that learns from a source, and whose validation is episodes."""
 
+import contextlib
 import copy
 import io
 import math
 import time
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -318,7 +319,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             return
         self.spec = self.spec or found
         assert self.spec is not None
-        with torch.random.fork_rng(devices=[], enabled=source.seed is not None):
+        with one_thread(), torch.random.fork_rng(devices=[], enabled=source.seed is not None):
             if source.seed is not None:
                 torch.manual_seed(seed_for(source.seed, INITIALISATION))
             self.build(self.spec)
@@ -626,6 +627,17 @@ class Algorithm(TakesOptions, L.LightningModule):
                 self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
             if in_fit and not trainer.sanity_checking:
                 self.reporter.evaluation(values, result.at)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """With one thread of torch: what is computed does not depend on how many there were before, to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _same_spaces(a: EnvSpec, b: EnvSpec) -> bool:

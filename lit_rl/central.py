@@ -38,8 +38,8 @@ def central_space(spec: MultiAgentSpec, kind: str) -> spaces.Dict:
         return spaces.Dict(OrderedDict(observations=found, alive=alive, agent_id=agent_id))
     if spec.state_space is None:
         raise OptionError(
-            f"central_critic='state': env={spec.env_id} has no state() with a state_space that lit_rl handles. Use "
-            "'observations', or give the environment both."
+            f"central_critic='state': env={spec.env_id} has no state() with a state_space, an attribute, that "
+            "lit_rl handles. Use 'observations', or give the environment both."
         )
     return spaces.Dict(OrderedDict(state=spec.state_space, agent_id=agent_id))
 

@@ -201,7 +201,7 @@ class Membership(Algorithm):
             self._take(parts, trained, given, register)
             return
         mapping = PolicyMapping(self._mapping(given, list(parts)), list(parts))
-        specs = {policy_id: self._spec_of(policy_id, mapping, policy_id in new) for policy_id in parts}
+        specs = {i: self._spec_of(i, mapping, part, is_new=i in new) for i, part in parts.items()}
         for policy_id, part in new.items():
             if isinstance(part, nn.Module):
                 writable(part)
@@ -331,7 +331,9 @@ class Membership(Algorithm):
     def _part_of(self, policy_id: str, policy: PolicySet) -> Part:
         """The datamodule, as one of the algorithms sees it while it learns."""
         share = len(policy.slots_of(policy_id)) / self.spec.num_slots
-        return Part(self.source, policy.spec_of(policy_id), policy.numbers[policy_id], share or None)
+        return Part(
+            self.source, policy.spec_of(policy_id), policy.numbers[policy_id], share or None, self.turns is not None
+        )
 
     def _mapping(self, given: Any, ids: Sequence[str]) -> Any:
         """The mapping that is meant by what was given, among policies."""
@@ -347,14 +349,14 @@ class Membership(Algorithm):
             )
         return {name: name for name in self.spec.agents}
 
-    def _spec_of(self, policy_id: str, mapping: PolicyMapping, is_new: bool = False) -> EnvSpec:
+    def _spec_of(self, policy_id: str, mapping: PolicyMapping, part: Any, *, is_new: bool = False) -> EnvSpec:
         """The spaces of the agents to whom a mapping gives a policy, or gave it before if there is none any more.
 
         Raises:
             OptionError: if there was none ever, or their spaces differ.
         """
         names, known = mapping.names_of(policy_id, list(self.spec.agents)), self._specs.get(policy_id)
-        kind = self.central_inputs.get(policy_id)
+        kind = part.central_inputs.get("") if isinstance(part, Algorithm) else None
         if known is None or is_new:
             return with_central(self.spec, kind, names, policy_id)
         spec = with_central(self.spec, kind, names, policy_id) if names else known

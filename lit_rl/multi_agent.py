@@ -151,7 +151,7 @@ class MultiAgent(Membership):
             return
         self.spec, numbers = self.spec or found, self.register.numbers
         mapping = PolicyMapping(self._mapping(self.given_mapping, self.ids), self.ids)
-        self._specs = specs = {policy_id: self._spec_of(policy_id, mapping) for policy_id in self.ids}
+        self._specs = specs = {i: self._spec_of(i, mapping, part) for i, part in self._parts.items()}
         for policy_id, algorithm in self.algorithms.items():
             algorithm.build_networks(Part(source, specs[policy_id], numbers[policy_id], None))
         self.sharing.share()

@@ -27,12 +27,13 @@ class Part(Source):
         spec: of the policy's agents.
         number: of the policy, which gives it a seed of its own.
         share: of all agents that may be its own; None before there is a rollout.
+        in_turns: whether the algorithm learns from some rollouts alone.
     """
 
     ragged = True
 
-    def __init__(self, source: Source, spec: EnvSpec, number: int, share: float | None):
-        self._source, self._share = source, share
+    def __init__(self, source: Source, spec: EnvSpec, number: int, share: float | None, in_turns: bool = False):
+        self._source, self._share, self._in_turns = source, share, in_turns
         self.spec = spec
         self.seed = None if source.seed is None else seed_for(source.seed, CHILDREN, number)
         self.clock = source.clock
@@ -48,7 +49,7 @@ class Part(Source):
 
     @property
     def in_order(self) -> bool:
-        return self._source.in_order
+        return self._source.in_order and not self._in_turns
 
     @property
     def policy_lag(self) -> int:

@@ -127,8 +127,8 @@ def _check_ids(option: str, groups: Sequence[Sequence[str]], trained: Sequence[s
                 raise OptionError(
                     f"{option}: {policy_id!r}: expected policies whose algorithms are trained, of {list(trained)}."
                 )
-        if len(set(group)) < 2:
-            raise OptionError(f"{option}: the group {list(group)}: expected at least two policies.")
+        if len(set(group)) < max(2, len(group)):
+            raise OptionError(f"{option}: the group {list(group)}: expected at least two policies, each of them once.")
         twice = seen.intersection(group)
         if twice:
             raise OptionError(f"{option}: {min(twice)!r} is in two groups. Join them, or take it out of one.")

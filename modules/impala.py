@@ -83,7 +83,8 @@ class IMPALA(ActorCritic):
         central_critic: what the critic sees beside the agent's own observation and id, with several agents: "state",
             the environment's `state()`; "observations", those of all agents; None, nothing, not even the id.
         critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own, without
-            memory. None takes `network`, and where that has memory the default of what the critic sees.
+            memory. None takes `network`; if that has memory, a critic shares it, unless it is central: then it has the
+            default network of what it sees.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0.
         squash_actions: keep Box actions within their bounds by a tanh, instead of clipping what the environment gets.

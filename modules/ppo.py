@@ -83,8 +83,8 @@ class PPO(ActorCritic):
         central_critic: what the critic sees beside the agent's own observation and id, with several agents: "state",
             the environment's `state()`; "observations", those of all agents; None, nothing, not even the id.
         critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critic's own. If it has
-            memory, that is its own state, which goes on from rollout to rollout. None takes `network`, and where that
-            has memory the default of what the critic sees.
+            memory, that is its own state, which goes on from rollout to rollout. None takes `network`; if that has
+            memory, a critic shares it, unless it is central: then it has the default network of what it sees.
         state_dependent_std: whether the standard deviations of Box actions depend on the observation.
         log_std_init: the log standard deviations of Box actions before training; -2 to 0. Small ones suit many MuJoCo
             tasks.
@@ -284,8 +284,8 @@ class PPO(ActorCritic):
             self.critic_state = None
         if self.critic_has_memory and not host.source.in_order:
             raise OptionError(
-                "critic_network: a critic with memory goes on from rollout to rollout, which free-running runners give "
-                "in any order. Use prefetch of 0 or 1, or a network without memory."
+                "critic_network: a critic with memory goes on from rollout to rollout: expected all of them, in order, "
+                "not free-running runners, repeats, or train as a function. Use a network without memory."
             )
         if self.kl_coef is not None and not host.is_resumed:
             self.kl_coef.fill_(self.hp.kl_coef)

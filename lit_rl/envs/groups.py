@@ -79,7 +79,7 @@ class Group:
                     self._leave(name, flags, obs)
                     left.append(name)
             elif name in obs:
-                self._last[name] = obs[name]
+                self._last[name] = copy.deepcopy(obs[name])  # an environment may write into what it gave
                 self._ended.pop(name, None)
                 self._final.pop(name, None)
                 self._acting.add(name)

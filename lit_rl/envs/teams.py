@@ -138,7 +138,7 @@ class GroupAgents(MultiAgentWrapper):
                 self._group_of[member] = group
             self._groups[group] = Group(group, members, self.env, ends)
         for group in self._groups:
-            if is_pattern(group) or (group in names and group not in self._group_of):
+            if not isinstance(group, str) or is_pattern(group) or (group in names and group not in self._group_of):
                 raise OptionError(
                     f"GroupAgents: a group is called {group!r}: expected a name without wildcards, which no agent that "
                     "is in no group has."

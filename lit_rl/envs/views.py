@@ -13,9 +13,9 @@ from lit_rl.central import absent, central_space, slot_spaces
 from lit_rl.envs.multi_agent import MultiAgentEnv
 from lit_rl.errors import EnvError, env_error
 from lit_rl.masks import is_wrapped, split_mask
-from lit_rl.observations import complaint
-from lit_rl.spec import MultiAgentSpec
-from lit_rl.trees import Tree, map_tree, nest, row_converter, row_dtype, space_leaves
+from lit_rl.observations import complaint, out_of_range
+from lit_rl.spec import MultiAgentSpec, class_counts
+from lit_rl.trees import Tree, find, map_tree, nest, row_converter, row_dtype, space_leaves
 
 
 class Views:
@@ -42,6 +42,7 @@ class Views:
             assert spec.state_space is not None
             self._to_row = row_converter(spec.state_space)
             self._state = _columns(spec.state_space, num_copies)
+            self._state_classes = _class_leaves(spec.state_space)
         if "observations" in kinds:
             self._parts = [_Part(space, num_copies) for space in slot_spaces(spec)]
 
@@ -92,7 +93,11 @@ class Views:
         problem = complaint(space, state, "state")
         if problem:
             raise EnvError(f"env={self._spec.env_id}: state() is not in state_space: {problem}. Mend the environment.")
-        map_tree(lambda column, x: _put(column, copy, x), self._state, self._to_row(state))
+        row = self._to_row(state)
+        wrong = _unknown_class(self._state_classes, row)
+        if wrong is not None:
+            raise EnvError(f"env={self._spec.env_id}: state() gave {wrong}. Mend the environment.")
+        map_tree(lambda column, x: _put(column, copy, x), self._state, row)
 
     def rows(self, kind: str, slots: np.ndarray) -> Tree:
         """The inputs of agents in slots [N] of all copies, [N, ...]."""
@@ -115,6 +120,7 @@ class _Part:
         self.space = space
         seen, _ = split_mask(space)
         self._unwraps = is_wrapped(space)
+        self._classes = _class_leaves(seen)
         self._to_row = row_converter(seen)
         self.columns = _columns(seen, num_copies)
         nothing = {path: absent(leaf) for path, leaf in space_leaves(seen, "obs").items()}
@@ -122,10 +128,27 @@ class _Part:
 
     def write(self, copy: int, obs: Any) -> None:
         row = self._to_row(obs["observation"] if self._unwraps else obs)
+        wrong = _unknown_class(self._classes, row)
+        if wrong is not None:
+            raise ValueError(wrong)
         map_tree(lambda column, x: _put(column, copy, x), self.columns, row)
 
     def clear(self, copy: int) -> None:
         map_tree(lambda column, x: _put(column, copy, x), self.columns, self._nothing)
+
+
+def _class_leaves(space: gym.Space) -> dict[str, gym.Space]:
+    """The leaves that are whole numbers of some classes, by path."""
+    return {path: leaf for path, leaf in space_leaves(space).items() if class_counts(leaf)}
+
+
+def _unknown_class(leaves: dict[str, gym.Space], row: Tree) -> str | None:
+    """What a row [...] holds that is none of the classes there are, in words; None if there is nothing."""
+    for path, leaf in leaves.items():
+        value = find(row, path)
+        if out_of_range(leaf, value).any():
+            return f"{value}, expected a value in {leaf}"
+    return None
 
 
 def _columns(space: gym.Space, num_copies: int) -> Tree:

@@ -101,6 +101,9 @@ def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
     check_policy_fits(algorithm, found)
     here = algorithm.state_dict()
     fitting = {name for name in there.keys() & here.keys() if there[name].shape == here[name].shape} - COUNTERS
+    # The last layer of a critic that normalises its targets is in their units.
+    units = {name.rsplit(".moments.", 1)[0] for name in there.keys() - here.keys() if ".moments." in name}
+    fitting -= {name for name in fitting if name.rsplit(".linear.", 1)[0] in units}
     policy = [name for name in sorted(there.keys() | here.keys()) if name.startswith(POLICY_PREFIX)]
     for name in policy:
         if name not in fitting:

@@ -40,7 +40,8 @@ class Turns:
                 "update's number that returns ids of policies."
             ) from error
         found = [given] if isinstance(given, str) else given
-        if not isinstance(found, list | tuple | set | frozenset) or not found or not set(found) <= set(trained):
+        is_some = isinstance(found, list | tuple | set | frozenset) and bool(found)
+        if not is_some or not all(isinstance(x, str) and x in trained for x in found):
             raise OptionError(
                 f"train returned {given!r} for update {update}: expected the ids of some of the policies that may "
                 f"learn, {list(trained)}."

@@ -12,7 +12,7 @@ from lit_rl.errors import OptionError
 from lit_rl.networks.build import NetworkFactory, as_input, build_network, output_size
 from lit_rl.networks.mlp import orthogonal
 from lit_rl.normalizer import ObservationNormalizer, RunningMoments
-from lit_rl.trees import Tree
+from lit_rl.trees import Tree, find, map_tree
 
 NEWEST_TARGETS = 0.05  # least weight of the newest targets in the statistics of all
 LEAST_DEVIATION = 1e-4  # of targets that are all alike, as van Hasselt et al. have it
@@ -113,5 +113,28 @@ class CentralCritic(ValueNetwork):
 
     def joined(self, inputs: Tree, central: Tree) -> Tree:
         """What the encoder takes: an agent's observation as the policy's encoder has it, and raw central inputs."""
-        central = as_input(self._central_space, central)
-        return {"observation": inputs, "central": central if self.normalizer is None else self.normalizer(central)}
+        raw = as_input(self._central_space, central)
+        if self.normalizer is None:
+            return {"observation": inputs, "central": raw}
+        scaled = self.normalizer(raw)
+        for slot, seen in scaled.get("observations", {}).items():
+            there = raw["alive"][..., int(slot)]
+            scaled["observations"][slot] = map_tree(lambda x, there=there: _where(there, x), seen)
+        return {"observation": inputs, "central": scaled}
+
+    def take_inputs(self, central: Tree, mask: Tensor | None) -> None:
+        """Take raw central inputs [*B, ...] into the statistics, if there are any; `mask` [*B] says which are real.
+
+        Zeros that stand for agents that are not there are left out.
+        """
+        for name, moments in {} if self.normalizer is None else self.normalizer.moments.items():
+            real = mask
+            if name.startswith("observations/"):
+                there = central["alive"][..., int(name.split("/")[1])] > 0
+                real = there if mask is None else mask & there
+            moments.update(find(central, name), real)
+
+
+def _where(there: Tensor, x: Tensor) -> Tensor:
+    """Floats [*B, ...] where an agent is there, [*B], and 0 elsewhere; whole numbers are classes, and stay."""
+    return x * there.reshape(*there.shape, *[1] * (x.ndim - there.ndim)) if x.is_floating_point() else x

@@ -289,10 +289,17 @@ class MultiAgentEnvRunner:
                 continue
             line = int(np.argwhere(~np.isfinite(array))[0][0])
             value = array[line][~np.isfinite(array[line])].flat[0]
-            who = self._copies.who(int(lines.slots[line]))
+            who = self._copies.who(self._slot_of(path, int(lines.slots[line])))
             what = path.removeprefix("last_").removeprefix("final_").removeprefix("central/").split("/")[0]
             mend = "The policy has diverged: lower lr." if what in OF_POLICY else "Mend the environment."
             raise EnvError(f"env={self._env.env_id}: {what}={value} of {who}: expected finite numbers. {mend}")
+
+    def _slot_of(self, path: str, slot: int) -> int:
+        """Whose number it is in a row of the agent in a slot: a central critic sees those of others."""
+        parts = path.split("/")
+        if not (parts[0].endswith("central") and parts[1] == "observations"):
+            return slot
+        return slot - slot % self._copies.roster.num_slots + int(parts[2])
 
 
 def episode_of(copies: Copies, cast: Cast, outcome: Outcome, **more: Any) -> Episode:

@@ -152,7 +152,7 @@ class TimeLines:
         rows = self._layout.allocate(num_rows)
         view = rows.views()
         for path, column in self._columns.items():
-            rows_of = column.reshape(-1, size, *column.shape[1:])[:num_rows, slots]
+            rows_of = column.reshape(len(column) // size, size, *column.shape[1:])[:num_rows, slots]
             view[path][...] = rows_of.swapaxes(0, 1)
         view["mask"][...] = np.arange(num_rows) < count[slots, None]
         view["policy_version"][~view["mask"]] = version  # padding is of no other age than the rest

@@ -1,13 +1,16 @@
 """The path env -> runner -> rollout -> LightningModule -> weights -> runner, under Trainer."""
 
 import csv
+import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from envs import CounterEnv, FailingEnv, counter_vector
+from gymnasium import spaces
 from helpers import ROOT
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -17,6 +20,8 @@ from lit_rl import PPO, EnvStepsProgressBar, Evaluation, FaultTolerance, Rollout
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, OptionError
 from lit_rl.evaluation.episodes import play
+from lit_rl.source import Source
+from lit_rl.spec import EnvSpec
 
 SMALL = {"num_envs_per_env_runner": 4, "rollout_length": 32, "seed": 0}
 QUICK = {"minibatch_size": 64, "num_epochs": 1}
@@ -335,3 +340,29 @@ def test_a_run_that_fails_closes_its_environments(make_trainer) -> None:
     with pytest.raises(EnvError, match="the simulator fell over"):
         make_trainer(limit_val_batches=0).fit(PPO(**QUICK), data)
     assert len(closed) == 1 + 4  # the one that was tried out, and the four that were stepped
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_the_first_weights_do_not_depend_on_torchs_threads() -> None:
+    """Orthogonal matrices do, in the last bits, which a first fit and the next ones would differ by."""
+
+    def weights(num_threads: int) -> dict[str, Any]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            algorithm = PPO()
+            algorithm.build_networks(SeededSource())
+            assert torch.get_num_threads() == num_threads
+        finally:
+            torch.set_num_threads(before)
+        return algorithm.state_dict()
+
+    for name, x in weights(1).items():
+        assert torch.equal(x, weights(2)[name]), name
+
+
+class SeededSource(Source):
+    """An environment with a long vector, without the environment."""
+
+    spec = EnvSpec("Vector", spaces.Box(-1, 1, (300,)), spaces.Discrete(2))
+    seed = 1

@@ -298,7 +298,7 @@ def test_the_critics_memory_goes_on_from_rollout_to_rollout(network: Any) -> Non
         ),
         (
             lambda: PPO(central_critic="state", critic_network=GRUNetwork, **SMALL),
-            {"num_env_runners": 1, "prefetch": 2}, "a critic with memory goes on from rollout to rollout",
+            {"num_env_runners": 1, "prefetch": 2}, "a critic with memory goes on from rollout to rollout: expected all",
         ),
         (lambda: PPO(central_critic="stat"), {}, "central_critic='stat'"),
     ],
@@ -377,3 +377,41 @@ def test_another_number_of_agents_is_refused(tmp_path: Path) -> None:
     fit(algorithm, source(2)).save_checkpoint(tmp_path / "two.ckpt")
     with pytest.raises(OptionError, match=r"The weights are for .* central inputs"):
         fit(PPO.load_from_checkpoint(tmp_path / "two.ckpt"), source(3))
+
+
+def test_a_critic_with_memory_is_refused_where_its_policy_learns_in_turns() -> None:
+    policies = {"a": PPO(central_critic="state", critic_network=LSTMNetwork, **SMALL), "b": PPO(**SMALL)}
+    with pytest.raises(OptionError, match="a critic with memory goes on from rollout to rollout: expected all"):
+        fit(MultiAgent(policies, train=lambda update: ["a"]))
+
+
+def test_a_critic_that_normalises_is_not_begun_from_in_other_units(tmp_path: Path) -> None:
+    source = PPO(central_critic="state", **SMALL)
+    fit(source).save_checkpoint(tmp_path / "from.ckpt")
+
+    def begun(**options: Any) -> Any:
+        algorithm = PPO(central_critic="state", **options, **SMALL)
+        algorithm.init_from = str(tmp_path / "from.ckpt")
+        fit(algorithm, max_epochs=0)
+        return algorithm.critic
+
+    same, other = begun(), begun(normalize_values=False)
+    assert_same(same.state_dict(), source.critic.state_dict())
+    source_critic: Any = source.critic
+    assert_same(other.encoder.state_dict(), source_critic.encoder.state_dict())
+    assert not torch.equal(other.head.linear.weight, same.head.linear.weight)
+
+
+def test_agents_that_are_not_there_are_in_no_statistic_of_central_inputs_and_stay_zeros() -> None:
+    space = spaces.Dict(
+        observations=spaces.Tuple([spaces.Box(0, 9, (1,)), spaces.Box(0, 9, (1,))]), alive=spaces.MultiBinary(2)
+    )
+    critic = CentralCritic(None, spaces.Box(-1, 1, (1,)), space, normalize=False, normalize_inputs=True)
+    first, second = torch.tensor([[5.0], [7.0], [6.0]]), torch.tensor([[2.0], [0.0], [4.0]])
+    central = {"observations": {"0": first, "1": second}, "alive": torch.tensor([[1, 1], [1, 0], [1, 1]])}
+    critic.take_inputs(central, torch.tensor([True, True, False]))
+    assert critic.normalizer is not None
+    moments: Any = critic.normalizer.moments
+    assert {name: float(x.mean) for name, x in moments.items()} == {"observations/0": 6.0, "observations/1": 2.0}
+    seen = critic.joined(torch.zeros(3, 1), central)["central"]["observations"]
+    assert seen["0"].squeeze(1).tolist() == [-1.0, 1.0, 0.0] and seen["1"][1] == 0 != seen["1"][2]

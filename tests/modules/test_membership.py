@@ -493,6 +493,7 @@ def test_replay_goes_on_without_updates_while_others_learn() -> None:
             r"train returned \['three'\] for update 0: expected the ids of some of the policies",
         ),
         (lambda update: [], r"train returned \[\] for update 0: expected the ids of some of .* \['one', 'two'\]."),
+        (lambda update: [["one"]], r"train returned \[\['one'\]\] for update 0: expected the ids"),
         (lambda update: None, "train returned None for update 0: expected the ids"),
         (lambda: ["one"], "train raised for update 0: TypeError: .* Expected a function of an update's number"),
     ],
@@ -838,3 +839,11 @@ def test_what_cannot_be_with_central_critics_and_shared_networks_is_refused(call
 def test_policies_that_share_networks_do_not_learn_in_turns() -> None:
     with pytest.raises(OptionError, match="train: expected ids, not a function, with critic_groups"):
         teammates(train=lambda update: ["one"])
+
+
+def test_a_policy_with_a_central_critic_can_be_added_between_two_fits() -> None:
+    algorithm = MultiAgent({"one": ppo()}, policy_mapping="one")
+    quiet_trainer().validate(algorithm, data(), verbose=False)
+    algorithm.add_policy("two", ppo(central_critic="observations"), policy_mapping={"a": "one", "*": "two"})
+    fit(algorithm, {})
+    assert algorithm.algorithms["two"].updates_done > 0

@@ -507,6 +507,7 @@ def three(first: Algorithm, second: Algorithm, **options: Any) -> MultiAgent:
         ([["a", "d"]], r": 'd': expected policies whose algorithms are trained, of \['a', 'b'\]"),
         ([["a", "c"]], ": 'c': expected policies whose algorithms are trained"),
         ([["a"]], r": the group \['a'\]: expected at least two policies"),
+        ([["a", "b", "a"]], r": the group \['a', 'b', 'a'\]: expected at least two policies, each of them once"),
         ([["a", "a"]], r": the group \['a', 'a'\]: expected at least two policies"),
         ([["a", "b"], ["b", "a"]], ": 'a' is in two groups. Join them"),
     ],

@@ -10,7 +10,7 @@ from agent_envs import MADE, LoggedAgents, MaskedInTurns, Wrong
 from gymnasium import spaces
 from helpers import quiet_trainer
 
-from lit_rl import APPO, IMPALA, PPO, Evaluation, MultiAgent, Policy, RolloutDataModule
+from lit_rl import APPO, IMPALA, PPO, Evaluation, MultiAgent, Policy, Random, RolloutDataModule
 from lit_rl.central import central_space
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, EnvFailure, OptionError
@@ -188,7 +188,7 @@ def fit(algorithm: Any, env: Any = Wrong, **env_kwargs: Any) -> None:
         (PPO(central_critic="state"), Wrong, {}, "central_critic='state': env=.*Wrong has no state\\(\\)"),
         (IMPALA(central_critic="state"), "CartPole-v1", {}, "env=CartPole-v1 has one agent: expected an env"),
         (APPO(central_critic="state", share_encoder=True), Stateful, {}, "share_encoder=True: with central_critic"),
-        (PPO(central_critic="state"), Stateful, {"space": spaces.Text(3)}, "no state\\(\\) with a state_space that"),
+        (PPO(central_critic="state"), Stateful, {"space": spaces.Text(3)}, "no state\\(\\) with a state_space"),
     ],
 )  # fmt: skip
 def test_a_central_critic_that_cannot_be_is_refused(algorithm: Any, env: Any, env_kwargs: Any, sentence: str) -> None:
@@ -222,3 +222,58 @@ def test_agents_of_patterns_that_observe_different_things_have_no_joint_observat
     assert isinstance(spec, MultiAgentSpec)
     with pytest.raises(OptionError, match="those of another pattern"):
         central_space(spec, "observations")
+
+
+class Classes(Wrong):
+    """Two agents that observe classes; what "b" is given, or the state, may be none of them."""
+
+    state_space = spaces.MultiDiscrete([3, 4])
+
+    def __init__(self, seen: Any = (1, 1), state: Any = (1, 1)):
+        super().__init__()
+        self._seen, self._now = seen, state
+
+    def observation_space(self, agent: str) -> Any:
+        return spaces.MultiDiscrete([3, 4])
+
+    def state(self) -> np.ndarray:
+        return np.array(self._now if self._t > 12 else (1, 1))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
+        self._t = 0
+        return {agent: np.array([1, 1]) for agent in ("a", "b")}, {}
+
+    def step(self, actions: Any) -> Any:
+        self._t += 1
+        obs = {"a": np.array([1, 1]), "b": np.array(self._seen if self._t > 12 else (1, 1))}
+        return obs, {"a": 1.0, "b": 1.0}, dict.fromkeys(obs, self._t == 20), {}, {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "env_kwargs", "sentence"),
+    [
+        ("observations", {"seen": (3, 0)}, r"agent 'b' was given .*\[3 0\], expected a value in MultiDiscrete"),
+        ("state", {"state": (0, 4)}, r"state\(\) gave \[0 4\], expected a value in MultiDiscrete\(\[3 4\]\)"),
+    ],
+)
+def test_classes_that_there_are_not_are_refused(kind: str, env_kwargs: Any, sentence: str) -> None:
+    """Also of an agent whose own policy is a script, which nothing else looks at."""
+    policies = {"x": PPO(central_critic=kind, minibatch_size=8, num_epochs=1), "r": Random()}
+    with pytest.raises(EnvError, match=sentence):
+        fit(MultiAgent(policies, policy_mapping={"a": "x", "b": "r"}), Classes, **env_kwargs)
+
+
+class Broken(Wrong):
+    """What "b" is given is not finite after 12 steps."""
+
+    def step(self, actions: Any) -> Any:
+        self._t += 1
+        nan = np.array([np.nan, 0.0], np.float32)
+        obs = {"a": np.zeros(2, np.float32), "b": nan if self._t > 12 else np.zeros(2, np.float32)}
+        return obs, {"a": 1.0}, dict.fromkeys(obs, self._t == 20), {}, {}
+
+
+def test_a_number_that_is_not_finite_is_of_the_agent_that_was_given_it() -> None:
+    policies = {"x": PPO(central_critic="observations", minibatch_size=8, num_epochs=1), "r": Random()}
+    with pytest.raises(EnvError, match=r"observations=nan of agent 'b' of copy 0"):
+        fit(MultiAgent(policies, policy_mapping={"a": "x", "b": "r"}), Broken)
