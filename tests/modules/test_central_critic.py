@@ -417,7 +417,9 @@ def test_agents_that_are_not_there_are_in_no_statistic_of_central_inputs_and_sta
     assert seen["0"].squeeze(1).tolist() == [-1.0, 1.0, 0.0] and seen["1"][1] == 0 != seen["1"][2]
 
 
-def test_advantages_are_standardised_over_the_rows_of_agents_that_are_there() -> None:
+def test_statistics_are_of_the_rows_of_agents_that_are_there() -> None:
+    rows = []
+
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             real = batch["mask"]
@@ -425,6 +427,8 @@ def test_advantages_are_standardised_over_the_rows_of_agents_that_are_there() ->
             advantage = batch["advantage"][real]
             assert abs(float(advantage.mean())) < 1e-5
             assert float(advantage.std()) == pytest.approx(1.0, abs=1e-4)
+            rows.append(int(real.sum()))
+            assert int(module.critic.head.moments.count) == sum(rows)
 
     source = data(LoggedAgents, env_kwargs={"mode": "random", "num_agents": 3}, max_env_steps=96)
     fit(PPO(central_critic="observations", minibatch_size=64, num_epochs=1), source, callbacks=[Look()])
