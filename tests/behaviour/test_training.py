@@ -1,7 +1,6 @@
 """The path env -> runner -> rollout -> LightningModule -> weights -> runner, under Trainer."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +341,6 @@ def test_a_run_that_fails_closes_its_environments(make_trainer) -> None:
     assert len(closed) == 1 + 4  # the one that was tried out, and the four that were stepped
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_the_first_weights_do_not_depend_on_torchs_threads() -> None:
     """Orthogonal matrices do, in the last bits, which a first fit and the next ones would differ by."""
 
