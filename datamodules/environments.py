@@ -550,7 +550,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             keep_states=self.feeds.keep_states,
             reward_scale=self.reward_scale,
             reward_clip=self.reward_clip,
-            central=algorithm.central_inputs,
         )
 
     def _try_out(self, env: EnvConfig) -> EnvSpec | MultiAgentSpec:

@@ -109,13 +109,13 @@ class ActorCritic(Algorithm):
         )
 
     @property
-    def central_inputs(self) -> dict[str, str]:
-        return {"": self.hp.central_critic} if self.is_central else {}
+    def central_input(self) -> str | None:
+        return self.hp.central_critic
 
     @property
     def is_central(self) -> bool:
         """Whether the critic sees more than the policy."""
-        return self.hp.central_critic is not None
+        return self.central_input is not None
 
     @property
     def normalizes_values(self) -> bool:

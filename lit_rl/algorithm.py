@@ -159,9 +159,9 @@ class Algorithm(TakesOptions, L.LightningModule):
         return None
 
     @property
-    def central_inputs(self) -> dict[str, str]:
-        """What central critics see, see `central_space`, by policy; "" is the id of the only one."""
-        return {}
+    def central_input(self) -> str | None:
+        """What a central critic sees, a kind of `central_space`; None without one."""
+        return None
 
     # --- what a subclass calls ----------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         """
         found = source.spec
         if isinstance(found, MultiAgentSpec):
-            found = with_central(found, self.central_inputs.get(""))
+            found = with_central(found, self.central_input)
         if self.spec is None and found is None:
             raise OptionError(
                 f"{type(self).__name__} does not know its environment: expected a datamodule, as in "

@@ -44,6 +44,14 @@ def central_space(spec: MultiAgentSpec, kind: str) -> spaces.Dict:
     return spaces.Dict(OrderedDict(state=spec.state_space, agent_id=agent_id))
 
 
+def kind_of(space: gym.Space | None) -> str | None:
+    """Of which kind a `central_space` is; None if there is none."""
+    if space is None:
+        return None
+    assert isinstance(space, spaces.Dict)
+    return "state" if "state" in space.spaces else "observations"
+
+
 def slot_spaces(spec: MultiAgentSpec) -> list[gym.Space]:
     """The space of what the agent in each slot observes.
 

@@ -80,9 +80,9 @@ class Membership(Algorithm):
                 f"{call}: expected another id than those of the policies that there are, {list(self.ids)}."
             )
         made = made_of(policy_id, policy)
-        if self._is_fitting and isinstance(made, Algorithm) and made.central_inputs:
+        if self._is_fitting and isinstance(made, Algorithm) and made.central_input is not None:
             raise OptionError(
-                f"{call}: central_critic={made.central_inputs['']!r}: what a central critic sees is collected from the "
+                f"{call}: central_critic={made.central_input!r}: what a central critic sees is collected from the "
                 "beginning of training on. Leave it out, or add the policy before trainer.fit."
             )
         self._change(call, self._parts | {policy_id: made}, policy_mapping)
@@ -356,7 +356,7 @@ class Membership(Algorithm):
             OptionError: if there was none ever, or their spaces differ.
         """
         names, known = mapping.names_of(policy_id, list(self.spec.agents)), self._specs.get(policy_id)
-        kind = part.central_inputs.get("") if isinstance(part, Algorithm) else None
+        kind = part.central_input if isinstance(part, Algorithm) else None
         if known is None or is_new:
             return with_central(self.spec, kind, names, policy_id)
         spec = with_central(self.spec, kind, names, policy_id) if names else known

@@ -122,11 +122,6 @@ class MultiAgent(Membership):
             if not (options.get(name) is None or callable(options[name])):
                 self.hparams.update({name: list(options[name])})
 
-    @property
-    def central_inputs(self) -> dict[str, str]:
-        kinds = {policy_id: algorithm.central_inputs for policy_id, algorithm in self.algorithms.items()}
-        return {policy_id: kind[""] for policy_id, kind in kinds.items() if kind}
-
     # --- networks -------------------------------------------------------------------------------------------------
 
     def build_networks(self, source: Source) -> None:
@@ -372,7 +367,8 @@ class MultiAgent(Membership):
     def _fits(self, spec: MultiAgentSpec) -> bool:
         """Whether an environment has the same agents and spaces, and the same state if a critic sees it."""
         here, there = self.spec.to_dict(), spec.to_dict()
-        keys = ("agents", "state_space") if "state" in self.central_inputs.values() else ("agents",)
+        kinds = {algorithm.central_input for algorithm in self.algorithms.values()}
+        keys = ("agents", "state_space") if "state" in kinds else ("agents",)
         return all(here.get(key) == there.get(key) for key in keys)
 
     def _chosen(self, train: Any) -> list[str]:

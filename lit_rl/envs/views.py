@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from lit_rl.central import absent, central_space, slot_spaces
+from lit_rl.central import absent, slot_spaces
 from lit_rl.envs.multi_agent import MultiAgentEnv
 from lit_rl.errors import EnvError, env_error
 from lit_rl.masks import is_wrapped, split_mask
@@ -25,15 +25,12 @@ class Views:
         spec: the agents.
         kinds: of inputs, see `central_space`.
         num_copies: C.
-
-    Attributes:
-        spaces: of the inputs, by kind.
     """
 
     def __init__(self, spec: MultiAgentSpec, kinds: Collection[str], num_copies: int):
         self._spec, self._roster, self._num_slots = spec, spec.roster, spec.num_slots
         self._numbers = {name: i for i, name in enumerate(self._roster.names)}
-        self.spaces = {kind: central_space(spec, kind) for kind in kinds}
+        self._kinds = tuple(kinds)
         self._agent_id = np.zeros((num_copies, self._num_slots, len(self._numbers)), np.uint8)
         self._alive = np.zeros((num_copies, self._num_slots), np.uint8)
         self._state: Tree = None
@@ -110,7 +107,7 @@ class Views:
 
     def row(self, slot: int) -> dict[str, Tree]:
         """The inputs of the agent in a slot, [...], by kind."""
-        return {kind: map_tree(lambda x: x[0], self.rows(kind, np.array([slot]))) for kind in self.spaces}
+        return {kind: map_tree(lambda x: x[0], self.rows(kind, np.array([slot]))) for kind in self._kinds}
 
 
 class _Part:

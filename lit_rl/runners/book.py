@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
+from lit_rl.central import kind_of
 from lit_rl.envs.copies import Copies, Events
 from lit_rl.errors import EnvError
 from lit_rl.policy import Policy, PolicySet
@@ -23,7 +25,6 @@ class Book:
         cast: who acts.
         copies: of the environment.
         keep_states: keep the state before every row, instead of the first alone; of several policies for which.
-        central: the kinds of inputs of central critics, by policy; "" is the only one's id.
         make: what makes the time lines, with the arguments of `TimeLines`.
 
     Attributes:
@@ -37,11 +38,9 @@ class Book:
         copies: Copies,
         *,
         keep_states: bool | Collection[str] = False,
-        central: Mapping[str, str] | None = None,
         make: Callable[..., TimeLines] = TimeLines,
     ):
         self._cast, self._copies, self._make = cast, copies, make
-        self._central_kinds = dict(central or {})
         self._policy, self._keep_states = policy, keep_states
         self._actors = cast.actors
         self._has_others = False  # whether there are time lines of agents to whom the mapping now gives other policies
@@ -114,7 +113,7 @@ class Book:
             lines, policy = all_lines[number], self._cast.actors[number].policy
             if lines is not None and policy is not None:
                 final = None if obs is None else final_observation(policy, obs)
-                kind = self._central_kinds.get(self._actors[number].policy_id)
+                kind = kind_of(policy.spec.central_space)
                 seen = None if central is None or kind is None else central[kind]
                 lines.end(slot, terminated, truncated, final, seen)
         for number, lines in enumerate(all_lines):
@@ -151,7 +150,7 @@ class Book:
 
     def _central(self, actor: Actor, slots: np.ndarray) -> Tree:
         """What the central critic of a policy sees of agents in slots [N], [N, ...]; None without one."""
-        kind, views = self._central_kinds.get(actor.policy_id), self._copies.views
+        kind, views = kind_of(_central_space(actor)), self._copies.views
         return None if kind is None or views is None else views.rows(kind, slots)
 
     def _not_finite(self, whose: str, reward: float) -> EnvError:
@@ -173,8 +172,7 @@ class Book:
             found = np.array(sorted(slots))
         keep = keep if isinstance(keep, bool) else actor.policy_id in keep
         keep = keep and actor.state is not None
-        kind, views = self._central_kinds.get(actor.policy_id), self._copies.views
-        space = None if kind is None or views is None else views.spaces[kind]
+        space = None if self._copies.views is None else _central_space(actor)
         num = self._copies.num_slots
         return self._make(actor.spec, num, state=actor.state, keep_states=keep, slots=found, central=space)
 
@@ -185,3 +183,8 @@ class Book:
             return None
         size = self._copies.roster.num_slots
         return set(np.add.outer(np.arange(num // size) * size, policy.slots_of(actor.policy_id)).ravel().tolist())
+
+
+def _central_space(actor: Actor) -> gym.Space | None:
+    """Of what the central critic of a policy sees; None without one."""
+    return None if actor.policy is None else actor.policy.spec.central_space

@@ -141,7 +141,8 @@ def nothing_like(rollout: Rollout) -> Rollout:
 
 def nothing_of(policy: Policy, version: int) -> Fragment:
     """A fragment [1] without a transition, of one of several policies."""
-    lines = TimeLines(policy.spec, 1, state=policy.initial_state(1), keep_states=False)
+    spec, state = policy.spec, policy.initial_state(1)
+    lines = TimeLines(spec, 1, state=state, keep_states=False, central=spec.central_space)
     rows, finals = lines.fragment(version)
     return Fragment(rows, finals, [], version, Entry(0, 0, 0, {}))
 

@@ -1,6 +1,6 @@
 """What makes env runners, in this process or in others, and has them act by other policies later."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ class RunnerMaker:
         rank: of this learner process.
         world_size: how many there are.
         collected: times fragments came since the run began.
-        central: see `MultiAgentEnvRunner`.
         rollout_length, faults, info_metrics, keep_states, replayable, reward_scale, reward_clip: see `EnvRunner`.
     """
 
@@ -49,7 +48,6 @@ class RunnerMaker:
     replayable: bool
     reward_scale: float
     reward_clip: float | None
-    central: Mapping[str, str] | None
 
     def __call__(self, runner: int, incarnation: int, watchdog: Watchdog) -> EnvRunner | MultiAgentEnvRunner:
         """A new runner. An incarnation has a seed of its own."""
@@ -66,8 +64,8 @@ class RunnerMaker:
             "reward_clip": self.reward_clip,
         }
         if self.is_multi_agent:
-            options |= {"new_seed": self._seed(NEW_POLICIES, runner), "central": self.central}
-            return MultiAgentEnvRunner(self.env, self.make_policy(), **options)
+            new_seed = self._seed(NEW_POLICIES, runner)
+            return MultiAgentEnvRunner(self.env, self.make_policy(), new_seed=new_seed, **options)
         return EnvRunner(self.env, self.make_policy(), **options)
 
     def with_policies(self, make_policy: Callable[[], Policy], keep_states: bool | Collection[str]) -> "RunnerMaker":

@@ -1,7 +1,7 @@
 """A learner process makes its env runners, and lets them go on from a checkpoint's."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ def make_pool(
     keep_states: bool | Collection[str],
     reward_scale: float,
     reward_clip: float | None,
-    central: Mapping[str, str] | None = None,
 ) -> Pool:
     """This rank's env runners.
 
@@ -51,7 +50,6 @@ def make_pool(
         saved: the states of the runners in the checkpoint from which the run is resumed; None if it is not.
         num_envs, seed, rank, world_size, collected: see `RunnerMaker`.
         rollout_length, faults, info_metrics, keep_states, reward_scale, reward_clip: see `EnvRunner`.
-        central: see `MultiAgentEnvRunner`.
     """
     make_runner = RunnerMaker(
         env,
@@ -69,7 +67,6 @@ def make_pool(
         replayable=not num_env_runners,
         reward_scale=reward_scale,
         reward_clip=reward_clip,
-        central=central,
     )
     if saved is not None and collected and (num_env_runners or not saved):
         rank_zero_info("Resumed: episodes and action noise begin afresh, as they do after a run with env runners.")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_rl.central import kind_of
 from lit_rl.envs.copies import Copies, Events, Outcome, returns_by_name
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, env_error
@@ -49,7 +50,6 @@ class MultiAgentEnvRunner:
         replayable: keep what `get_state` needs of the episodes under way.
         reward_scale: rewards of fragments are multiplied by it, those of episodes' returns are not.
         reward_clip: rewards of fragments, as summed and scaled, are clipped to plus or minus this; None leaves them.
-        central: the kinds of inputs of central critics, by policy, which rows then have; "" is the only one's id.
         new_seed: of the generators of policies that are added later; None takes one that depends on `seed`.
     """
 
@@ -68,7 +68,6 @@ class MultiAgentEnvRunner:
         replayable: bool = False,
         reward_scale: float = 1.0,
         reward_clip: float | None = None,
-        central: Mapping[str, str] | None = None,
         new_seed: np.random.SeedSequence | None = None,
     ):
         self.policy = policy.eval()
@@ -88,10 +87,11 @@ class MultiAgentEnvRunner:
         policy.rng = np.random.default_rng(action_seed)
         self._watchdog.enter(Phase.INIT)
         self._replayable = replayable
-        kinds = frozenset((central or {}).values())
+        learned = [policy.learned[i] for i in policy.trained] if isinstance(policy, PolicySet) else [policy]
+        kinds = {kind for each in learned if (kind := kind_of(each.spec.central_space)) is not None}
         self._copies = Copies(env, num_envs, info_metrics, self._recover, remembers=replayable, central=kinds)
         self._cast = Cast(policy, self._copies)
-        self._book = Book(policy, self._cast, self._copies, keep_states=keep_states, central=central)
+        self._book = Book(policy, self._cast, self._copies, keep_states=keep_states)
         self._lines = self._book.lines
         events = Events()
         for b in range(num_envs):

@@ -11,11 +11,12 @@ from gymnasium import spaces
 from helpers import quiet_trainer
 
 from lit_rl import APPO, IMPALA, PPO, Evaluation, MultiAgent, Policy, Random, RolloutDataModule
-from lit_rl.central import central_space
+from lit_rl.central import central_space, with_central
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import EnvError, EnvFailure, OptionError
+from lit_rl.policy import PolicySet
 from lit_rl.rollout import WITH_CENTRAL, bootstrap_values, mask_of, next_values
-from lit_rl.runners.gathering import to_rollout
+from lit_rl.runners.gathering import to_rollout, to_rollouts
 from lit_rl.runners.multi_agent_runner import MultiAgentEnvRunner
 from lit_rl.spec import MultiAgentSpec
 
@@ -91,9 +92,9 @@ def make(mode: str, num_agents: int, kind: str, length: int = 7, num_envs: int =
     env = EnvConfig(Watched, {"mode": mode, "num_agents": num_agents})
     spec = env.try_out()
     assert isinstance(spec, MultiAgentSpec)
-    seed, policy = np.random.SeedSequence(0), Policy(spec.shared())
+    seed, policy = np.random.SeedSequence(0), Policy(with_central(spec, kind))
     MADE.clear()
-    return MultiAgentEnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=seed, central={"": kind})
+    return MultiAgentEnvRunner(env, policy, num_envs=num_envs, rollout_length=length, seed=seed)
 
 
 @pytest.mark.parametrize("kind", ["state", "observations"])
@@ -277,3 +278,14 @@ def test_a_number_that_is_not_finite_is_of_the_agent_that_was_given_it() -> None
     policies = {"x": PPO(central_critic="observations", minibatch_size=8, num_epochs=1), "r": Random()}
     with pytest.raises(EnvError, match=r"observations=nan of agent 'b' of copy 0"):
         fit(MultiAgent(policies, policy_mapping={"a": "x", "b": "r"}), Broken)
+
+
+@pytest.mark.parametrize("kind", ["state", "observations"])
+def test_a_rollout_without_a_row_has_central_inputs_too(kind: str) -> None:
+    """Another learner process may have rows of the policy: all learn from batches of one form."""
+    spec = EnvConfig(Watched, {"mode": "together", "num_agents": 2}).try_out()
+    assert isinstance(spec, MultiAgentSpec)
+    policies = PolicySet(spec, {"one": Policy(with_central(spec, kind))}, "one", ["one"])
+    rollout = to_rollouts([], policies, ["one"], 0, copy=True)["one"]
+    assert not mask_of(rollout).any()
+    assert set(rollout.keys()) == set(to_rollout([make("together", 2, kind).sample()], copy=False).keys())
