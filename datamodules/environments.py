@@ -393,12 +393,11 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     def pool(self) -> Pool:
         """This rank's runners, which act by the policies there are now when they are asked for fragments next."""
         policy = self.algorithm.policy
-        with torch.inference_mode(False):  # a checkpoint may be written while Lightning validates
-            if self._pool is None:
-                self._pool = self._make_pool()
-            if policy is not self._acting and isinstance(policy, PolicySet):
-                self._pool.follow(policy.maker(), self.feeds.keep_states)
-                self._acting = policy
+        if self._pool is None:
+            self._pool = self._make_pool()
+        if policy is not self._acting and isinstance(policy, PolicySet):
+            self._pool.follow(policy.maker(), self.feeds.keep_states)
+            self._acting = policy
         return self._pool
 
     def before_change(self) -> None:

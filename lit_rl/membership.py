@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lit_rl import distributed
@@ -14,7 +13,7 @@ from lit_rl.central import with_central
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.loading import SECTION
 from lit_rl.learner.host import make_host
-from lit_rl.learner.joining import check_callbacks, join, leave, wrapped, writable
+from lit_rl.learner.joining import check_callbacks, join, leave, wrapped
 from lit_rl.learner.refusals import check_streams, check_trainer
 from lit_rl.learner.turns import Turns
 from lit_rl.off_policy import OffPolicy
@@ -143,8 +142,7 @@ class Membership(Algorithm):
             raise OptionError(
                 f"frozen_copy({policy_id!r}): expected one of the policies with weights, {list(learned)}."
             )
-        with torch.inference_mode(False):
-            return learned[policy_id].acting_copy().requires_grad_(False).train()
+        return learned[policy_id].acting_copy().requires_grad_(False).train()
 
     @property
     def added(self) -> dict[str, int]:
@@ -168,9 +166,9 @@ class Membership(Algorithm):
         return {policy_id: found[policy_id] for policy_id in self.ids}
 
     @property
-    def _is_fitting(self) -> bool:
-        state = None if self._trainer is None else self._trainer.state
-        return state is not None and state.status == TrainerStatus.RUNNING and state.fn == TrainerFn.FITTING
+    def _is_at_work(self) -> bool:
+        """Whether the Trainer is."""
+        return self._trainer is not None and self._trainer.state.status == TrainerStatus.RUNNING
 
     def _check_moment(self, call: str) -> None:
         if self._is_learning:
@@ -178,15 +176,13 @@ class Membership(Algorithm):
                 f"{call}: an update is under way. Call it between updates, as from on_train_batch_end or "
                 "on_train_epoch_end."
             )
-        if self._is_fitting:
+        if self._is_at_work:
             if not self._is_attached:
                 raise OptionError(
-                    f"{call}: the fit is being set up. Call it before trainer.fit, or from on_train_start on."
+                    f"{call}: the Trainer does not train yet. Call it before trainer.fit, or from on_train_start on."
                 )
             check_callbacks(self._trainer, call)
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
     def _change(self, call: str, parts: dict[str, Any], given_mapping: Any) -> None:
         """Have these policies instead of those there are; those that are in both stay as they are."""
         check_apart(parts)
@@ -203,8 +199,6 @@ class Membership(Algorithm):
         mapping = PolicyMapping(self._mapping(given, list(parts)), list(parts))
         specs = {i: self._spec_of(i, mapping, part, is_new=i in new) for i, part in parts.items()}
         for policy_id, part in new.items():
-            if isinstance(part, nn.Module):
-                writable(part)
             if isinstance(part, Algorithm):
                 part.build_networks(Part(source_of(self._trainer), specs[policy_id], register.numbers[policy_id], None))
             elif isinstance(part, Policy):
@@ -214,7 +208,7 @@ class Membership(Algorithm):
                 distributed.share([*part.parameters(), *part.buffers()])
         policies = {i: x.policy if isinstance(x, Algorithm) else x for i, x in parts.items()}
         policy = PolicySet(self.spec, policies, mapping.given, trained, numbers=register.numbers, specs=specs)
-        if self._is_fitting:
+        if self._is_at_work:
             self.source.before_change()
             for policy_id, part in new.items():
                 if isinstance(part, Algorithm):
@@ -222,7 +216,7 @@ class Membership(Algorithm):
             self._detach(gone)
         self._take(parts, trained, given, register)
         self._specs, self.__dict__["policy"] = specs, policy
-        if self._is_fitting:
+        if self._is_at_work:
             self._host = self.algorithms[self.trained[0]].host.within(self.source)
 
     def _attach_new(self, policy_id: str, algorithm: Algorithm, policy: PolicySet) -> None:

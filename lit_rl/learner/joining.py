@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
 
 from lit_rl.errors import OptionError
 
@@ -31,20 +30,6 @@ def leave(trainer: Any, optimizers: Sequence[LightningOptimizer]) -> None:
     strategy, gone = trainer.strategy, {id(optimizer.optimizer) for optimizer in optimizers}
     strategy._optimizers = [each for each in strategy._optimizers if id(each) not in gone]
     strategy._lightning_optimizers = [each for each in strategy._lightning_optimizers if id(each.optimizer) not in gone]
-
-
-def writable(module: nn.Module) -> None:
-    """Replace tensors that were made in inference mode, as while Lightning validates: they could not be learned."""
-    made: dict[int, Any] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_inference():
-                    continue
-                copy = tensor.detach().clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                new = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-                tensors[name] = made.setdefault(id(tensor), new)
 
 
 def check_callbacks(trainer: Any, call: str) -> None:

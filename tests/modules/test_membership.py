@@ -181,20 +181,20 @@ def test_a_past_version_of_a_policy_is_an_opponent() -> None:
     assert not any(parameter.requires_grad for parameter in algorithm.frozen.parameters())
 
 
-def test_what_is_made_while_lightning_validates_learns_too() -> None:
-    """Lightning validates in inference mode, in which tensors are made that cannot be learned."""
+def test_policies_can_come_after_a_validation() -> None:
+    """Lightning validates without gradients."""
     algorithm = MultiAgent({"main": ppo()}, policy_mapping="main")
 
     def add(module: MultiAgent) -> None:
-        module.add_policy("other", ppo(), policy_mapping={"a": "main", "b": "other", "*": "other"})
-        copy = module.policy.learned["main"].acting_copy()
-        module.add_policy("past", copy, policy_mapping={"a": "main", "b": "other", "*": "past"})
+        module.add_policy("other", ppo(), policy_mapping={"a": "main", "*": "other"})
+        mapping = {"a": "main", "b": "other", "*": "past"}
+        module.add_policy("past", module.policy.learned["main"].acting_copy(), policy_mapping=mapping)
 
     source = data(rollouts_per_epoch=2, max_env_steps=192)
     trainer = quiet_trainer(callbacks=[After({2: add}, "on_validation_end")], enable_checkpointing=True)
     trainer.fit(algorithm, source)
     assert algorithm.algorithms["other"].updates_done == 6 and algorithm.env_steps_done == 192
-    assert not any(x.is_inference() for x in [*algorithm.parameters(), *algorithm.buffers()])
+    assert all(parameter.requires_grad for parameter in algorithm.algorithms["other"].policy.parameters())
 
 
 def test_any_kind_of_policy_can_be_added(tmp_path: Path) -> None:
@@ -533,13 +533,30 @@ HISTORY: Changes = {
 }
 
 
+class Save(L.Callback):
+    """Writes a checkpoint after so many updates, once they changed policies."""
+
+    def __init__(self, at: int, path: Path):
+        self._at, self._path = at, path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if module.updates_done == self._at:
+            trainer.save_checkpoint(self._path)
+
+
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("at", [2, 3, 4, 6, 7, 8, 10, 11, 12])
-def test_a_resumed_run_has_the_policies_it_had_and_is_the_unbroken_one(at: int, tmp_path: Path) -> None:
-    whole, broken, resumed = four(), four(), four()
-    trainer = fit(whole, HISTORY, forgetful(8 * 15))
-    stopped = fit(broken, HISTORY, forgetful(8 * at))
-    stopped.save_checkpoint(tmp_path / "broken.ckpt")
-    again = fit(resumed, HISTORY, forgetful(8 * 15), tmp_path / "broken.ckpt")
+def test_a_resumed_run_has_the_policies_it_had_and_is_the_unbroken_one(at: int, ended: bool, tmp_path: Path) -> None:
+    def source(num_updates: int) -> RolloutDataModule:
+        return forgetful(8 * num_updates, rollouts_per_epoch=1)
+
+    whole, broken, resumed, path = four(), four(), four(), tmp_path / "broken.ckpt"
+    trainer = fit(whole, HISTORY, source(15))
+    if ended:
+        fit(broken, HISTORY, source(at)).save_checkpoint(path)
+    else:
+        fit(broken, HISTORY, source(15), callbacks=[Save(at, path)])
+    again = fit(resumed, HISTORY, source(15), path)
     assert resumed.ids == whole.ids == ("one", "random", "three", "past", "two")
     assert resumed.trained == whole.trained == ["one", "three", "two"] and resumed.updates_done == 15
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
@@ -753,9 +770,17 @@ def test_no_policy_comes_or_goes_while_a_fit_is_set_up(hook: str) -> None:
 
     setattr(Call, hook, lambda self, trainer, module, *_, **__: module.remove_policy("two"))
     with pytest.raises(
-        OptionError, match=r"remove_policy\('two'\): the fit is being set up. Call it before trainer.fit"
+        OptionError, match=r"remove_policy\('two'\): the Trainer does not train yet. Call it before trai"
     ):
         fit(pair(), {}, callbacks=[Call()])
+
+
+def test_no_policy_comes_or_goes_in_a_validation_by_itself() -> None:
+    algorithm, source = pair(), data()
+    fit(algorithm, {}, source)
+    trainer = quiet_trainer(callbacks=[After({3: remove_two}, "on_validation_end")])
+    with pytest.raises(OptionError, match="the Trainer does not train yet"):
+        trainer.validate(algorithm, source, verbose=False)
 
 
 def test_the_last_policy_that_is_trained_stays() -> None:

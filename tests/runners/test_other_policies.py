@@ -98,6 +98,28 @@ def test_whoever_has_nothing_to_do_with_a_new_policy_goes_on_undisturbed(mode: s
     assert seen > 10
 
 
+def test_those_act_whose_weights_are_loaded() -> None:
+    before = {"one": 0, "two": 1}
+    runner = make(policies({"b": "two", "*": "one"}, before))
+    sample(runner, 2)
+    runner.follow(policies(AS_NAMED, before | {"three": 2}))
+    runner.sample()  # of what is open at its end actions are of the weights before
+    with torch.no_grad():
+        for parameter in runner.policy.parameters():
+            parameter.add_(0.1)
+    runner.set_version(1)
+    runner.sample()
+    fragment = runner.sample()
+    for policy_id, policy in runner.policy.learned.items():
+        rollout = to_rollout([fragment.of(policy_id)], copy=True)
+        real = rollout["mask"]
+        with torch.no_grad():
+            features, _ = policy.unroll(rollout["observation"], rollout["state"], rollout["is_init"])
+            log_prob, _ = policy.evaluate(rollout, features)
+        assert real.any()
+        torch.testing.assert_close(log_prob[real], rollout["action_log_prob"][real])
+
+
 @pytest.mark.parametrize("length", [1, 3, 16])
 @pytest.mark.parametrize("mode", ["turns", "random", "together"])
 def test_agents_keep_their_policies_until_their_episode_ends(mode: str, length: int) -> None:
