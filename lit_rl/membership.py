@@ -1,6 +1,6 @@
 """Policies of a `MultiAgent` that are added and removed, also while it trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from lit_rl.learner.refusals import check_streams, check_trainer
 from lit_rl.learner.turns import Turns
 from lit_rl.off_policy import OffPolicy
 from lit_rl.parts import Part, check_apart, check_spaces, class_name, made_again, made_of
-from lit_rl.policy import EpisodeInfo, Policy, PolicySet
-from lit_rl.policy.mapping import PolicyMapping
+from lit_rl.policy import Policy, PolicySet
+from lit_rl.policy.mapping import Mapped, PolicyMapping
 from lit_rl.policy.policy_set import check_ids
 from lit_rl.policy.register import Register
+from lit_rl.policy.scripted import Scripted
 from lit_rl.roster import is_pattern
 from lit_rl.source import source_of
 from lit_rl.spec import EnvSpec
@@ -56,7 +57,9 @@ class Membership(Algorithm):
     _is_learning: bool  # in an update
     _is_attached: bool  # in a fit that is set up
 
-    def add_policy(self, policy_id: str, policy: Any, *, policy_mapping: Any = None) -> None:
+    def add_policy(
+        self, policy_id: str, policy: Algorithm | Policy | Scripted | str, *, policy_mapping: Mapped | None = None
+    ) -> None:
         """Have one more policy, from the next rollout that is begun on.
 
         To be called before `fit` or, by every learner process, from a callback between updates. An algorithm learns
@@ -79,18 +82,18 @@ class Membership(Algorithm):
                 f"{call}: expected another id than those of the policies that there are, {list(self.ids)}."
             )
         made = made_of(policy_id, policy)
-        if self._is_fitting and isinstance(made, Algorithm) and made.central_input is not None:
+        if self._is_at_work and isinstance(made, Algorithm) and made.central_input is not None:
             raise OptionError(
                 f"{call}: central_critic={made.central_input!r}: what a central critic sees is collected from the "
                 "beginning of training on. Leave it out, or add the policy before trainer.fit."
             )
-        self._change(call, self._parts | {policy_id: made}, policy_mapping)
+        self._change(self._parts | {policy_id: made}, policy_mapping)
 
-    def remove_policy(self, policy_id: str, *, policy_mapping: Any = None) -> None:
+    def remove_policy(self, policy_id: str, *, policy_mapping: Mapped | None = None) -> None:
         """Have a policy no more, from the next rollout that is begun on: see `add_policy`.
 
-        Copies of the environment in whose episode it acts begin another one. Rows of it that are on their way, and what
-        its optimizer remembers, are forgotten.
+        Copies of the environment in whose episode it acts begin another one. Rows of it that are on their way are left
+        out, and the state of its optimizer is dropped.
 
         Args:
             policy_id: of the policy.
@@ -112,9 +115,9 @@ class Membership(Algorithm):
             raise OptionError(f"{call}: it is the only policy that is trained. Add another one before.")
         if policy_mapping is None and self._is_named(policy_id):
             raise OptionError(f"{call}: policy_mapping still names it. Pass another one with it, as policy_mapping=.")
-        self._change(call, {i: part for i, part in self._parts.items() if i != policy_id}, policy_mapping)
+        self._change({i: part for i, part in self._parts.items() if i != policy_id}, policy_mapping)
 
-    def set_policy_mapping(self, policy_mapping: str | dict[str, str] | Callable[[str, EpisodeInfo], str]) -> None:
+    def set_policy_mapping(self, policy_mapping: Mapped) -> None:
         """Have agents act by other policies, from the next episode of each copy of the environment on.
 
         To be called when `add_policy` may be. A policy may be left without an agent.
@@ -122,9 +125,8 @@ class Membership(Algorithm):
         Raises:
             OptionError: if the mapping names a policy that there is not, or agents' spaces do not fit.
         """
-        call = "set_policy_mapping(...)"
-        self._check_moment(call)
-        self._change(call, self._parts, policy_mapping)
+        self._check_moment("set_policy_mapping(...)")
+        self._change(self._parts, policy_mapping)
 
     def frozen_copy(self, policy_id: str) -> Policy:
         """A copy of a policy as it is now, which acts and does not learn: a past version for `add_policy`.
@@ -183,7 +185,7 @@ class Membership(Algorithm):
                 )
             check_callbacks(self._trainer, call)
 
-    def _change(self, call: str, parts: dict[str, Any], given_mapping: Any) -> None:
+    def _change(self, parts: dict[str, Any], given_mapping: Mapped | None) -> None:
         """Have these policies instead of those there are; those that are in both stay as they are."""
         check_apart(parts)
         given = self.given_mapping if given_mapping is None else given_mapping

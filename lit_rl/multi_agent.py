@@ -331,15 +331,17 @@ class MultiAgent(Membership):
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         check_algorithm(self, found)
         there, groups = found["policy"]["policies"], found.get("groups", {})
+        began = found.get("register", {}).get("original", list(there))
         for what, in_file, here in (
             ("policies", list(there), list(self.ids)),
             ("train", list(found["policy"]["trained"]), list(self.trained)),
             *((option, groups.get(option, []), here) for option, here in self.sharing.groups.items()),
         ):
             if in_file != here:
+                more = "" if what != "policies" or began == in_file else f", and its run began with {began}"
                 raise CheckpointError(
-                    f"{what}={here}: the checkpoint has {in_file}. Resume with the same, in the same order, or begin a "
-                    "new run from its policies with init_from={policy: path}."
+                    f"{what}={here}: the checkpoint has {in_file}{more}. Resume with the same, in the same order, or "
+                    "begin a new run from its policies with init_from={policy: path}."
                 )
         for policy_id, algorithm in self.algorithms.items():
             check_policy_fits(algorithm, {"policy": there[policy_id]})

@@ -389,9 +389,23 @@ def test_a_buffer_is_made_and_dropped_beside_on_policy_algorithms() -> None:
     add = lambda module: module.add_policy("three", DQN(network=TINY), policy_mapping=EACH)  # noqa: E731
     fit(algorithm, {3: add, 8: remove_two}, source)
     assert list(source.feeds) == ["three"] and algorithm.algorithms["three"].updates_done > 20
+    for changes, left in (({3: add_three, 5: remove_two}, ["one", "three"]), ({4: remove_one}, ["two"])):
+        algorithm = MultiAgent({"one": ppo(), "two": DQN(network=TINY)}, policy_mapping={"a": "one", "*": "two"})
+        fit(algorithm, changes, data(max_env_steps=320, replay=Replay(**REPLAY)))
+        assert algorithm.trained == left and algorithm.env_steps_done == 320
+
+
+def remove_one(algorithm: MultiAgent) -> None:
+    algorithm.remove_policy("one", policy_mapping="two")
+
+
+def test_a_past_version_of_another_class_is_in_a_checkpoint(tmp_path: Path) -> None:
     algorithm = MultiAgent({"one": ppo(), "two": DQN(network=TINY)}, policy_mapping={"a": "one", "*": "two"})
-    fit(algorithm, {3: add_three, 5: remove_two}, data(max_env_steps=320, replay=Replay(**REPLAY)))
-    assert algorithm.trained == ["one", "three"]
+    add = lambda module: module.add_policy("past", module.frozen_copy("two"), policy_mapping=EACH | {"c": "past"})  # noqa: E731
+    trainer = fit(algorithm, {3: add}, data(max_env_steps=128, replay=Replay(**REPLAY)))
+    trainer.save_checkpoint(tmp_path / "past.ckpt")
+    loaded = MultiAgent.load_from_checkpoint(tmp_path / "past.ckpt")
+    assert_same(dict(loaded.frozen["past"].state_dict()), dict(algorithm.frozen["past"].state_dict()))
 
 
 @pytest.mark.parametrize("replay", [None, {"two": Replay(**REPLAY)}])
@@ -610,9 +624,10 @@ def test_a_checkpoint_holds_the_policies_there_are(changed: tuple[Path, MultiAge
 
 
 def test_a_resumed_run_needs_the_policies_that_it_began_with(changed: tuple[Path, MultiAgent]) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"policies=\['one', 'two'\]: the checkpoint has \['one', 'random', 'three'"
-    ):
+    sentence = (
+        r"policies=\['one', 'two'\]: the checkpoint has \['one', 'random', 'three', 'past', 'two'\], and its run began"
+    )
+    with pytest.raises(CheckpointError, match=sentence + r" with \['one', 'two', 'random'\]."):
         fit(pair(), {}, forgetful(8 * 14), changed[0])
 
 

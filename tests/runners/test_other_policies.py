@@ -195,6 +195,16 @@ def test_a_policy_that_nobody_acts_by_any_more_has_no_part_and_comes_again() -> 
     assert sum(fragment.entry.abandoned for fragment in fragments) == 0
 
 
+def test_agents_whose_ids_are_not_known_beforehand_keep_their_policies_too() -> None:
+    env, numbers = config("cars"), {"one": 0, "two": 1}
+    spec = spec_of(env)
+    runner = make(policies("one", numbers, spec), env, 4)
+    fragments = sample(runner, 2)
+    runner.follow(policies("two", numbers, spec))
+    fragments += sample(runner, 24)
+    assert has(fragments[2], "one") and not has(fragments[-1], "one") and rows(fragments) == logged()
+
+
 class Counts:
     """A script with a state of its own, which nobody else may begin again."""
 
