@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from helpers import ROOT, CommandServer, run_python
+from helpers import ROOT, CommandServer
 
 import lit_rl
 
@@ -87,9 +87,10 @@ def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 @each_block("python ray")
-def test_python_block_with_ray_runs(block: Block) -> None:
-    run_python("-c", block.text)
+def test_python_block_with_ray_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_python_block_runs(block, monkeypatch)
 
 
 @pytest.fixture

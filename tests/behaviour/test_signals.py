@@ -21,33 +21,12 @@ from lit_rl import PPO, Evaluation, RolloutDataModule, cli
 from lit_rl.learner.signals import SIGNALS
 
 RUN = [
-    "fit", "--config", "ppo_cartpole", "--data.env", "test_signals:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",
+    "fit", "--config", "ppo_cartpole", "--data.env", "envs:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",
     "--data.rollout_length", "5", "--data.rollouts_per_epoch", "4", "--data.max_env_steps", "300",
     "--data.evaluation.episodes", "2", "--model.minibatch_size", "5", "--model.num_epochs", "2",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 SEED = random.randrange(10_000)
-
-
-class SlowCycleEnv(CycleEnv):
-    """Takes its time, in processes that ask for it."""
-
-    def step(self, action: Any) -> tuple:
-        time.sleep(float(os.environ.get("STEP_S", "0")))
-        return super().step(action)
-
-
-class StuckCycleEnv(CycleEnv):
-    """Its eighth step, in the second batch, takes a minute; a file says that it has begun."""
-
-    steps = 0
-
-    def step(self, action: Any) -> tuple:
-        self.steps += 1
-        if self.steps == 8:
-            Path(os.environ["RUN_OF_TEST"], "stuck").touch()
-            time.sleep(60)
-        return super().step(action)
 
 
 def fit(make_trainer: Any, *callbacks: L.Callback, path: Any = None, **options: Any) -> tuple[PPO, L.Trainer]:
@@ -240,7 +219,7 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
 @pytest.mark.parametrize("num_env_runners", ["0", "1"])
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runners: str) -> None:
     folder = tmp_path / "run"
-    process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "test_signals:StuckCycleEnv")
+    process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "envs:StuckCycleEnv")
     while not (folder / "stuck").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
