@@ -1,6 +1,5 @@
 """SIGTERM, SIGINT and SIGUSR1: the batch is finished and a checkpoint written, from which the run goes on unchanged."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from envs import CycleEnv
-from helpers import assert_same, quiet_trainer
+from helpers import Forked, assert_same, quiet_trainer
 
 from lit_rl import PPO, Evaluation, RolloutDataModule, cli
 from lit_rl.learner.signals import SIGNALS
@@ -103,34 +102,14 @@ def test_a_program_keeps_its_own_handler_of_sigusr1(make_trainer) -> None:
     assert received == [1] and algorithm.updates_done == 9
 
 
+STEP_S = "0.02"
+
+
 def start(folder: Path, *more: str) -> subprocess.Popen:
-    folder.mkdir(parents=True)
-    environment = os.environ | {"STEP_S": "0.02", "RUN_OF_TEST": str(folder)}
+    environment = os.environ | {"STEP_S": STEP_S, "RUN_OF_TEST": str(folder)}
     return subprocess.Popen(
         [sys.executable, "-m", "lit_rl", *RUN, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
-
-
-class Forked:
-    """The command in a process forked from one that has imported everything, which takes longer than the run."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
-        self._errors = folder / "stderr.txt"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning", "lit_rl.cli", "test_signals"])
-        self._process = context.Process(target=command, args=(folder, self._errors))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
-    def end(self) -> tuple[int, str]:
-        self._process.join(timeout=60)
-        return self._process.exitcode, self._errors.read_text()
 
 
 class Started:
@@ -143,15 +122,6 @@ class Started:
     def end(self) -> tuple[int, str]:
         _, errors = self._process.communicate(timeout=60)
         return self._process.returncode, errors
-
-
-def command(folder: Path, errors: Path) -> None:
-    os.chdir(folder)
-    os.environ["STEP_S"] = "0.02"
-    torch.set_num_threads(1)
-    with errors.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    cli.main(RUN)
 
 
 def processes_of(folder: Path) -> Iterator[str]:
@@ -182,7 +152,10 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
     rng = random.Random(SEED)
     cases = {tmp_path / f"run-{i}": number for i, number in enumerate(SIGNALS * 2)}
     with_ray = tmp_path / "run-0"
-    started = {folder: Started(folder) if i == 1 else Forked(folder) for i, folder in enumerate(cases) if i}
+    for folder in cases:
+        folder.mkdir()
+    started: dict[Path, Any] = {folder: Forked(folder, RUN, STEP_S=STEP_S) for folder in list(cases)[2:]}
+    started[tmp_path / "run-1"] = Started(tmp_path / "run-1")
     started[with_ray] = Started(with_ray, "--data.num_env_runners", "1")
     waiting = dict(started)
     while waiting:
@@ -219,6 +192,7 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
 @pytest.mark.parametrize("num_env_runners", ["0", "1"])
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runners: str) -> None:
     folder = tmp_path / "run"
+    folder.mkdir()
     process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "envs:StuckCycleEnv")
     while not (folder / "stuck").exists():
         assert process.poll() is None, process.stderr.read()
