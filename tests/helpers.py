@@ -100,10 +100,11 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
 
 
 COMMAND_SERVER = """
-import json, os, sys
+import gc, json, os, sys
 sys.path = [folder for folder in sys.path if folder]  # as in a console script that pip writes
 from lit_rl.cli import main
 
+gc.freeze()  # else each fork copies what the collector looks at
 for request in sys.stdin:
     folder, log, command, only_errors = json.loads(request)
     pid = os.fork()
