@@ -1,8 +1,9 @@
 """Every observation with every network and every action: trains for one update, or is refused in one sentence."""
 
 import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -120,8 +121,16 @@ def fit(trainer: L.Trainer, observation: str, network: Any, action: str, **optio
     return algorithm
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("observation", OBSERVATIONS)
+def grid(observations: Iterable[str], networks: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    """All pairs; slow but for those with the default network, or with a quick observation."""
+    found = []
+    for observation, network in itertools.product(observations, networks):
+        is_quick = network == "default" or observation in quick
+        found.append(pytest.param(observation, network, marks=[] if is_quick else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("observation", "network"), grid(OBSERVATIONS, NETWORKS, quick=["vector", "image", "deep"]))
 def test_every_observation_and_network_trains_or_is_refused(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str
 ) -> None:
@@ -134,8 +143,9 @@ def test_every_observation_and_network_trains_or_is_refused(
     check_trained(make_trainer, observation, NETWORKS[network], "discrete")
 
 
-@pytest.mark.parametrize("network", ["default", "LSTM"])
-@pytest.mark.parametrize("observation", ["vector", "discrete", "deep"])
+@pytest.mark.parametrize(
+    ("observation", "network"), grid(["vector", "discrete", "deep"], ["default", "LSTM"], quick=["discrete"])
+)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_action_is_trained_with_every_kind_of_observation(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
@@ -163,9 +173,10 @@ def check_trained(make_trainer: Callable[..., L.Trainer], observation: str, netw
     assert len(rows) == 3 and all(ACTIONS[action].contains(row) for row in rows)
 
 
-@pytest.mark.parametrize("observation", ["vector", "whole numbers", "dict", "deep"])
+@pytest.mark.parametrize(
+    ("observation", "network"), grid(["vector", "whole numbers", "dict", "deep"], ["default", "GRU"], quick=["deep"])
+)
 @pytest.mark.parametrize("action", ["box", "tuple"])
-@pytest.mark.parametrize("network", ["default", "GRU"])
 def test_the_other_options_go_with_them(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
 ) -> None:
