@@ -308,12 +308,19 @@ def main(args: Sequence[str] | None = None) -> None:
             _check_order(arguments)
             _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
-        own = own_error(error)
-        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
+        if debug:
             raise
-        if own is None or isinstance(own, OptionError | MisconfigurationException):
-            sys.exit(_fail(sentence(error, arguments, SUBCOMMANDS) if own is None else str(own), 2))
-        sys.exit(_fail(str(own), 1))
+        fail(error, arguments)
+
+
+def fail(error: Exception, arguments: Sequence[str]) -> None:
+    """Exit with one sentence on what was raised, if a user can mend it; else raise it."""
+    own = own_error(error)
+    if own is None and not isinstance(error, jsonargparse.ArgumentError):
+        raise error
+    if own is None or isinstance(own, OptionError | MisconfigurationException):
+        sys.exit(_fail(sentence(error, arguments, SUBCOMMANDS) if own is None else str(own), 2))
+    sys.exit(_fail(str(own), 1))
 
 
 def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
@@ -333,8 +340,8 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
             "allow_abbrev": False,
             "version": lit_rl.__version__,
             "prog": "lit-rl",
-            "epilog": "lit-rl recipes|play|plot: the recipes and their results; watch a checkpoint; draw curves. "
-            "Each has its own --help.",
+            "epilog": "lit-rl recipes|play|plot|data: the recipes and their results; watch a checkpoint; draw curves; "
+            "look at recorded episodes. Each has its own --help.",
         },
         args=args,
     )

@@ -354,9 +354,9 @@ def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
         paths: of the files.
         more: columns to read beside those that make up a transition: `deterministic`, `policy_version`.
     """
-    files = [open_file(path) for path in paths]
     for path in paths:
         check_digest(path)
+    files = [open_file(path) for path in paths]
     _check_alike(files)
     spec, first = files[0].spec, np.cumsum([0, *(file.num_rows for file in files)])
     leaves = spaces_of(spec)
@@ -400,7 +400,7 @@ def _fill(file: File, columns: dict[str, np.ndarray]) -> None:
         at, column = 0, columns[name]
         for chunk in chunks:
             values = chunk.flatten() if column.ndim > 1 else chunk
-            missing = chunk.null_count + values.null_count
+            missing = chunk.null_count + (values.null_count if values is not chunk else 0)
             if missing:
                 raise DataError(f"{file.path}: column {name!r} has no value in {missing} places.")
             part = column[at : at + len(chunk)]

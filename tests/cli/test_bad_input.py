@@ -255,6 +255,7 @@ def test_bad_input_is_answered_in_one_sentence(files: Case, capsys: pytest.Captu
 # Imports once, what takes longest; then every command is a process of its own.
 COMMANDS = """
 import json, os, sys
+import lit_rl.cli.program
 from lit_rl.cli import main
 
 for folder, command in json.load(sys.stdin):
