@@ -157,14 +157,14 @@ class Record(TakesOptions, L.Callback):
         found = episode.agent_steps or [("agent_0", episode.steps or {})]
         greedy, version = data.evaluation.deterministic, episode.policy_version or 0
         lines = [_played(steps, greedy, version, agent) for agent, steps in found]
-        self._keep(WholeEpisode(lines, ["evaluation", int(episode.seed or 0), version]))
+        self._keep(WholeEpisode(lines, ("evaluation", int(episode.seed or 0), version)))
 
     def _take_fragments(self, fragments: Any, step: int) -> None:
         """Env runners collected fragments."""
         for found in self._assembler.add(fragments, step):
             line = self._as_given(found)
-            origin = ["training", int(self._data.seed), self._rank, *found.origin]
-            self._keep(WholeEpisode([line], origin))
+            rank = self._data.attached_trainer.global_rank
+            self._keep(WholeEpisode([line], ("training", int(self._data.seed), rank, *found.origin)))
 
     def _as_given(self, found: Assembled) -> TimeLine:
         """An episode with its actions as the environment was given them."""
@@ -197,10 +197,6 @@ class Record(TakesOptions, L.Callback):
             return
         self._known += len(waiting) - written
         self._returns += [episode.return_ for episode in waiting]
-
-    @property
-    def _rank(self) -> int:
-        return self._data.attached_trainer.global_rank
 
 
 class EpisodeWriter(L.Callback):

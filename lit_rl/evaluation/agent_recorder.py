@@ -34,7 +34,8 @@ class AgentRecorder:
         """What agents of one policy do, as the environment takes it."""
         as_obs_rows, as_action_rows = self._converters[group.number]
         for i, (one, action) in enumerate(zip(group.asked, actions)):
-            row = _copied(as_obs_rows(one.obs), "observation") | _copied(as_action_rows(action), "action")
+            row: dict[str, Any] = _copied(as_obs_rows(one.obs), "observation")
+            row |= _copied(as_action_rows(action), "action")
             row |= {"reward": 0.0, "terminated": False, "truncated": False}
             row["action_log_prob"] = np.float32(0.0 if choice is None else choice.log_prob[i])
             self._open.setdefault(one.slot, (one.agent, []))[1].append(row)

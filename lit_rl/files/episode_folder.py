@@ -89,7 +89,7 @@ class WholeEpisode(NamedTuple):
             for part in (line.steps, line.final):
                 for name in sorted(part):
                     found.update(name.encode())
-                    found.update(np.ascontiguousarray(part[name]))
+                    found.update(np.ascontiguousarray(part[name]).data)
         return found.hexdigest()
 
 
@@ -205,7 +205,7 @@ class EpisodeFolder:
         for path in sorted(self.path.glob(SHARDS)):
             if path.name not in manifest["shards"]:  # of a process that was killed before it had entered it
                 rows = read_rows([path])
-                returns = episode_returns(rows.columns)
+                returns = episode_returns(rows.columns).tolist()
                 last = int(rows.columns["episode"].max(initial=-1))
                 self._enter(manifest, path.name, returns, len(rows.columns["t"]), last + 1)
         return manifest

@@ -451,9 +451,10 @@ def _check_time(rows: Rows) -> None:
     if not num_rows:
         return
     lengths = np.diff(rows.begins)
-    wrong = np.flatnonzero(columns["t"] != np.arange(num_rows) - np.repeat(begins, lengths))
-    if len(wrong):
-        raise DataError(f"{rows.where(wrong[0])}: expected t={wrong[0] - begins[begins <= wrong[0]][-1]}.")
+    out_of_order = np.flatnonzero(columns["t"] != np.arange(num_rows) - np.repeat(begins, lengths))
+    if len(out_of_order):
+        row = int(out_of_order[0])
+        raise DataError(f"{rows.where(row)}: expected t={row - begins[begins <= row][-1]}.")
     of_format = np.repeat([file.format for file in rows.files], np.diff(rows.first))
     last = rows.begins[1:] - 1
     has_closing = of_format[last] > 1
@@ -505,6 +506,7 @@ def _may_be_outside(space: gym.Space, column: np.ndarray) -> bool:
 
 def _outside(space: gym.Space, column: np.ndarray) -> np.ndarray:
     """Which rows of a column [N, ...] are not in the space, [N]."""
+    wrong: Any
     if isinstance(space, spaces.Box):
         low, high = (bound.astype(column.dtype) for bound in (space.low, space.high))
         wrong = (column < low) | (column > high)
