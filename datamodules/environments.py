@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,6 +98,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     placement: Placement
     fault_tolerance: FaultTolerance
     torch_threads: int | None
+    # Told of the fragments that came, and of the env steps of each environment before: what records training episodes.
+    fragment_watcher: Callable[[Sequence[tuple[int, Fragment]], int], None] | None = None
 
     def __init__(
         self,
@@ -225,15 +227,16 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         evaluation they were at, and the next one is begun.
         """
         trainer, algorithm = self.attached_trainer, self.algorithm
-        evaluator, seeds, at = self.evaluator, self.eval_seeds(), algorithm.env_steps_done
+        evaluator, seeds = self.evaluator, self.eval_seeds()
+        at, version = algorithm.env_steps_done, algorithm.updates_done
         if not self.evaluation.num_env_runners:
-            yield from evaluator.play(algorithm.policy, seeds, at, record=record)
+            yield from evaluator.play(algorithm.policy, seeds, at, version=version, record=record)
             return
         if not evaluator.is_under_way:
-            evaluator.begin(algorithm.policy, seeds, at, record=record)
+            evaluator.begin(algorithm.policy, seeds, at, version=version, record=record)
         result = distributed.together(evaluator.end, algorithm.device)
         if self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            evaluator.begin(algorithm.policy, seeds, at)
+            evaluator.begin(algorithm.policy, seeds, at, version=version)
             if trainer.should_stop:  # no other evaluation follows
                 result = distributed.together(evaluator.end, algorithm.device)
         yield from result.episodes
@@ -241,7 +244,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     def begin_evaluation(self) -> None:
         if self.evaluation.parallel:
             algorithm = self.algorithm
-            self.evaluator.begin(algorithm.policy, self.eval_seeds(), algorithm.env_steps_done)
+            at, version = algorithm.env_steps_done, algorithm.updates_done
+            self.evaluator.begin(algorithm.policy, self.eval_seeds(), at, version=version)
 
     def evaluations(self) -> list[EvaluationResult]:
         return self.evaluator.take_results()
@@ -409,6 +413,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def took(self, fragments: Sequence[tuple[int, Fragment]], times: int = 1) -> None:
         """Count what runners collected, `times` their `rollout_length`, and say what they survived."""
+        if self.fragment_watcher is not None:
+            self.fragment_watcher(fragments, self._collected * self.rollout_length)
         self._collected += times
         for runner, fragment in fragments:
             self._episodes.extend(fragment.episodes)

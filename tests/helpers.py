@@ -102,6 +102,7 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
 COMMAND_SERVER = """
 import gc, json, os, sys
 sys.path = [folder for folder in sys.path if folder]  # as in a console script that pip writes
+import lit_rl.cli.program
 from lit_rl.cli import main
 
 gc.freeze()  # else each fork copies what the collector looks at

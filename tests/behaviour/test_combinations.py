@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import lightning as L
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +23,6 @@ from lit_rl import (
     SAC,
     TQC,
     EnvSpec,
-    EpisodeWriter,
     Evaluation,
     GRUNetwork,
     ImpalaResNet,
@@ -30,6 +30,7 @@ from lit_rl import (
     MultiInput,
     NatureCNN,
     Rainbow,
+    Record,
     ReplayDataModule,
     RolloutDataModule,
     load_policy,
@@ -251,16 +252,16 @@ def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
         evaluation=Evaluation(episodes=3),
         seed=0,
     )
-    algorithm, trainer = PPO(), make_trainer(callbacks=[EpisodeWriter("out")])
+    algorithm, trainer = PPO(), make_trainer(callbacks=[Record("out", evaluation=False)])
     trainer.fit(algorithm, data)
     trainer.predict(algorithm, data)
-    table = pq.read_table("out/episodes-rank0.parquet")
+    table = pq.read_table("out/episodes-rank0-00000.parquet")
     parts = {name for name in table.column_names if "/" in name}
     assert parts == {"observation/0", "observation/1", "observation/2", "action/0", "action/1/x", "action/1/y"}
-    assert table.num_rows == 9 and len(table["observation/0"][0].as_py()) == 3
+    assert table.num_rows == 12 and len(table["observation/0"][0].as_py()) == 3
     spec = EnvSpec.from_dict(json.loads(table.schema.metadata[b"lit_rl"])["spec"])
     assert spec.observation_space == OBSERVATIONS["tuple"]
-    for row in table["action/1/x"].to_pylist():
+    for row in table.filter(pc.invert(table["closing"]))["action/1/x"].to_pylist():
         assert ACTIONS["tuple"][1]["x"].contains(np.array(row, np.float32))
 
 

@@ -12,6 +12,7 @@ import yaml
 from helpers import ROOT
 from lightning.pytorch.cli import LightningCLI
 
+import lit_rl.cli.program
 from lit_rl import MultiAgent, Policy, Replay, cli, load_policy
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
@@ -106,7 +107,9 @@ def test_fit_validate_test_and_predict(capsys: pytest.CaptureFixture) -> None:
     lit_rl("test", *TINY, "--ckpt_path", "last")
     assert "test/return_mean" in capsys.readouterr().out
     lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3")
-    check_episodes_file(next(Path("runs").rglob("episodes-rank0.parquet")))
+    check_episodes_file(next(Path("runs").rglob("episodes/episodes-rank0-00000.parquet")))
+    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3", "--out", "here")
+    check_episodes_file(Path("here/episodes-rank0-00000.parquet"))
 
 
 def check_episodes_file(path: Path) -> None:
@@ -120,8 +123,10 @@ def check_episodes_file(path: Path) -> None:
     for episode in range(3):
         steps = [i for i, e in enumerate(rows["episode"]) if e == episode]
         assert [rows["t"][i] for i in steps] == list(range(len(steps)))
-        assert [rows["terminated"][i] or rows["truncated"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
-        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps)
+        ends = [rows["terminated"][i] or rows["truncated"][i] for i in steps]
+        assert ends == [False] * (len(steps) - 2) + [True, False]
+        assert [rows["closing"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
+        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps[:-1])
     spec = json.loads(table.schema.metadata[b"lit_rl"])["spec"]
     assert spec["action_space"] == {"type": "Discrete", "n": 2, "start": 0}
 
@@ -233,7 +238,7 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 def test_the_usage_names_every_subcommand(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "{fit,validate,test,predict,recipes,play,plot}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
