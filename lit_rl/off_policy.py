@@ -58,6 +58,11 @@ class OffPolicy(Algorithm):
         """Steps before each sequence."""
         return self.hp.burn_in
 
+    @property
+    def wants_returns_to_go(self) -> bool:
+        """Whether minibatches must have `return_to_go`, `to_go_discount` and `to_go_observation`: recorded data alone does."""
+        return False
+
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""
         return 0.0
