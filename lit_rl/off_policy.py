@@ -60,7 +60,7 @@ class OffPolicy(Algorithm):
 
     @property
     def wants_returns_to_go(self) -> bool:
-        """Whether minibatches must have `return_to_go`, `to_go_discount` and `to_go_observation`: recorded data alone does."""
+        """Whether minibatches must have `return_to_go`, `to_go_discount`, `to_go_observation`: only recorded data does."""
         return False
 
     def epsilon_at(self, env_steps: int) -> float:

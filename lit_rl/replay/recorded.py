@@ -98,3 +98,26 @@ class Recorded:
         is_terminated = np.repeat(self.terminated[last - 1] & (last > self.begins), sizes)
         discount = np.where(is_terminated, 0.0, gamma**steps)
         return total.astype(np.float32), discount.astype(np.float32), np.repeat(ends - 1, sizes)
+
+
+def joined(parts: Sequence[Recorded], agents: Sequence[str] | None = None) -> Recorded:
+    """The episodes of several parts of equal columns, one after the other.
+
+    Args:
+        parts: at least one.
+        agents: whose time line each episode is.
+    """
+
+    def concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    begins = np.cumsum([0, *(len(part.reward) for part in parts)])
+    return Recorded(
+        {path: concatenated([part.columns[path] for part in parts]) for path in parts[0].columns},
+        *(
+            concatenated([getattr(part, name) for part in parts])
+            for name in ("reward", "terminated", "truncated", "closing")
+        ),
+        begins=np.concatenate([part.begins + begin for part, begin in zip(parts, begins)]),
+        agents=agents,
+    )
