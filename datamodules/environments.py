@@ -115,7 +115,7 @@ class EnvDataModule(EvaluatingDataModule):
         super().setup(stage)
         assert self.spec is not None
         if self.eval_env != self.env:
-            self._check_eval_env(self.eval_env, self.spec)
+            self._check_eval_env(self._try_out(self.eval_env), self.spec)
         if stage == "fit":
             self._check_budget()
 
@@ -217,7 +217,7 @@ class EnvDataModule(EvaluatingDataModule):
             self.load_rank_state(states[rank])
         else:
             nothing = {"ledger": Ledger().state(), "episodes": [], "runners": []}
-            others = {key: x for key, x in states[0].items() if key not in ("replay", "replays")}
+            others = {key: x for key, x in states[0].items() if key not in ("replay", "replays", "recorded")}
             self.load_rank_state(others | nothing)
         self.feeds.share_out(len(states), world_size)
         if rank == 0:

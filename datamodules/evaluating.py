@@ -167,18 +167,18 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
         yield from result.episodes
 
     def begin_evaluation(self) -> None:
-        if self.evaluation.parallel:
+        if self.evaluation.parallel and self.eval_env is not None:
             algorithm = self.algorithm
             self.evaluator.begin(algorithm.policy, self.eval_seeds(), algorithm.clock)
 
     def evaluations(self) -> list[EvaluationResult]:
-        return self.evaluator.take_results()
+        return [] if self._evaluator is None else self._evaluator.take_results()
 
     def end_evaluation(self) -> list[EvaluationResult]:
-        if not self.evaluator.is_under_way:
+        if self._evaluator is None or not self._evaluator.is_under_way:
             return []
-        distributed.together(self.evaluator.end, self.algorithm.device)
-        return self.evaluator.take_results()
+        distributed.together(self._evaluator.end, self.algorithm.device)
+        return self._evaluator.take_results()
 
     # --- the run --------------------------------------------------------------------------------------------------
 
@@ -265,17 +265,11 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
                     return env.try_out()
             return env.try_out()
 
-    def _check_eval_env(self, env: EnvConfig, spec: EnvSpec | MultiAgentSpec) -> None:
-        found, name = self._try_out(env), "env_kwargs" if self.evaluation.env is None else "env"
+    def _check_eval_env(self, found: EnvSpec | MultiAgentSpec, spec: EnvSpec | MultiAgentSpec) -> None:
+        """Refuse an environment to play whose spaces, `found`, are not those of training."""
+        name = "env_kwargs" if self.evaluation.env is None else "env"
         option = f"evaluation.{name}={getattr(self.evaluation, name)!r}: the environment {found.env_id}"
-        if isinstance(found, MultiAgentSpec) or isinstance(spec, MultiAgentSpec):
-            if _agents(found) != _agents(spec):
-                raise OptionError(f"{option} has other agents, or other spaces of theirs: expected those of training.")
-        elif (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
-            raise OptionError(
-                f"{option} has observation {found.observation_space}, action {found.action_space}: expected those of "
-                f"training, {spec.observation_space} and {spec.action_space}."
-            )
+        check_same_spaces(option, found, spec)
 
     def _connect_ray(self) -> None:
         """Rank 0 starts or joins Ray, the others join the same one."""
@@ -299,6 +293,11 @@ class EpisodeLoader:
         self._record = record
 
     def __len__(self) -> int:
+        return self.num_episodes
+
+    @property
+    def num_episodes(self) -> int:
+        """Items that are episodes."""
         return -(-self._data.evaluation.episodes // self._data.attached_trainer.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -306,8 +305,29 @@ class EpisodeLoader:
         for episode in self._data.evaluate(self._record):
             played += 1
             yield episode._asdict()
-        for _ in range(len(self) - played):
+        for _ in range(self.num_episodes - played):
             yield {}
+
+
+def check_same_spaces(what: str, found: EnvSpec | MultiAgentSpec, spec: EnvSpec | MultiAgentSpec) -> None:
+    """Refuse spaces, or agents, that are not those of training.
+
+    Args:
+        what: has them.
+        found: what it has.
+        spec: those of training.
+
+    Raises:
+        OptionError: with the difference.
+    """
+    if isinstance(found, MultiAgentSpec) or isinstance(spec, MultiAgentSpec):
+        if _agents(found) != _agents(spec):
+            raise OptionError(f"{what} has other agents, or other spaces of theirs: expected those of training.")
+    elif (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
+        raise OptionError(
+            f"{what} has observation {found.observation_space}, action {found.action_space}: expected those of "
+            f"training, {spec.observation_space} and {spec.action_space}."
+        )
 
 
 def _agents(spec: EnvSpec | MultiAgentSpec) -> dict[str, tuple[gym.Space, gym.Space]]:

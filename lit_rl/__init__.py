@@ -32,6 +32,7 @@ _PUBLIC = {
     "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
+    "OfflineDataModule": "lit_rl.datamodules",
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.callbacks import Video as Video
+    from lit_rl.datamodules import OfflineDataModule as OfflineDataModule
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.envs.multi_agent import AgentId as AgentId

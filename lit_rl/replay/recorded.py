@@ -71,6 +71,15 @@ class Recorded:
         found[self.ends[self.is_dropped] - 1] = False
         return found
 
+    @property
+    def summary(self) -> str:
+        """How much it is, in words."""
+        returns, dropped = self.returns, int(self.is_dropped.sum())
+        said = f"{len(returns)} episodes, {int(self.is_transition.sum())} transitions, mean return {returns.mean():.6g}"
+        if dropped:
+            said += f"; the last steps of {dropped} episodes are left out, since what came after them was not recorded"
+        return said
+
     def rows_of(self, episodes: np.ndarray) -> np.ndarray:
         """Which rows are of some episodes, bool [N].
 
@@ -114,10 +123,10 @@ def joined(parts: Sequence[Recorded], agents: Sequence[str] | None = None) -> Re
     begins = np.cumsum([0, *(len(part.reward) for part in parts)])
     return Recorded(
         {path: concatenated([part.columns[path] for part in parts]) for path in parts[0].columns},
-        *(
-            concatenated([getattr(part, name) for part in parts])
-            for name in ("reward", "terminated", "truncated", "closing")
-        ),
+        concatenated([part.reward for part in parts]),
+        concatenated([part.terminated for part in parts]),
+        concatenated([part.truncated for part in parts]),
+        concatenated([part.closing for part in parts]),
         begins=np.concatenate([part.begins + begin for part, begin in zip(parts, begins)]),
         agents=agents,
     )

@@ -24,7 +24,10 @@ class RecordedBuffer(ReplayBuffer):
         rows: numbers of the transitions that are drawn; None: all of them. Others may come after these, as next
             observations, later rewards or steps of a sequence.
         state, priority_alpha, seed: see `ReplayBuffer`. Every row has the first state, since none was recorded.
-        gamma: minibatches have returns-to-go, discounted by it; None: they have none.
+        gamma: minibatches also have `return_to_go`, the discounted sum of the reward of a row and all later ones of its
+            episode; `to_go_discount`, that of what comes after them, 0 where the episode was terminated; and
+            `to_go_observation`, the last of the episode. All are [M], and in sequences [S, L], but for the last, [S].
+            So the bootstrapped return is `return_to_go + to_go_discount * V(to_go_observation)`. None: they have none.
         has_is_init: minibatches of transitions say which ones begin an episode.
     """
 
