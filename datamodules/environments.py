@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,6 +70,8 @@ class EnvDataModule(EvaluatingDataModule):
     prefetch: int
     reward_scale: float
     reward_clip: float | None
+    # Told of the fragments that came, and of the env steps of each environment before: what records training episodes.
+    fragment_watcher: Callable[[Sequence[tuple[int, Fragment]], int], None] | None = None
 
     def __init__(
         self,
@@ -296,6 +298,8 @@ class EnvDataModule(EvaluatingDataModule):
 
     def took(self, fragments: Sequence[tuple[int, Fragment]], times: int = 1) -> None:
         """Count what runners collected, `times` their `rollout_length`, and say what they survived."""
+        if self.fragment_watcher is not None:
+            self.fragment_watcher(fragments, self._collected * self.rollout_length)
         self._collected += times
         for runner, fragment in fragments:
             self._episodes.extend(fragment.episodes)

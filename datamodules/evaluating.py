@@ -153,15 +153,16 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
         evaluation they were at, and the next one is begun.
         """
         trainer, algorithm = self.attached_trainer, self.algorithm
-        evaluator, seeds, at = self.evaluator, self.eval_seeds(), algorithm.clock
+        evaluator, seeds = self.evaluator, self.eval_seeds()
+        at, version = algorithm.clock, algorithm.updates_done
         if not self.evaluation.num_env_runners:
-            yield from evaluator.play(algorithm.policy, seeds, at, record=record)
+            yield from evaluator.play(algorithm.policy, seeds, at, version=version, record=record)
             return
         if not evaluator.is_under_way:
-            evaluator.begin(algorithm.policy, seeds, at, record=record)
+            evaluator.begin(algorithm.policy, seeds, at, version=version, record=record)
         result = distributed.together(evaluator.end, algorithm.device)
         if self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            evaluator.begin(algorithm.policy, seeds, at)
+            evaluator.begin(algorithm.policy, seeds, at, version=version)
             if trainer.should_stop:  # no other evaluation follows
                 result = distributed.together(evaluator.end, algorithm.device)
         yield from result.episodes
@@ -169,7 +170,8 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
     def begin_evaluation(self) -> None:
         if self.evaluation.parallel and self.eval_env is not None:
             algorithm = self.algorithm
-            self.evaluator.begin(algorithm.policy, self.eval_seeds(), algorithm.clock)
+            at, version = algorithm.clock, algorithm.updates_done
+            self.evaluator.begin(algorithm.policy, self.eval_seeds(), at, version=version)
 
     def evaluations(self) -> list[EvaluationResult]:
         return [] if self._evaluator is None else self._evaluator.take_results()

@@ -54,13 +54,13 @@ class ReplayError(LitRLError, RuntimeError):
     """A replay buffer cannot grow, be drawn from, or be loaded."""
 
 
-class DataError(LitRLError, ValueError):
-    """Recorded data cannot be read, or is not what it must be."""
-
-
 class DivergedError(LitRLError, RuntimeError):
     """A loss or a gradient is not a finite number any more."""
 
 
 class CheckpointError(LitRLError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class DataError(LitRLError, RuntimeError):
+    """Recorded episodes cannot be written or read."""

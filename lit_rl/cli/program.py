@@ -22,7 +22,7 @@ import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
-from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
+from lit_rl.callbacks import EnvStepsProgressBar, Record
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.commands import COMMANDS
 from lit_rl.cli.configs import check_config, check_groups
@@ -73,6 +73,14 @@ class CLI(LightningCLI):
         )
         parser.add_class_arguments(Cluster, "cluster")  # a config with it is also evaluated, in one process
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--out", type=str | None, default=None, help="write the episodes here, not into the run's folder"
+            )
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
 
@@ -81,8 +89,13 @@ class CLI(LightningCLI):
         if trainer.progress_bar_callback is not None:
             own = EnvStepsProgressBar()
             trainer.callbacks[trainer.callbacks.index(trainer.progress_bar_callback)] = own  # type: ignore[attr-defined]
-        if self.subcommand == "predict" and not any(isinstance(c, EpisodeWriter) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(EpisodeWriter())  # type: ignore[attr-defined]
+        if self.subcommand == "predict":
+            recording = [c for c in trainer.callbacks if isinstance(c, Record)]  # type: ignore[attr-defined]
+            if not recording:
+                recording = [Record()]
+                trainer.callbacks += recording  # type: ignore[attr-defined]
+            if self.config.predict.out is not None:
+                recording[0].folder = self.config.predict.out
         return trainer
 
     def before_instantiate_classes(self) -> None:
