@@ -312,4 +312,4 @@ def _fit(recorded: Recorded, spec: EnvSpec, path: Path) -> None:
             raise DataError(f"{path}: {name} has the value {value!r}: expected whole numbers of {space}.")
         if kind.kind == "u" and x.dtype != kind and not bool(((x >= 0) & (x <= 255)).all()):
             raise DataError(f"{path}: {name} has values from {x.min()} to {x.max()}: expected those of {space}.")
-        columns[name] = np.ascontiguousarray(x.reshape(len(x), *shape).astype(kind, copy=False))
+        columns[name] = np.require(x.reshape(len(x), *shape), kind, ["C", "W"])

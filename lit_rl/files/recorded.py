@@ -3,16 +3,19 @@
 Shapes: N rows, E episodes.
 """
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from lit_rl.errors import DataError, OptionError
+from lit_rl.files import episodes
 from lit_rl.files.columns import PRESETS, columns_of, read_tables
-from lit_rl.files.tables import Table, files_in
+from lit_rl.files.tables import Table, files_in, refuse_extension_types
 from lit_rl.replay.recorded import Recorded, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import from_env, iterate, row_dtype, space_leaves
@@ -46,50 +49,47 @@ def read_recorded(
         if len(named) < len(paths) or columns is not None or preset is not None:
             raise OptionError(f"paths={list(paths)!r}: expected data sets of Minari alone, without columns and preset.")
         recorded, own = _read_minari(named)
-        _check_spaces(recorded, own, named[0])
+        _check_actions(recorded, own, named[0])
         return recorded, own
     if columns is None and preset is None:
-        from lit_rl.files import episodes
-
-        strange = next((path for path in files_in(paths) if not episodes.is_own(path)), None)
+        for path in paths:
+            for file in Path(path).rglob("*.parquet") if Path(path).is_dir() else map(Path, glob.glob(path)):
+                refuse_extension_types(file)
+        strange = next((path for path in paths if not episodes.is_own(path)), None)
         if strange is not None:
-            names = ", ".join(map(repr, Table(strange).names))
+            table = Table(files_in([strange])[0])
             raise OptionError(
-                f"paths={str(strange)!r}: these are no episodes that lit_rl wrote. Say what its columns are, with "
+                f"paths={str(table.path)!r}: these are no episodes that lit_rl wrote. Say what its columns are, with "
                 f"columns={{'observation': [...], 'action': ..., ...}} or preset={' or '.join(map(repr, PRESETS))}. "
-                f"There are {names}."
+                f"There are {', '.join(map(repr, table.names))}."
             )
-        recorded, own = episodes.read(paths)
-        _check_spaces(recorded, own, str(paths[0]))
-        return recorded, own
+        return episodes.read(paths)
     recorded, found = read_tables(files_in(paths), columns_of(columns or {}, preset), preset, spec)
-    _check_spaces(recorded, found, str(paths[0]))
+    _check_actions(recorded, single(found), str(paths[0]))
     return recorded, found
 
 
-def _check_spaces(recorded: Recorded, spec: EnvSpec | MultiAgentSpec, where: str) -> None:
+def _check_actions(recorded: Recorded, spec: EnvSpec, where: str) -> None:
     """Refuse actions that are not in their space; those that are outside by rounding alone are clipped, in place.
 
     Raises:
         DataError: naming the action and the space.
     """
     columns: Any = recorded.columns
-    for name, space in space_leaves(single(spec).action_space, "action").items():
-        x, real = columns[name], ~recorded.closing
+    for name, space in space_leaves(spec.action_space, "action").items():
+        x = columns[name]
         if isinstance(space, spaces.Box):
             low, high = space.low.astype(x.dtype), space.high.astype(x.dtype)
             with np.errstate(over="ignore"):
                 room = np.where(np.isfinite(high) & np.isfinite(low), (high - low) * ROUNDING, 0.0)
-            outside = (x < low) | (x > high)
-            if not outside.any():
-                continue
-            far = ((x < low - room) | (x > high + room)).reshape(len(x), -1).any(1) & real
+            outside = (x < low - room) | (x > high + room)
         else:
             start: Any = getattr(space, "start", 0)
             count: Any = space.n if isinstance(space, spaces.Discrete) else getattr(space, "nvec", 2)
-            far = ((x < start) | (x >= start + count)).reshape(len(x), -1).any(1) & real
-        if far.any():
-            row = int(far.argmax())
+            outside = (x < start) | (x >= start + count)
+        wrong = outside.reshape(len(x), -1).any(1) & ~recorded.closing
+        if wrong.any():
+            row = int(wrong.argmax())
             episode = int(np.searchsorted(recorded.begins, row, side="right")) - 1
             raise DataError(
                 f"{where}: {name}={x[row].tolist()} in step {row - int(recorded.begins[episode])} of episode {episode} "
@@ -97,7 +97,7 @@ def _check_spaces(recorded: Recorded, spec: EnvSpec | MultiAgentSpec, where: str
                 "are for."
             )
         if isinstance(space, spaces.Box):
-            columns[name] = np.clip(x, low, high)
+            np.clip(x, space.low, space.high, out=x)
 
 
 def _read_minari(names: Sequence[str]) -> tuple[Recorded, EnvSpec]:
@@ -115,8 +115,6 @@ def _read_minari(names: Sequence[str]) -> tuple[Recorded, EnvSpec]:
                 raise DataError(f"{MINARI}{name}: its spaces are not those of {MINARI}{names[0]}.")
             found += [_of_episode(episode, spec) for episode in data.iterate_episodes()]
         except (OSError, KeyError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
             message = " ".join(str(error).split())[:200]
             raise DataError(f"paths='{MINARI}{name}' cannot be loaded: {message}") from error
     assert spec is not None

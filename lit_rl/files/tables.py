@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import os
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,9 @@ FORMATS = {
     ".parquet": "Parquet", ".csv": "CSV", ".json": "JSON lines", ".jsonl": "JSON lines", ".h5": "HDF5", ".hdf5": "HDF5",
 }  # fmt: skip
 JSON_BLOCK = 64 * 2**20  # bytes: no line may be longer
+KEY = b"ARROW:extension:name"
+# As it is written in base64, after 0, 1 or 2 bytes of what comes before.
+EXTENSION_NAMES = [base64.b64encode(bytes(k) + KEY)[-(-8 * k // 6) : 8 * (k + len(KEY)) // 6] for k in range(3)]
 SHOWN = 12  # names of columns in a message
 
 
@@ -41,6 +45,27 @@ def files_in(paths: Sequence[str], endings: Collection[str] = tuple(FORMATS)) ->
                 raise OptionError(f"paths={given!r}: there is no such file or folder.")
         found += here
     return found
+
+
+def refuse_extension_types(path: Path) -> None:
+    """Refuse a Parquet file whose schema has Arrow extension types, before pyarrow makes that.
+
+    It then runs code of types that libraries have registered (Ray's may unpickle), also for metadata alone. The schema
+    is in the file's footer, in base64.
+
+    Raises:
+        DataError: if it has some.
+    """
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, end - 8 - length))
+        footer = file.read(length)
+    if any(name in footer for name in EXTENSION_NAMES):
+        raise DataError(
+            f"{path}: it has columns of Arrow extension types, which may hold code. Write plain lists of numbers."
+        )
 
 
 class Table:
@@ -95,7 +120,7 @@ class Table:
             chunks = [self._of_arrow(name, chunk) for chunk in column.chunks if len(chunk)]
             if len({chunk.shape[1:] for chunk in chunks}) > 1:
                 raise self._ragged(name)
-            array = np.concatenate(chunks) if len(chunks) != 1 else chunks[0]
+            array = np.concatenate(chunks) if len(chunks) > 1 else chunks[0] if chunks else np.zeros(0)
         if array.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: column {name!r} holds {array.dtype} values: expected numbers.")
         if array.dtype.kind == "f" and not np.isfinite(array.sum()):  # the sum is cheaper than a mask
@@ -125,13 +150,7 @@ class Table:
     def _open_parquet(self) -> list[str]:
         import pyarrow.parquet as pq
 
-        # Before the schema is made, which would run the code of types that libraries registered.
-        raw = (pq.read_metadata(self.path).metadata or {}).get(b"ARROW:schema", b"")
-        if b"ARROW:extension:name" in base64.b64decode(raw):
-            raise DataError(
-                f"{self.path}: it has columns of Arrow extension types, which may hold code. Write plain lists of "
-                "numbers."
-            )
+        refuse_extension_types(self.path)
         self._file = pq.ParquetFile(self.path)
         return self._file.schema_arrow.names
 
