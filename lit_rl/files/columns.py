@@ -126,15 +126,15 @@ def _of_table(table: Table, columns: dict[str, Any], preset: str | None) -> tupl
     if len({len(array) for array in numbers.values()}) > 1:
         sizes = ", ".join(f"{name!r} {len(array)}" for name, array in numbers.items())
         raise DataError(f"{table.path}: columns have different numbers of rows: {sizes}. Expected equal ones.")
+    num = len(next(iter(numbers.values())))
+    if not num:
+        raise DataError(f"{table.path}: it has no rows.")
     arrays = {
         path: _stacked(numbers, names)
         for part in PARTS[:3]
         if part in columns
         for path, names in _leaves(part, columns[part]).items()
     }
-    num = len(next(iter(arrays.values())))
-    if not num:
-        raise DataError(f"{table.path}: it has no rows.")
     reward = _scalar(table, columns, numbers, "reward", num).astype(np.float32)
     flags = {part: _flag(table, columns, numbers, part, num) for part in ("terminated", "truncated")}
     done, order, agents = flags["terminated"] | flags["truncated"], None, None
@@ -276,10 +276,10 @@ def _space(name: str, x: np.ndarray) -> spaces.Space:
     shape = x.shape[1:]
     if name == "action" and x.dtype.kind in "iub" and not shape and x.min() >= 0:
         return spaces.Discrete(int(x.max()) + 1)
+    shape = shape or (1,)
     if name == "observation":
         is_image = x.dtype == np.uint8 and len(shape) >= 2
         return spaces.Box(0, 255, shape, np.uint8) if is_image else spaces.Box(-np.inf, np.inf, shape, np.float32)
-    shape = shape or (1,)
     x = x.reshape(len(x), *shape).astype(np.float32)
     if np.abs(x).max() <= 1:
         return spaces.Box(-1.0, 1.0, shape, np.float32)
