@@ -18,7 +18,7 @@ from lit_rl.files.columns import PRESETS
 from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Arguments, Count, Fraction, OneOf, Paths, PositiveFraction, UnitInterval
+from lit_rl.options import Count, Fraction, InstanceOf, OneOf, Paths, PositiveFraction, UnitInterval
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.feed import ALONE
 from lit_rl.replay.options import Steps
@@ -26,6 +26,7 @@ from lit_rl.replay.recorded import Recorded
 from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, rows_of_rank, split
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
+Columns = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of columns")]
 Preset = Annotated[str, OneOf(*PRESETS)]
 
 
@@ -82,7 +83,7 @@ class OfflineDataModule(EvaluatingDataModule):
         self,
         paths: Paths,
         *,
-        columns: Arguments | None = None,
+        columns: Columns | None = None,
         preset: Preset | None = None,
         validation_fraction: Fraction = 0.0,
         top_fraction: PositiveFraction | None = None,

@@ -38,7 +38,7 @@ NUM_EPISODES, LENGTH = 10, 8
 
 
 def write(path: Path, **changed: Any) -> str:
-    """Episodes of which an observation is the number of the episode and of the step, and a reward that of the episode."""
+    """Episodes: an observation is the number of the episode and that of the step, a reward that of the episode."""
     episode, t = (x.reshape(-1) for x in np.mgrid[:NUM_EPISODES, :LENGTH])
     last = t == LENGTH - 1
     rows = {
@@ -373,7 +373,7 @@ def test_what_cannot_be_is_one_sentence(path: str, make_trainer) -> None:
         OfflineDataModule(5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="model=PPO: OfflineDataModule feeds imitation and off-policy algorithms"):
         fit(make_trainer, PPO(), make_data(path))
-    with pytest.raises(LitRLError, match=r"DQN needs a Discrete action space, got Box"):
+    with pytest.raises(LitRLError, match=r"needs a Discrete action space, got Box"):
         fit(make_trainer, DQN(), make_data(path, columns=COLUMNS | {"action": ["reward"]}))
     with pytest.raises(OptionError, match="batch_size=16: expected at least one sequence, sequence_length=20"):
         fit(make_trainer, DQN(network=LSTMNetwork), make_data(path))
