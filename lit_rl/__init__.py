@@ -13,7 +13,10 @@ _PUBLIC = {
     "AgentId": "lit_rl.envs.multi_agent",
     "Algorithm": "lit_rl.algorithm",
     "APPO": "lit_rl.modules",
+    "BC": "lit_rl.modules",
+    "CQL": "lit_rl.modules",
     "Diagnostics": "lit_rl.callbacks",
+    "DiscreteCQL": "lit_rl.modules",
     "DQN": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
@@ -24,13 +27,16 @@ _PUBLIC = {
     "GRUNetwork": "lit_rl.networks",
     "IMPALA": "lit_rl.modules",
     "ImpalaResNet": "lit_rl.networks",
+    "IQL": "lit_rl.modules",
     "load_policy": "lit_rl.files.loading",
     "LSTMNetwork": "lit_rl.networks",
+    "MARWIL": "lit_rl.modules",
     "MLP": "lit_rl.networks",
     "MultiAgent": "lit_rl.multi_agent",
     "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
+    "OfflineDataModule": "lit_rl.datamodules",
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Record as Record
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.callbacks import Video as Video
+    from lit_rl.datamodules import OfflineDataModule as OfflineDataModule
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.envs.multi_agent import AgentId as AgentId
@@ -63,11 +70,16 @@ if TYPE_CHECKING:
     from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.files.loading import load_policy as load_policy
     from lit_rl.modules import APPO as APPO
+    from lit_rl.modules import BC as BC
+    from lit_rl.modules import CQL as CQL
     from lit_rl.modules import DQN as DQN
     from lit_rl.modules import IMPALA as IMPALA
+    from lit_rl.modules import IQL as IQL
+    from lit_rl.modules import MARWIL as MARWIL
     from lit_rl.modules import PPO as PPO
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC
+    from lit_rl.modules import DiscreteCQL as DiscreteCQL
     from lit_rl.modules import Rainbow as Rainbow
     from lit_rl.multi_agent import MultiAgent as MultiAgent
     from lit_rl.networks import MLP as MLP

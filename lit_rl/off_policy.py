@@ -58,9 +58,25 @@ class OffPolicy(Algorithm):
         """Steps before each sequence."""
         return self.hp.burn_in
 
+    @property
+    def wants_returns_to_go(self) -> bool:
+        """Whether minibatches must have `return_to_go`, `to_go_discount` and `to_go_observation`: recorded data has."""
+        return False
+
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""
         return 0.0
+
+    def judge(self, batch: TensorDict) -> dict[str, Tensor]:
+        """What is to be known of held-out rows, by name: a value for each row that it applies to, 1-D.
+
+        `td_error`, absolute; `initial_value`, of the rows that begin an episode; `action_difference` of the greedy
+        actions from the recorded ones, see `transitions.action_difference`; `log_prob` of the recorded actions.
+
+        Args:
+            batch: as `update` is given it, with `is_init` also where there is no memory. Keys may be added to it.
+        """
+        return {}
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
         check_streams(self.trainer, self)

@@ -157,7 +157,7 @@ class Forked:
     def __init__(self, folder: Path, arguments: Sequence[str], **variables: str):
         self._errors = folder / "stderr.txt"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning", "lit_rl.cli", "helpers", "envs"])
+        context.set_forkserver_preload(["lightning", "lit_rl.cli.program", "helpers", "envs"])
         self._process = context.Process(target=_command, args=(folder, self._errors, list(arguments), variables))
         self._process.start()
 

@@ -31,9 +31,10 @@ from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
+from lit_rl.source import Source
 
 DEFAULTS = {
-    "max_epochs": -1,  # the budget is data.max_env_steps
+    "max_epochs": -1,  # the budget is data.max_env_steps, or data.max_updates
     "log_every_n_steps": 1,  # one batch is one rollout
     "num_sanity_val_steps": 0,
 }
@@ -140,7 +141,8 @@ class CLI(LightningCLI):
             self.model.init_from = self.config_init.fit.init_from
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
-                logger.experiment.define_metric("*", step_metric="env_steps")
+                clock = self.datamodule.clock if isinstance(self.datamodule, Source) else "env_steps"
+                logger.experiment.define_metric("*", step_metric=clock)
 
 
 class LearnerCLI(CLI):
@@ -272,9 +274,10 @@ def _resolve_recipes(args: Sequence[str]) -> list[str]:
 def _check_budget(config: Any) -> None:
     trainer, data = config.trainer, config.data.get("init_args", {})
     bounded = (trainer.max_epochs or -1) > -1 or (trainer.max_steps or -1) > -1 or trainer.max_time is not None
-    if not bounded and not trainer.fast_dev_run and data.get("max_env_steps", 0) is None:
+    budget = "max_updates" if "max_updates" in data else "max_env_steps"
+    if not bounded and not trainer.fast_dev_run and data.get(budget, 0) is None:
         raise OptionError(
-            "The run has no end: set data.max_env_steps (or trainer.max_time, trainer.max_epochs, trainer.max_steps)."
+            f"The run has no end: set data.{budget} (or trainer.max_time, trainer.max_epochs, trainer.max_steps)."
         )
 
 

@@ -11,6 +11,8 @@ import ddp_script
 import ddp_teams
 import fake_ray
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ddp_off_policy import CASES
@@ -331,3 +333,22 @@ def test_two_ranks_stay_equal_while_policies_come_and_go(come_and_go: Path, name
     assert first["global_step"] == second["global_step"] and first["loss"] == second["loss"] != {}
     assert first["abandoned"] == second["abandoned"] == 2  # both copies of each rank
     assert MultiAgent.load_from_checkpoint(come_and_go / f"{name}.ckpt").ids == first["ids"]
+
+
+def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is_held_out(tmp_path: Path) -> None:
+    rows = np.arange(101)  # the last of each ten is not bootstrapped from: nothing is known of what comes after it
+    table = {"row": rows, "zero": 0 * rows, "action": rows % 2, "reward": 0.0 * rows, "end": rows % 10 == 9}
+    pq.write_table(pa.table(table), tmp_path / "data.parquet")
+    run_python(TESTS / "ddp_offline.py", tmp_path, cwd=tmp_path)
+    first, second = (torch.load(tmp_path / f"offline-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["updates"] == second["updates"] == 30
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and torch.isfinite(weight).all()
+    assert len(first["share"]) == len(second["share"]) >= 30
+    shares = [set(one["seen"].int().tolist()) for one in (first, second)]
+    assert not shares[0] & shares[1]
+    assert all(share <= set(one["share"].tolist()) for share, one in zip(shares, (first, second)))
+    held_out = torch.cat([first["judged"], second["judged"]])  # in three evaluations
+    assert not set(held_out.int().tolist()) & (shares[0] | shares[1])
+    for one in (first, second):
+        assert one["metrics"]["eval/row"] == pytest.approx(float(held_out.unique().mean()))

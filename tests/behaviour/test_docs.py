@@ -65,7 +65,8 @@ def command_lines(page: Path) -> list[list[str]]:
     for line in lines:
         if "fit" in line:
             num_fits += 1
-            line += ["--data.max_env_steps", str(BUDGET * num_fits)]
+            line += ["--data.max_updates" if "OfflineDataModule" in line else "--data.max_env_steps"]
+            line += [str(BUDGET * num_fits)]
     return lines
 
 
@@ -154,8 +155,8 @@ def test_tables_of_options_are_those_that_make_docs_writes(page: Path) -> None:
 def test_there_is_a_table_for_every_class_whose_options_are_documented() -> None:
     tables = [names for page in PAGES for _, names, chosen, _ in TABLE.findall(page.read_text()) if not chosen]
     assert sorted(", ".join(tables).split(", ")) == [
-        "APPO", "DQN", "Evaluation", "FaultTolerance", "IMPALA", "MultiAgent", "PPO", "Placement", "Rainbow", "Record",
-        "ReplayDataModule", "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
+        "APPO", "DQN", "Evaluation", "FaultTolerance", "IMPALA", "MultiAgent", "OfflineDataModule", "PPO", "Placement",
+        "Rainbow", "Record", "ReplayDataModule", "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
     ]  # fmt: skip
 
 

@@ -6,6 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -454,3 +457,30 @@ def test_an_unknown_option_of_one_policy_is_named(capsys: pytest.CaptureFixture)
     Path("several.yaml").write_text(SEVERAL)
     code, line = fails(capsys, "fit", "--config", "several.yaml", "--model.policies.first.lrr", "1")
     assert code == 2 and "policies.first.lrr=1: there is no option 'lrr'. Did you mean 'lr'?" in line
+
+
+def test_recorded_data_is_learned_from_by_a_config_and_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = np.arange(40)
+    table = {
+        "x": rows % 10, "v": rows, "push": rows % 2, "r": rows % 3, "end": rows % 10 == 9, "run": rows // 10
+    }  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    columns = {"observation": ["x", "v"], "action": "push", "reward": "r", "terminated": "end", "episode": "run"}
+    data = {"paths": str(tmp_path / "log.parquet"), "columns": columns, "max_updates": 20, "updates_per_batch": 5}
+    config = {
+        "model": {"class_path": "DQN"}, "data": {"class_path": "OfflineDataModule", "init_args": data},
+        "trainer": {"logger": False, "accelerator": "cpu", "enable_checkpointing": False},
+    }  # fmt: skip
+    Path("offline.yaml").write_text(yaml.safe_dump(config))
+    lit_rl("fit", "--config", "offline.yaml", "--data.validation_fraction", "0.25")
+    assert "20.0/20.0" in capsys.readouterr().out
+    for arguments, words in (
+        (["--data.max_updates", "null"], "The run has no end: set data.max_updates"),
+        (["--data.paths", "gone.parquet"], "paths='gone.parquet': there is no such file or folder."),
+        (["--data.paths", f"[{tmp_path}/log.parquet, gone]"], "paths='gone': there is no such file or folder."),
+        (["--data.columns.action", "pull"], "there is no column 'pull'. There are 'x', 'v', 'push'"),
+        (["--data.preset", "d4lr"], "expected one of 'rllib', 'd4rl', 'lerobot'"),
+    ):
+        assert words in fails(capsys, "fit", "--config", "offline.yaml", *arguments)[1]
