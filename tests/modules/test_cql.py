@@ -209,11 +209,10 @@ def test_discrete_losses_are_torchrls() -> None:
     theirs.make_value_estimator(gamma=0.9)
     # Its next action is the target network's own: not double.
     algorithm.hp.double = False
-    source = {**dict(_Values(algorithm.target).named_parameters())}
-    for name, parameter in theirs.target_value_network_params.flatten_keys(".").items():
-        key = name.removeprefix("module.0.module.").removeprefix("module.")
-        if key in source:
-            parameter.data.copy_(source[key].data)
+    parameters = theirs.target_value_network_params.flatten_keys(".")
+    for name, own in _Values(algorithm.target).named_parameters():
+        (key,) = [key for key in parameters.keys() if key.endswith(name)]  # noqa: SIM118
+        parameters[key].data.copy_(own.data)
     batch = minibatch(discrete=True)
     data = batch.select("observation", "action", "next").clone()
     for key in ("reward", "terminated"):

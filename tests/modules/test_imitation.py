@@ -275,7 +275,7 @@ def chosen(algorithm: Any, rows: TensorDict) -> float:
 def test_imitation_reproduces_the_mixture_and_weights_prefer_the_better_action() -> None:
     rows = bandit()
     share = rows["next", "reward"].mean().item()
-    cloned, weighted, greedier = BC(lr=1e-2, spec=DISCRETE), MARWIL(lr=1e-2, spec=DISCRETE), None
+    cloned, weighted = BC(lr=1e-2, spec=DISCRETE), MARWIL(lr=1e-2, spec=DISCRETE)
     learn(cloned, rows, 200)
     learn(weighted, rows, 300)
     assert chosen(cloned, rows) == pytest.approx(share, abs=0.06)
@@ -368,9 +368,23 @@ def test_the_critic_gives_returns_in_their_own_units(normalize: bool) -> None:
     rows = bandit(good=1.0)
     rows["return_to_go"] = 5000 + 1000 * rows["observation"][:, 0]
     algorithm = MARWIL(lr=1e-2, spec=DISCRETE, normalize_values=normalize)
-    learn(algorithm, rows, 200)
+    learn(algorithm, rows, 300)
     near = (algorithm.value(torch.eye(2), algorithm.critic) - torch.tensor([6000.0, 5000.0])).abs() < 200
     assert near.all() == normalize  # plain targets that great are out of Adam's reach
+
+
+@pytest.mark.parametrize("options", [{"beta": 1.0, "normalize_values": True}, {"beta": 0.0, "squash_actions": True}])
+def test_compiled_steps_give_the_weights_of_eager_ones(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which is run as it is written
+    spec = EnvSpec("Test", OBS, spaces.Box(-1, 1, (1,), np.float32)).to_dict()
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        algorithm = MARWIL(lr=1e-2, spec=spec, network=SMALL, entropy_coef=0.01, compile=compile, **options)
+        learn(algorithm, bandit(continuous=True), 20)
+        found.append(algorithm.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize("kinds", [(BC, BC), (BC, MARWIL)])
