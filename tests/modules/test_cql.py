@@ -42,7 +42,7 @@ def minibatch(num: int = 6, discrete: bool = False, **more: Any) -> TensorDict:
         {
             "observation": torch.randn(num, 3, generator=g), "action": action, "discount": torch.full((num,), 0.9),
             "is_init": torch.arange(num) % 2 == 0, "return_to_go": torch.tensor([2.0, -2.0] * (num // 2)),
-            "to_go_discount": torch.tensor([0.0, 0.5] * (num // 2)),
+            "to_go_discount": torch.tensor([0.0, 0.5, 0.5] * (num // 3)),
             "to_go_observation": torch.randn(num, 3, generator=g),
             "next": {
                 "observation": torch.randn(num, 3, generator=g), "reward": torch.randn(num, generator=g),
