@@ -170,6 +170,8 @@ class MARWIL(OffPolicy):
         """Add `value_target` and `imitation_weight` [M] to a minibatch; c^2 has the minibatch's own advantages."""
         hp, mask, squared = self.hp, mask_of(batch), self.squared_advantage
         assert squared is not None
+        if not self.updates_done:
+            critic.begin_at(batch["return_to_go"], mask)
         target = self.return_of(batch, critic)
         advantage = target - self.value(batch["observation"], critic)
         newest = distributed.rank_mean(distributed.masked_mean(advantage.square(), mask))

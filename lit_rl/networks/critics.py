@@ -52,6 +52,11 @@ class ValueHead(nn.Module):
         self.linear.weight.mul_(scale / new_scale)
         self.linear.bias.mul_(scale).add_(mean - self.moments.mean).div_(new_scale)
 
+    def begin_at(self, target: Tensor, mask: Tensor | None = None) -> None:
+        """Before anything was learned: values begin about the mean of the first targets, instead of 0."""
+        if self.moments is not None and not self.moments.count:
+            self.moments.update(target, mask)
+
     @staticmethod
     def _scale(moments: RunningMoments) -> Tensor:
         return moments.var.sqrt().clamp(min=LEAST_DEVIATION)
@@ -78,6 +83,9 @@ class ValueNetwork(nn.Module):
 
     def take_targets(self, target: Tensor, mask: Tensor | None = None) -> None:
         self.head.take_targets(target, mask)
+
+    def begin_at(self, target: Tensor, mask: Tensor | None = None) -> None:
+        self.head.begin_at(target, mask)
 
 
 class CentralCritic(ValueNetwork):

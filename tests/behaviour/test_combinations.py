@@ -18,10 +18,14 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl import (
+    BC,
+    CQL,
+    IQL,
     MLP,
     PPO,
     SAC,
     TQC,
+    DiscreteCQL,
     EnvSpec,
     Evaluation,
     GRUNetwork,
@@ -269,6 +273,10 @@ OFF_POLICY: dict[str, tuple[Any, str]] = {
     "Rainbow": (functools.partial(Rainbow, sequence_length=4), "discrete"),
     "SAC": (functools.partial(SAC, sequence_length=4, critic_hidden_sizes=(8,)), "matrix"),
     "TQC": (functools.partial(TQC, sequence_length=4, critic_hidden_sizes=(8,), num_quantiles=3), "discrete"),
+    "BC": (functools.partial(BC, sequence_length=4), "tuple"),
+    "CQL": (functools.partial(CQL, sequence_length=4, critic_hidden_sizes=(8,), lagrangian=True), "matrix"),
+    "DiscreteCQL": (functools.partial(DiscreteCQL, sequence_length=4), "discrete"),
+    "IQL": (functools.partial(IQL, sequence_length=4, critic_hidden_sizes=(8,)), "matrix"),
 }
 
 
