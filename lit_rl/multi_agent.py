@@ -361,6 +361,13 @@ class MultiAgent(Membership):
                 algorithm.load_resume_state(state[policy_id])
                 algorithm.resume_skipped(state[policy_id]["skipped_updates"])
 
+    def load_state_of_first(self, state: Mapping[str, Any]) -> None:
+        for policy_id in self.trained:
+            if policy_id in state:
+                algorithm = self.algorithms[policy_id]
+                algorithm.load_state_of_first(state[policy_id]["algorithm"])
+                algorithm.resume_skipped(state[policy_id]["skipped_updates"])
+
     def resume_skipped(self, skipped: int) -> None:
         """Nothing: each algorithm goes on with its own number."""
 

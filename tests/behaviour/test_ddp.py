@@ -108,20 +108,28 @@ def test_a_run_goes_on_with_more_learner_processes_and_with_fewer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RS2: one, then two, then one again."""
-    for name in ("PPO", "DQN"):
+    for name in ("PPO", "DQN", "MultiAgent"):
         algorithm, data = ddp_script.small_run(name, 256)
         ddp_script.fit(algorithm, data, 1).save_checkpoint(tmp_path / f"{name}-1.ckpt")
         assert algorithm.env_steps_done == 256
     printed = run("resume", tmp_path)
-    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 2
-    for name in ("PPO", "DQN"):
+    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 3
+    for name in ("PPO", "DQN", "MultiAgent"):
         first, second = (torch.load(tmp_path / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
         for key, value in first["weights"].items():
             assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
         assert first["seed"] == second["seed"]
         assert [r["ledger"]["delivered"] for r in (first, second)] == [256 + 128, 128]
         assert int(first["weights"]["env_steps"]) == 512
-        assert name == "PPO" or (first["rows"], second["rows"]) == (256 + 128, 128)
+        for one, other in zip(first["begun"], second["begun"], strict=True):
+            assert not torch.equal(one["generator"], other["generator"])
+            ours, theirs = one["algorithm"], other["algorithm"]
+            if name != "DQN":  # what time lines left behind is a rank's own
+                assert ours["running_return"] is not None and theirs["running_return"] is None
+            if name == "MultiAgent":
+                assert ours["critic_state"] is not None and theirs["critic_state"] is None
+                assert ours["kl_coef"] == theirs["kl_coef"] != [0.5, 0.5]  # that of all ranks
+        assert name != "DQN" or (first["rows"], second["rows"]) == (256 + 128, 128)
         assert first["metrics"]["eval/return_mean"] == second["metrics"]["eval/return_mean"]
         algorithm, data = ddp_script.small_run(name, 768)
         said: list[str] = []
