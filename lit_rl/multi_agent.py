@@ -308,7 +308,8 @@ class MultiAgent(Membership):
 
     def summarized(self, results: Sequence[EvaluationResult], prefix: str) -> dict[str, float]:
         found, returns = super().summarized(results, prefix), policy_returns(results)
-        return found | {f"{policy_id}/{prefix}/return_mean": value for policy_id, value in returns.items()}
+        there = [policy_id for policy_id in returns if policy_id in self.ids]  # others were removed meanwhile
+        return found | {f"{policy_id}/{prefix}/return_mean": returns[policy_id] for policy_id in there}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
