@@ -258,6 +258,41 @@ def test_a_pattern_may_match_some_agents_of_another_one_or_all(
         assert may_match(name, pattern) == may
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "sentence"),
+    [
+        (
+            "lit_rl.envs.teams:GroupAgents",
+            r"^wrappers: GroupAgents needs groups=\. Give it .* \{'package.module:GroupAgents': \{'groups': \.\.\.",
+        ),
+        ({"lit_rl.envs.teams:GroupAgents": {"ends": "last"}}, "^wrappers: GroupAgents needs groups="),
+        (
+            {"lit_rl.envs.teams:GroupAgents": {"gruops": {"x": "*"}}},
+            r"^wrappers: GroupAgents\(gruops=\.\.\.\): there is no such option\. Did you mean 'groups'\?$",
+        ),
+        ({"lit_rl.envs.teams:TeamReward": 0.5}, "^wrappers: TeamReward: 0.5: expected a dict of its options by name"),
+        (lambda: 3, "could not be made: TypeError"),
+    ],
+)
+def test_options_of_wrappers_are_checked_by_name(wrapper: Any, sentence: str) -> None:
+    with pytest.raises((OptionError, EnvError), match=sentence):
+        EnvConfig(Parallel, wrappers=[wrapper]).try_out()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "sentence"),
+    [
+        ("gymnasium.wrappers:TimeLimit", "^wrappers: TimeLimit needs max_episode_steps="),
+        ({"gymnasium.wrappers:TimeLimit": {"max_steps": 3}}, r"^wrappers: TimeLimit\(max_steps=\.\.\.\): .* Did you"),
+    ],
+)
+def test_options_of_wrappers_of_one_agent_are_checked_too(wrapper: Any, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        EnvConfig("CartPole-v1", wrappers=[wrapper]).try_out()
+    with pytest.raises(OptionError, match=sentence):
+        EnvConfig(ReplicatedEnv, {"env": "CartPole-v1", "wrappers": [wrapper]}).try_out()
+
+
 class Shift(MultiAgentWrapper):
     def observe(self, agent: str, obs: Any, info: Any) -> Any:
         return obs + 1
