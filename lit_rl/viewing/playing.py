@@ -17,7 +17,7 @@ from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.agent_episodes import play_agents
 from lit_rl.evaluation.episodes import play
 from lit_rl.files.loading import load_policy, read_checkpoint, section
-from lit_rl.policy import Policy, PolicySet
+from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
 from lit_rl.viewing.timeline import Timeline
 from lit_rl.viewing.video import VideoFile, check_format, check_renders, framed, rendering
@@ -144,7 +144,7 @@ def load_player(
     policy_class: str | None = None,
     policies: dict[str, str] | None = None,
     policy_mapping: str | dict[str, str] | None = None,
-) -> Policy | PolicySet:
+) -> Policy:
     """`load_policy` with classes, scripts and a mapping by name, and the random numbers of a seed.
 
     Args:
