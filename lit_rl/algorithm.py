@@ -442,8 +442,7 @@ class Algorithm(TakesOptions, L.LightningModule):
                 set_rng_state(ranks[self.global_rank]["rng"])
                 self.load_resume_state(ranks[self.global_rank])
             else:
-                shared = ranks[0]["algorithm"].items()
-                self.load_rank_state({name: value for name, value in shared if name not in self.OF_ONE_RANK})
+                self.load_state_of_first(ranks[0]["algorithm"])
             self.resume_skipped(skipped)
         self.follow_schedules()
         self._interruption = Interruption(self.trainer)
@@ -570,6 +569,10 @@ class Algorithm(TakesOptions, L.LightningModule):
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `rank_state` returned."""
+
+    def load_state_of_first(self, state: Mapping[str, Any]) -> None:
+        """On a rank that the run did not have before, go on from the first one's `rank_state`, without what is its."""
+        self.load_rank_state({name: value for name, value in state.items() if name not in self.OF_ONE_RANK})
 
     # ------------------------------------------------------------------------------------------------------------
 

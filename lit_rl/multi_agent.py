@@ -310,7 +310,8 @@ class MultiAgent(Membership):
 
     def summarized(self, results: Sequence[EvaluationResult], prefix: str) -> dict[str, float]:
         found, returns = super().summarized(results, prefix), policy_returns(results)
-        return found | {f"{policy_id}/{prefix}/return_mean": value for policy_id, value in returns.items()}
+        there = [policy_id for policy_id in returns if policy_id in self.ids]  # others were removed meanwhile
+        return found | {f"{policy_id}/{prefix}/return_mean": returns[policy_id] for policy_id in there}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -361,6 +362,13 @@ class MultiAgent(Membership):
             if policy_id in state:  # else it was added since
                 algorithm = self.algorithms[policy_id]
                 algorithm.load_resume_state(state[policy_id])
+                algorithm.resume_skipped(state[policy_id]["skipped_updates"])
+
+    def load_state_of_first(self, state: Mapping[str, Any]) -> None:
+        for policy_id in self.trained:
+            if policy_id in state:
+                algorithm = self.algorithms[policy_id]
+                algorithm.load_state_of_first(state[policy_id]["algorithm"])
                 algorithm.resume_skipped(state[policy_id]["skipped_updates"])
 
     def resume_skipped(self, skipped: int) -> None:

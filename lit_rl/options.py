@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -215,6 +215,11 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     return value if limit is None or (value is None and is_optional) else limit(name, value)
 
 
+def limit_of(annotation: Any) -> Limit | None:
+    """The limit in an annotation, None if there is none."""
+    return _limit_of(annotation)[0]
+
+
 @functools.cache
 def _limit_of(annotation: Any) -> tuple[Limit | None, bool]:
     """The limit in an annotation, and whether the annotation allows None too."""
@@ -254,10 +259,7 @@ class TakesOptions:
     RENAMED: Mapping[str, str] = {}
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        known = options_of(cls)
-        for name in options:
-            if known is not None and name not in known:
-                raise OptionError(f"{cls.__name__}({name}=...): there is no such option.{hint(cls, name)}")
+        _check_known(cls, options)
         return super().__new__(cls)
 
     def take_options(self) -> None:
@@ -292,6 +294,14 @@ class TakesOptions:
         """
         for name, value in options.items():
             setattr(self, name, value)
+
+
+def _check_known(cls: type, names: Iterable[str]) -> None:
+    """Refuse options that a class does not have."""
+    known = options_of(cls)
+    for name in names:
+        if known is not None and name not in known:
+            raise OptionError(f"{cls.__name__}({name}=...): there is no such option.{hint(cls, name)}")
 
 
 def options_of(cls: type) -> dict[str, inspect.Parameter] | None:
@@ -337,6 +347,15 @@ def hint_on_points(cls: type, name: str) -> str:
 
 
 # --- options that are a dataclass -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionFields:
+    """Base of frozen dataclasses whose fields are options. An unknown option is refused, with a hint."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        _check_known(cls, options)
+        return super().__new__(cls)
 
 
 def check_fields(options: Any, prefix: str = "") -> None:

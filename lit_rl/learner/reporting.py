@@ -75,3 +75,9 @@ class Reporter:
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=step)
             logger.save()
+
+
+def forget(trainer: Any, prefix: str) -> None:
+    """Have `trainer.callback_metrics` no longer hold what has a name that begins like this."""
+    for name in [name for name in trainer.callback_metrics if name.startswith(prefix)]:
+        del trainer.callback_metrics[name]

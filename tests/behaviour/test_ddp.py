@@ -87,7 +87,7 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
 def without_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What two ranks without env runners leave: a short run, two that went on from one rank, one that diverged last."""
     out = tmp_path_factory.mktemp("two_ranks")
-    for name in ("PPO", "DQN"):
+    for name in ddp_script.RESUMED:
         algorithm, data = ddp_script.small_run(name, 256)
         ddp_script.fit(algorithm, data, 1).save_checkpoint(out / f"{name}-1.ckpt")
         assert algorithm.env_steps_done == 256
@@ -133,15 +133,23 @@ def test_a_run_goes_on_with_more_learner_processes_and_with_fewer(
 ) -> None:
     """RS2: one, then two, then one again."""
     out, printed = without_ray
-    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 2
-    for name in ("PPO", "DQN"):
+    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 3
+    for name in ddp_script.RESUMED:
         first, second = (torch.load(out / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
         for key, value in first["weights"].items():
             assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
         assert first["seed"] == second["seed"]
         assert [r["ledger"]["delivered"] for r in (first, second)] == [256 + 128, 128]
         assert int(first["weights"]["env_steps"]) == 512
-        assert name == "PPO" or (first["rows"], second["rows"]) == (256 + 128, 128)
+        for one, other in zip(first["begun"], second["begun"], strict=True):
+            assert not torch.equal(one["generator"], other["generator"])
+            ours, theirs = one["algorithm"], other["algorithm"]
+            if name != "DQN":  # what time lines left behind is a rank's own
+                assert ours["running_return"] is not None and theirs["running_return"] is None
+            if name == "MultiAgent":
+                assert ours["critic_state"] is not None and theirs["critic_state"] is None
+                assert ours["kl_coef"] == theirs["kl_coef"] != [0.5, 0.5]  # that of all ranks
+        assert name != "DQN" or (first["rows"], second["rows"]) == (256 + 128, 128)
         assert first["metrics"]["eval/return_mean"] == second["metrics"]["eval/return_mean"]
         algorithm, data = ddp_script.small_run(name, 768)
         said: list[str] = []

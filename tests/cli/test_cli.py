@@ -384,13 +384,30 @@ def test_policies_of_a_config_share_networks() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ("[first, second]", "critic_groups"),
+        ("[first, second]", "critic_groups=['first', 'second']: expected a list of groups, such as [['a', 'b']]."),
+        ("[[first, 2]]", "critic_groups=[['first', 2]]: expected a list of groups, such as [['a', 'b']]."),
         ("[[first, third]]", "critic_groups: 'third': expected policies whose algorithms are trained"),
     ],
 )
 def test_what_is_wrong_with_groups_is_told(capsys: pytest.CaptureFixture, groups: str, words: str) -> None:
     Path("team.yaml").write_text(TEAM.replace("[[first, second]]", groups))
     assert words in fails(capsys, "fit", "--config", "team.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("critic_groups=[a,d]", "critic_groups=['a', 'd']: expected a list of groups, such as [['a', 'b']]."),
+        ("encoder_groups=a", "encoder_groups=a: expected a list of groups, such as [['a', 'b']]."),
+        ("train=first", "train=first: expected a list of keys."),
+    ],
+)
+def test_a_wrong_form_of_a_list_is_told_in_one_sentence(
+    capsys: pytest.CaptureFixture, argument: str, words: str
+) -> None:
+    Path("team.yaml").write_text(TEAM)
+    line = fails(capsys, "fit", "--config", "team.yaml", f"--model.{argument}")[1]
+    assert line == f"lit-rl: error: {words}"
 
 
 @pytest.mark.parametrize(
