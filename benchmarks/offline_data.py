@@ -8,7 +8,8 @@ committed; `docs/results/offline_data.json` has each file's SHA-256, the rows, a
 
     cartpole_expert   50 episodes of the trained policy, sampled
     cartpole_medium   150 episodes of a policy whose return is 150 to 250, sampled
-    cartpole_mixed    25 % of the rows are the trained policy's, 75 % those of one whose return is 40 to 80; greedy
+    cartpole_mixed    25 % of the rows are the trained policy's, sampled, 75 % those of one whose return is 40 to 75,
+                      greedy
     pendulum_expert   50 episodes of the trained policy, greedy
     pendulum_mixed    the episodes of SAC's training, of its first 10,000 env steps, exploration included
 
@@ -63,8 +64,8 @@ def make_trainer(*callbacks: L.Callback) -> L.Trainer:
     )
 
 
-def train_ppo(folder: Path) -> None:
-    """PPO on CartPole-v1 as in recipes/ppo_cartpole.yaml, with a checkpoint after every second rollout."""
+def train_ppo(folder: Path, steps: int, rollout_length: int = 128) -> None:
+    """PPO on CartPole-v1 as in recipes/ppo_cartpole.yaml, with a checkpoint after every rollout."""
     L.seed_everything(SEED, verbose=False)
     algorithm = PPO(
         lr=1e-3, lr_schedule="linear", num_epochs=10, minibatch_size=256, entropy_coef=0.0, normalize_returns=False
@@ -72,9 +73,9 @@ def train_ppo(folder: Path) -> None:
     data = RolloutDataModule(
         "CartPole-v1",
         num_envs_per_env_runner=8,
-        rollout_length=128,
-        rollouts_per_epoch=2,
-        max_env_steps=EXPERT_STEPS["CartPole-v1"],
+        rollout_length=rollout_length,
+        rollouts_per_epoch=1,
+        max_env_steps=steps,
     )
     make_trainer(Stages(folder)).fit(algorithm, data)
 
@@ -91,7 +92,7 @@ def train_sac(folder: Path, steps: int, *callbacks: L.Callback) -> None:
     make_trainer(Stages(folder), *callbacks).fit(algorithm, data)
 
 
-def mean_return(env: str, checkpoint: Path, deterministic: bool, episodes: int = 40) -> float:
+def mean_return(env: str, checkpoint: Path, deterministic: bool, episodes: int = 100) -> float:
     seeds = np.random.SeedSequence(SEED).generate_state(episodes).tolist()
     policy = load_policy(checkpoint)
     return float(np.mean([e.return_ for e in play(EnvConfig(env), policy, seeds, deterministic=deterministic)]))
@@ -121,15 +122,15 @@ def rows_of(folder: Path) -> int:
 def make(folder: Path) -> Iterator[str]:
     """Make the data sets that are missing; yields the name of each."""
     with tempfile.TemporaryDirectory() as scratch:
-        ppo, sac, explored = (Path(scratch) / name for name in ("ppo", "sac", "explored"))
-        for stages in (ppo, sac, explored):
+        ppo, early, sac, explored = (Path(scratch) / name for name in ("ppo", "early", "sac", "explored"))
+        for stages in (ppo, early, sac, explored):
             stages.mkdir()
 
         def expert(env: str) -> Path:
             stages = ppo if env == "CartPole-v1" else sac
             if not list(stages.iterdir()):
                 if env == "CartPole-v1":
-                    train_ppo(stages)
+                    train_ppo(stages, EXPERT_STEPS[env])
                 else:
                     train_sac(stages, EXPERT_STEPS[env])
             return max(stages.glob("*.ckpt"))
@@ -147,11 +148,11 @@ def make(folder: Path) -> Iterator[str]:
                 medium = first_between("CartPole-v1", ppo, 150, 250, deterministic=False)
                 record("CartPole-v1", medium, out, 150, deterministic=False)
             elif name == "cartpole_mixed":
-                best = expert("CartPole-v1")
-                early = first_between("CartPole-v1", ppo, 40, 80, deterministic=True)
-                steps = mean_return("CartPole-v1", early, deterministic=True)
-                record("CartPole-v1", early, out, round(30_000 / steps), deterministic=True)
-                record("CartPole-v1", best, out, 20, deterministic=True)
+                record("CartPole-v1", expert("CartPole-v1"), out, 25, deterministic=False)
+                train_ppo(early, 2_048, rollout_length=32)
+                poor = first_between("CartPole-v1", early, 40, 75, deterministic=True)
+                steps = mean_return("CartPole-v1", poor, deterministic=True, episodes=200)
+                record("CartPole-v1", poor, out, round(3 * rows_of(out) / steps), deterministic=True)
             elif name == "pendulum_expert":
                 record("Pendulum-v1", expert("Pendulum-v1"), out, 50, deterministic=True)
             else:
