@@ -23,7 +23,6 @@ _PUBLIC = {
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "Evaluation": "lit_rl.evaluation.options",
     "EpisodeInfo": "lit_rl.policy",
-    "EpisodeWriter": "lit_rl.callbacks",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
     "IMPALA": "lit_rl.modules",
@@ -37,6 +36,7 @@ _PUBLIC = {
     "MultiAgentEnv": "lit_rl.envs.multi_agent",
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
+    "OfflineDataModule": "lit_rl.datamodules",
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
@@ -44,6 +44,7 @@ _PUBLIC = {
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
     "Random": "lit_rl.policy",
+    "Record": "lit_rl.callbacks",
     "ReplayDataModule": "lit_rl.datamodules",
     "RolloutDataModule": "lit_rl.datamodules",
     "SAC": "lit_rl.modules",
@@ -51,15 +52,17 @@ _PUBLIC = {
     "TQC": "lit_rl.modules",
     "Video": "lit_rl.callbacks",
 }
+_RENAMED = {"EpisodeWriter": "lit_rl.callbacks"}  # says so when it is made
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
     from lit_rl.callbacks import Diagnostics as Diagnostics
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
-    from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
+    from lit_rl.callbacks import Record as Record
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.callbacks import Video as Video
+    from lit_rl.datamodules import OfflineDataModule as OfflineDataModule
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.envs.multi_agent import AgentId as AgentId
@@ -97,8 +100,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PUBLIC or name in _RENAMED:
+        value = getattr(importlib.import_module((_PUBLIC | _RENAMED)[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'lit_rl' has no attribute {name!r}")

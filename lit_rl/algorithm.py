@@ -449,7 +449,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         self._interruption = Interruption(self.trainer)
         if self.trainer.enable_validation:
             self.source.begin_evaluation()
-        self._reporter = Reporter(self.trainer)
+        self._reporter = Reporter(self.trainer, self.source.clock)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._obey_signals()
@@ -467,7 +467,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             self.reporter.evaluation(self.summarized(distributed.gather(result), "eval"), result.at)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        started, env_steps = time.perf_counter(), self.env_steps_done
+        started, before = time.perf_counter(), self.clock
         metrics = self.metrics_of(batch)
         self.follow_schedules()
         self.reporter.update(
@@ -475,8 +475,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             started=started,
             waited_s=getattr(batch, "waited_s", 0.0),
             step=self.clock,
-            env_steps=self.env_steps_done,
-            new=self.env_steps_done - env_steps,
+            new=self.clock - before,
         )
 
     def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
@@ -618,15 +617,19 @@ class Algorithm(TakesOptions, L.LightningModule):
         trainer, results = self.trainer, self.source.evaluations()
         for result in results[:-1]:
             self.reporter.evaluation(self.summarized(distributed.gather(result), prefix), result.at)
-        for result in results[-1:]:
-            values, in_fit = self.summarized(distributed.gather(result), prefix), trainer.state.fn == "fit"
+        now, judged = self.clock, self.source.judged(prefix)
+        last = [(self.summarized(distributed.gather(result), prefix), result.at) for result in results[-1:]]
+        if judged:
+            last = [(last[0][0] | judged, now)] if last and last[0][1] == now else [*last, (judged, now)]
+        for values, at in last:
+            in_fit = trainer.state.fn == "fit"
             with warnings.catch_warnings():
                 # `trainer.validate` returns what was logged, whether there is a logger or not.
                 warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
                 # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
                 self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
             if in_fit and not trainer.sanity_checking:
-                self.reporter.evaluation(values, result.at)
+                self.reporter.evaluation(values, at)
 
 
 @contextlib.contextmanager

@@ -284,14 +284,16 @@ class MultiAgent(Membership):
 
     def _learned_from_stream(self, stream: ReplayStream) -> dict[str, dict[str, Tensor | float]]:
         """The metrics of each algorithm that learns now; all of them are off-policy."""
-        learning = self.learning
+        learning, by_updates = self.learning, self.source.clock == "updates"
         algorithms = {policy_id: x for policy_id, x in self.off_policy.items() if policy_id in learning}
+        first = next(iter(algorithms), None)
         for algorithm in algorithms.values():
             algorithm.begin_batch()
         for policy_id, minibatch in stream.by_policy():
             self._count_env_steps(stream.take_env_steps())
             algorithms[policy_id].learn_from_minibatch(minibatch)
-            self.count("updates", 1)
+            if policy_id == first or not by_updates:  # recorded data has a minibatch for each: one update of all
+                self.count("updates", 1)
         self._count_env_steps(stream.take_env_steps())
         return {policy_id: algorithm.end_batch(algorithm.learned()) for policy_id, algorithm in algorithms.items()}
 

@@ -164,10 +164,25 @@ class ListOfGroups(Limit):
         return "a list of groups, such as [['a', 'b']]"
 
 
+class SeveralPaths(Limit):
+    """A path or several, as texts or `Path`s."""
+
+    def accepts(self, value: Any) -> bool:
+        paths = [value] if isinstance(value, str | Path) else value
+        return isinstance(paths, list | tuple) and len(paths) > 0 and all(isinstance(x, str | Path) for x in paths)
+
+    def kept(self, value: Any) -> tuple[str, ...]:
+        return tuple(str(path) for path in ([value] if isinstance(value, str | Path) else value))
+
+    def __repr__(self) -> str:
+        return "a path, or a list of paths"
+
+
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
 Fraction = Annotated[float, Within(0.0, 1.0, open_high=True)]
+OpenFraction = Annotated[float, Within(0.0, 1.0, open_low=True, open_high=True)]
 PositiveFraction = Annotated[float, Within(0.0, 1.0, open_low=True)]
 Count = Annotated[int, Within(1, whole=True)]
 CountOrZero = Annotated[int, Within(0, whole=True)]
@@ -176,6 +191,7 @@ Counts = Annotated[Sequence[int], ListOfCounts()]
 Names = Annotated[Sequence[str], ListOfNames()]
 Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
+Paths = Annotated[Sequence[str] | str, SeveralPaths()]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
 # The limits of types that are written without one.

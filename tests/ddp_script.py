@@ -1,7 +1,6 @@
-"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder>`.
+"""One rank of DDP runs, or one process alone: `python ddp_script.py <out folder> <case> ...`, one after the other.
 
-Started by test_ddp.py. `gradients <folder> <subfolder>:<shares>:<network>:<algorithm>[:compile] ...` makes several
-runs.
+Started by test_ddp.py. The case `gradients:<subfolder>:<shares>:<network>:<algorithm>[:compile]` has options.
 """
 
 import logging
@@ -9,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import torch
@@ -105,8 +105,6 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
         reduced.append(x.numel())
         return all_reduce(x, *op)
 
-    distributed.all_reduce = counted
-
     class Watch(PPO):
         def update(self, batch: TensorDict) -> dict:
             first.append(batch["observation"][:, 0].clone())
@@ -114,7 +112,8 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
 
     target_kl = None if num_env_runners else 5e-4  # which the ranks do not exceed at the same time
     algorithm = Watch(minibatch_size=32, num_epochs=2, lr=1e-3, target_kl=target_kl)
-    trainer = fit(algorithm, data, world_size)
+    with mock.patch.object(distributed, "all_reduce", counted):
+        trainer = fit(algorithm, data, world_size)
     trainer.save_checkpoint(out / "ddp.ckpt")
     torch.save(
         {
@@ -245,19 +244,19 @@ def fit(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    case, out = sys.argv[1], Path(sys.argv[2])
-    if case == "gradients":
-        for run in sys.argv[3:]:
-            folder, shares, network, algorithm_name, *compile = run.split(":")
+    out = Path(sys.argv[1])
+    for case, *options in (argument.split(":") for argument in sys.argv[2:]):
+        if case == "gradients":
+            folder, shares, network, algorithm_name, *compile = options
             gradients(2, out / folder, shares, network, algorithm_name, compile=bool(compile))
-    elif case == "nan":
-        nan(out)
-    elif case == "resume":
-        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-        resume(out)
-    elif case == "streams":
-        streamed(2, out)
-    elif case == "signal":
-        signalled(out)
-    else:
-        train(2, out, num_env_runners=int(case == "ray"))
+        elif case == "nan":
+            nan(out)
+        elif case == "resume":
+            logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+            resume(out)
+        elif case == "streams":
+            streamed(2, out)
+        elif case == "signal":
+            signalled(out)
+        else:
+            train(2, out, num_env_runners=int(case == "ray"))

@@ -1,4 +1,4 @@
-"""The commands that train nothing: `lit-rl recipes`, `lit-rl play` and `lit-rl plot`."""
+"""The commands that train nothing: `lit-rl recipes`, `lit-rl play`, `lit-rl plot` and `lit-rl data`."""
 
 import sys
 import textwrap
@@ -9,6 +9,7 @@ import jsonargparse
 import numpy as np
 
 from lit_rl.cli import recipe_index
+from lit_rl.cli.data import data
 from lit_rl.envs.make import EnvConfig
 from lit_rl.options import Count, CountOrZero, check
 from lit_rl.viewing.curves import draw
@@ -135,4 +136,4 @@ def _parser(name: str, description: str) -> jsonargparse.ArgumentParser:
     )
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot, "data": data}

@@ -14,6 +14,8 @@ from lit_rl.networks import NETWORKS
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
     "checkpoint": "Give a checkpoint file: lit-rl play runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
+    "what": "Give what to do and where: lit-rl data info runs/ppo_cartpole/version_0/episodes",
+    "episodes": "Give their folder: lit-rl data info runs/ppo_cartpole/version_0/episodes",
     "runs": "Give the folder of a run, or of several: lit-rl plot runs/ppo_cartpole",
 }
 TYPES = {

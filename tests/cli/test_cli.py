@@ -6,12 +6,16 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from helpers import ROOT
 from lightning.pytorch.cli import LightningCLI
 
+import lit_rl.cli.program
 from lit_rl import MultiAgent, Policy, Replay, cli, load_policy
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
@@ -106,7 +110,9 @@ def test_fit_validate_test_and_predict(capsys: pytest.CaptureFixture) -> None:
     lit_rl("test", *TINY, "--ckpt_path", "last")
     assert "test/return_mean" in capsys.readouterr().out
     lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3")
-    check_episodes_file(next(Path("runs").rglob("episodes-rank0.parquet")))
+    check_episodes_file(next(Path("runs").rglob("episodes/episodes-rank0-00000.parquet")))
+    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3", "--out", "here")
+    check_episodes_file(Path("here/episodes-rank0-00000.parquet"))
 
 
 def check_episodes_file(path: Path) -> None:
@@ -120,8 +126,10 @@ def check_episodes_file(path: Path) -> None:
     for episode in range(3):
         steps = [i for i, e in enumerate(rows["episode"]) if e == episode]
         assert [rows["t"][i] for i in steps] == list(range(len(steps)))
-        assert [rows["terminated"][i] or rows["truncated"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
-        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps)
+        ends = [rows["terminated"][i] or rows["truncated"][i] for i in steps]
+        assert ends == [False] * (len(steps) - 2) + [True, False]
+        assert [rows["closing"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
+        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps[:-1])
     spec = json.loads(table.schema.metadata[b"lit_rl"])["spec"]
     assert spec["action_space"] == {"type": "Discrete", "n": 2, "start": 0}
 
@@ -233,7 +241,7 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 def test_the_usage_names_every_subcommand(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "{fit,validate,test,predict,recipes,play,plot}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -449,3 +457,30 @@ def test_an_unknown_option_of_one_policy_is_named(capsys: pytest.CaptureFixture)
     Path("several.yaml").write_text(SEVERAL)
     code, line = fails(capsys, "fit", "--config", "several.yaml", "--model.policies.first.lrr", "1")
     assert code == 2 and "policies.first.lrr=1: there is no option 'lrr'. Did you mean 'lr'?" in line
+
+
+def test_recorded_data_is_learned_from_by_a_config_and_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = np.arange(40)
+    table = {
+        "x": rows % 10, "v": rows, "push": rows % 2, "r": rows % 3, "end": rows % 10 == 9, "run": rows // 10
+    }  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    columns = {"observation": ["x", "v"], "action": "push", "reward": "r", "terminated": "end", "episode": "run"}
+    data = {"paths": str(tmp_path / "log.parquet"), "columns": columns, "max_updates": 20, "updates_per_batch": 5}
+    config = {
+        "model": {"class_path": "DQN"}, "data": {"class_path": "OfflineDataModule", "init_args": data},
+        "trainer": {"logger": False, "accelerator": "cpu", "enable_checkpointing": False},
+    }  # fmt: skip
+    Path("offline.yaml").write_text(yaml.safe_dump(config))
+    lit_rl("fit", "--config", "offline.yaml", "--data.validation_fraction", "0.25")
+    assert "20.0/20.0" in capsys.readouterr().out
+    for arguments, words in (
+        (["--data.max_updates", "null"], "The run has no end: set data.max_updates"),
+        (["--data.paths", "gone.parquet"], "paths='gone.parquet': there is no such file or folder."),
+        (["--data.paths", f"[{tmp_path}/log.parquet, gone]"], "paths='gone': there is no such file or folder."),
+        (["--data.columns.action", "pull"], "there is no column 'pull'. There are 'x', 'v', 'push'"),
+        (["--data.preset", "d4lr"], "expected one of 'rllib', 'd4rl', 'lerobot'"),
+    ):
+        assert words in fails(capsys, "fit", "--config", "offline.yaml", *arguments)[1]
