@@ -113,7 +113,7 @@ class Categorical:
         return action + self._start if self._start else action
 
     def from_env(self, action: np.ndarray) -> np.ndarray:
-        return action - self._start
+        return action - self._start if self._start else action
 
 
 class MultiCategorical:
@@ -197,7 +197,7 @@ class Bernoulli:
         return action.astype(self._space.dtype)
 
     def from_env(self, action: np.ndarray) -> np.ndarray:
-        return action.astype(np.uint8)
+        return action.astype(np.uint8, copy=False)
 
     def _shaped(self, ones: np.ndarray) -> np.ndarray:
         return ones.astype(np.uint8).reshape(*ones.shape[:-1], *self._space.shape)
@@ -246,7 +246,7 @@ class DiagonalGaussian:
         return np.clip(action, self._low, self._high).astype(self._dtype, copy=False)
 
     def from_env(self, action: np.ndarray) -> np.ndarray:
-        return action.astype(np.float32)
+        return action.astype(np.float32, copy=False)
 
     def _shaped(self, action: np.ndarray) -> np.ndarray:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)

@@ -1,7 +1,7 @@
 """What feeds an algorithm from recorded episodes: minibatches to learn from, and held-out rows to judge it by."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lit_rl.policy.mapping import EpisodeInfo, PolicyMapping
 from lit_rl.replay.feed import drawn
 from lit_rl.replay.recorded import Recorded
 from lit_rl.replay.recorded_buffer import RecordedBuffer
-from lit_rl.trees import iterate
+from lit_rl.trees import iterate, nest
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class RecordedFeed:
                 "Raise it."
             )
         self.algorithm, self.draws = algorithm, draws
+        recorded = as_policy_acts(policy, recorded)
         options: dict[str, Any] = {
             "state": dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
             "gamma": algorithm.gamma if algorithm.wants_returns_to_go else None,
@@ -182,6 +183,16 @@ def rows_of_rank(recorded: Recorded, episodes: np.ndarray, rank: int, world_size
     rows = np.flatnonzero(recorded.is_transition & recorded.rows_of(episodes))
     share = len(rows) // world_size
     return rows[rank * share : (rank + 1) * share]
+
+
+def as_policy_acts(policy: Any, recorded: Recorded) -> Recorded:
+    """The same episodes with actions as a policy gives them, instead of as the environment was given them.
+
+    A squashed policy's lie in [-1, 1] whatever the bounds are, and a Discrete one's begin at 0.
+    """
+    columns = {path: x for path, x in recorded.columns.items() if path.partition("/")[0] == "action"}
+    actions = policy.from_env(nest(columns)["action"])
+    return replace(recorded, columns={**recorded.columns, **dict(iterate(actions, "action"))})
 
 
 def best(recorded: Recorded, episodes: np.ndarray, fraction: float) -> np.ndarray:

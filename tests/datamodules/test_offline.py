@@ -17,9 +17,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import (
+    BC,
+    CQL,
     DQN,
+    IQL,
+    MARWIL,
     PPO,
     SAC,
+    DiscreteCQL,
     EnvStepsProgressBar,
     Evaluation,
     LSTMNetwork,
@@ -452,3 +457,51 @@ def test_recorded_data_of_other_spaces_is_refused(own: str, make_trainer) -> Non
         OptionError, match=r"offline_paths=\['.*recorded'\]: the data has observation .*: expected those of"
     ):
         fit(make_trainer, SAC(), ReplayDataModule("Pendulum-v1", offline_paths=own, **ONLINE))
+
+
+# --- algorithms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [BC, MARWIL, DiscreteCQL, IQL])
+def test_algorithms_learn_and_are_judged_by_held_out_episodes(kind: type, path: str, make_trainer) -> None:
+    data = make_data(path, validation_fraction=0.2)
+    fit(make_trainer, algorithm := kind(), data)
+    assert algorithm.updates_done == 60
+    found = make_trainer().validate(algorithm, data, verbose=False)[0]
+    expected = {"BC": {"log_prob"}, "MARWIL": {"log_prob", "td_error", "initial_value"}}
+    names = expected.get(kind.__name__, {"td_error", "initial_value"}) | {"action_difference"}
+    assert {name.removeprefix("eval/") for name in found} >= names
+    assert all(np.isfinite(found[f"eval/{name}"]) for name in names) and 0 <= found["eval/action_difference"] <= 1
+
+
+@pytest.mark.parametrize("kind", [CQL, IQL, SAC, BC])
+def test_actions_are_as_the_policy_gives_them(kind: type, make_trainer, tmp_path: Path) -> None:
+    """A squashed policy's lie in [-1, 1]; the environment of the data was given them between its bounds, -2 and 2."""
+    episode, t = (x.reshape(-1) for x in np.mgrid[:4, :8])
+    columns = {f"obs{i}": np.sin(episode + i * t) for i in range(3)} | {
+        "torque": np.linspace(-2, 2, 32),
+        "episode": episode,
+    }
+    rows = columns | {"reward": -(columns["torque"] ** 2), "terminated": np.zeros(32, bool), "truncated": t == 7}
+    rows |= {f"next{i}": np.sin(episode + i * (t + 1)) for i in range(3)}
+    pq.write_table(pa.table(rows), tmp_path / "pendulum.parquet")
+    named = {
+        "observation": [f"obs{i}" for i in range(3)], "next_observation": [f"next{i}" for i in range(3)],
+        "action": ["torque"], "reward": "reward", "terminated": "terminated", "truncated": "truncated",
+        "episode": "episode",
+    }  # fmt: skip
+    seen: list[Tensor] = []
+
+    class Watching(kind):  # type: ignore[misc,valid-type]
+        def update(self, batch: TensorDict) -> Any:
+            assert torch.allclose(batch["next", "reward"], -(self.scale * batch["action"][:, 0]).square(), atol=1e-5)
+            seen.append(batch["action"])
+            return super().update(batch)
+
+    algorithm = Watching()
+    algorithm.scale = 1.0 if kind is BC else 2.0
+    data = make_data(
+        str(tmp_path / "pendulum.parquet"), columns=named, max_updates=20, evaluation=Evaluation(env="Pendulum-v1")
+    )
+    fit(make_trainer, algorithm, data, limit_val_batches=0)
+    assert torch.cat(seen).abs().max().item() == pytest.approx(2.0 if kind is BC else 1.0, abs=0.01)

@@ -402,7 +402,7 @@ def test_a_checkpoint_of_squashed_actions_is_refused_without_squashing(make_trai
         trainer.save_checkpoint(tmp_path / "squashed.ckpt")
 
     fit(squash=True)
-    with pytest.raises(CheckpointError, match="made with squash=True, this one with squash=False"):
+    with pytest.raises(CheckpointError, match="made with squash_actions=True, this one with squash_actions=False"):
         fit(squash=False, path=tmp_path / "squashed.ckpt")
 
 
