@@ -247,7 +247,8 @@ def main() -> None:
         for seed in args.seeds:
             runs.append(run_seed(args.recipe, seed, Path(folder) / args.recipe, args.episodes))
             last = runs[-1]
-            print(f"seed {seed}: {last['return_mean']} after {last[clock]} {clock.removeprefix('env_')}, {last['wall_s']} s", flush=True)
+            steps = f"{last[clock]} {clock.removeprefix('env_')}"
+            print(f"seed {seed}: {last['return_mean']} after {steps}, {last['wall_s']} s", flush=True)
     judged = f"greedy, {args.episodes} episodes, last checkpoint"
     if args.recipe in GAMES:
         counts, matches = GAMES[args.recipe]

@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, quiet_trainer
 from lightning.pytorch.cli import LightningCLI
 
 import lit_rl.cli.program
-from lit_rl import MultiAgent, Policy, Replay, cli, load_policy
+from lit_rl import PPO, SAC, Evaluation, MultiAgent, Policy, Record, Replay, RolloutDataModule, cli, load_policy
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OFFLINE = [path for path in RECIPES if "OfflineDataModule" in path.read_text()]
 QUICK_RECIPES = {"ppo_cartpole", "ppo_stateless_cartpole_lstm", "rainbow_cartpole", "sac_pendulum"}
 TINY = [
     "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
@@ -50,9 +51,9 @@ def runs() -> list[Path]:
 
 @pytest.mark.parametrize(
     "recipe",
-    [p if p.stem in QUICK_RECIPES else pytest.param(p, marks=pytest.mark.slow) for p in RECIPES],
-    ids=[path.stem for path in RECIPES],
-)
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK_RECIPES else pytest.mark.slow) for p in RECIPES
+     if p not in OFFLINE],
+)  # fmt: skip
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
@@ -87,6 +88,23 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
         assert all(0 < int(weights[f"algorithms.{policy_id}.updates"]) <= 13 for policy_id in policies)
     else:
         assert int(weights["updates"]) == updates
+    assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
+
+
+@pytest.mark.parametrize("recipe", OFFLINE, ids=[path.stem for path in OFFLINE])
+def test_every_recipe_of_recorded_data_trains_for_one_update(recipe: Path) -> None:
+    config = yaml.safe_load(recipe.read_text())
+    env = config["data"]["init_args"]["evaluation"]["env"]
+    policy = (PPO if env == "CartPole-v1" else SAC)()
+    trainer = quiet_trainer(callbacks=[Record("data")])
+    trainer.predict(policy, RolloutDataModule(env, seed=0, evaluation=Evaluation(episodes=4, deterministic=False)))
+    lit_rl(
+        "fit", "--config", str(recipe), "--data.paths", "data", "--data.max_updates", "1",
+        "--trainer.enable_progress_bar", "false", "--data.evaluation.episodes", "1",
+    )  # fmt: skip
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    weights = load_plainly(checkpoint)["state_dict"]
+    assert (int(weights["updates"]), int(weights["env_steps"])) == (1, 0)
     assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
 
 
