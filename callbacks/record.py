@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.episode_folder import EpisodeFolder, TimeLine, WholeEpisode
@@ -107,7 +106,7 @@ class Record(TakesOptions, L.Callback):
         if not hasattr(data, "evaluator"):
             raise OptionError("Record: expected a datamodule with an environment, such as RolloutDataModule.")
         records_training = self.training and trainer.state.fn == "fit"
-        if records_training and not isinstance(data, EnvDataModule):
+        if records_training and not hasattr(data, "fragment_watcher"):
             raise OptionError(f"Record(training=True): {type(data).__name__} has no env runners. Leave it out.")
         if records_training and isinstance(data.spec, MultiAgentSpec):
             raise OptionError(
@@ -132,7 +131,7 @@ class Record(TakesOptions, L.Callback):
         if trainer is None:
             return
         self._data.evaluator.recorder = None
-        if isinstance(self._data, EnvDataModule):
+        if hasattr(self._data, "fragment_watcher"):
             self._data.fragment_watcher = None
         self._write()
         self._begun["training"] = self._assembler.begun

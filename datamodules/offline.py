@@ -19,10 +19,10 @@ from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, Fraction, InstanceOf, OneOf, Paths, PositiveFraction, UnitInterval
+from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.feed import ALONE
 from lit_rl.replay.options import Steps
-from lit_rl.replay.recorded import Recorded
 from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, rows_of_rank, split
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 

@@ -21,10 +21,10 @@ from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, OpenFraction, Paths, taken, with_fields_of
 from lit_rl.policy import PolicySet
+from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayBuffer, ReplayStream
 from lit_rl.replay.feed import ALONE, ROUNDING
 from lit_rl.replay.options import Replay
-from lit_rl.replay.recorded import Recorded
 from lit_rl.replay.recorded_feed import Draws, RecordedFeed, episodes_of, rows_of_rank
 from lit_rl.runners.ray_pool import RunnerPool
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files.tables import Table
-from lit_rl.replay.recorded import Recorded, joined
+from lit_rl.recorded import Recorded, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import iterate, row_dtype, space_leaves
 

@@ -32,19 +32,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
 from lit_rl.errors import DataError, SpaceError
+from lit_rl.files.parquet import refuse_extension_types
 from lit_rl.observations import out_of_range
+from lit_rl.recorded import Recorded
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 from lit_rl.trees import row_dtype, space_leaves
-
-if TYPE_CHECKING:
-    from lit_rl.replay.recorded import Recorded
 
 Spec = EnvSpec | MultiAgentSpec
 FORMAT = 2
@@ -138,6 +137,7 @@ def is_own(path: str | Path) -> bool:
         for file in sorted(named.glob("*.parquet")) if named.is_dir() else [named]:
             if file.match(SHARDS):
                 return True
+            refuse_extension_types(file)
             try:
                 return KEY in (pq.read_metadata(file).metadata or {})
             except (pa.ArrowException, OSError):
@@ -207,12 +207,13 @@ def open_file(path: Path) -> File:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    refuse_extension_types(path)
     try:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole Parquet file: {_line(error)}") from error
-    refuse_objects(path, schema)
+    refuse_bytes(path, schema)
     try:
         head = json.loads((schema.metadata or {})[KEY])
         number = head["format"] if head["format"] <= FORMAT else _newer(path, head["format"])
@@ -237,22 +238,18 @@ def open_file(path: Path) -> File:
     return File(path, number, spec, head.get("env"), tuple(head.get("ids", ())), num_rows, frozenset(schema.names))
 
 
-def refuse_objects(path: Path, schema: Any) -> None:
-    """Refuse Arrow's extension types, and bytes, which could hold pickled objects.
+def refuse_bytes(path: Path, schema: Any) -> None:
+    """Refuse columns of bytes, which could hold pickled objects.
 
     Raises:
         DataError: naming the column.
     """
-    import pyarrow as pa
-
     for field in schema:
-        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-            kind = f"the extension type {field.type}"
-        elif _holds_bytes(field.type):
-            kind = f"the type {field.type}, which could hold pickled objects"
-        else:
-            continue
-        raise DataError(f"{path}: column {field.name!r} has {kind}: expected numbers, flags or texts. It was not read.")
+        if _holds_bytes(field.type):
+            raise DataError(
+                f"{path}: column {field.name!r} has the type {field.type}, which could hold pickled objects: expected "
+                "numbers, flags or texts. It was not read."
+            )
 
 
 def check_digest(path: Path) -> None:
@@ -326,7 +323,7 @@ class Rows:
         return f"{file.path}, episode {self.columns['episode'][row]}, t={self.columns['t'][row]}"
 
 
-def read(paths: Sequence[str | Path]) -> tuple["Recorded", Spec]:
+def read(paths: Sequence[str | Path]) -> tuple[Recorded, Spec]:
     """Recorded episodes, and the spec of their environment.
 
     Args:
@@ -335,8 +332,6 @@ def read(paths: Sequence[str | Path]) -> tuple["Recorded", Spec]:
     Raises:
         DataError: if there are none, or one is damaged, of another schema or environment, or holds what it must not.
     """
-    from lit_rl.replay.recorded import Recorded
-
     rows = read_rows(find(paths))
     columns = rows.columns
     if not len(columns["t"]):

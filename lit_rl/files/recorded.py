@@ -3,10 +3,8 @@
 Shapes: N rows, E episodes.
 """
 
-import glob
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,8 @@ from gymnasium import spaces
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files import episodes
 from lit_rl.files.columns import PRESETS, columns_of, read_tables
-from lit_rl.files.tables import Table, files_in, refuse_extension_types
-from lit_rl.replay.recorded import Recorded, joined
+from lit_rl.files.tables import Table, files_in
+from lit_rl.recorded import Recorded, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import from_env, iterate, row_dtype, space_leaves
 
@@ -52,9 +50,6 @@ def read_recorded(
         _check_actions(recorded, own, named[0])
         return recorded, own
     if columns is None and preset is None:
-        for path in paths:
-            for file in Path(path).rglob("*.parquet") if Path(path).is_dir() else map(Path, glob.glob(path)):
-                refuse_extension_types(file)
         strange = next((path for path in paths if not episodes.is_own(path)), None)
         if strange is not None:
             table = Table(files_in([strange])[0])

@@ -1,8 +1,6 @@
 """Tables of numbers in files: named columns of Parquet, CSV, JSON lines and HDF5. No code that a file holds is run."""
 
-import base64
 import glob
-import os
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from lit_rl.errors import DataError, OptionError
+from lit_rl.files.parquet import refuse_extension_types
 
 FORMATS = {
     ".parquet": "Parquet", ".csv": "CSV", ".json": "JSON lines", ".jsonl": "JSON lines", ".h5": "HDF5", ".hdf5": "HDF5",
 }  # fmt: skip
 JSON_BLOCK = 64 * 2**20  # bytes: no line may be longer
-KEY = b"ARROW:extension:name"
-# As it is written in base64, after 0, 1 or 2 bytes of what comes before.
-EXTENSION_NAMES = [base64.b64encode(bytes(k) + KEY)[-(-8 * k // 6) : 8 * (k + len(KEY)) // 6] for k in range(3)]
 SHOWN = 12  # names of columns in a message
 
 
@@ -45,27 +41,6 @@ def files_in(paths: Sequence[str], endings: Collection[str] = tuple(FORMATS)) ->
                 raise OptionError(f"paths={given!r}: there is no such file or folder.")
         found += here
     return found
-
-
-def refuse_extension_types(path: Path) -> None:
-    """Refuse a Parquet file whose schema has Arrow extension types, before pyarrow makes that.
-
-    It then runs code of types that libraries have registered (Ray's may unpickle), also for metadata alone. The schema
-    is in the file's footer, in base64.
-
-    Raises:
-        DataError: if it has some.
-    """
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, end - 8 - length))
-        footer = file.read(length)
-    if any(name in footer for name in EXTENSION_NAMES):
-        raise DataError(
-            f"{path}: it has columns of Arrow extension types, which may hold code. Write plain lists of numbers."
-        )
 
 
 class Table:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import CheckpointError
+from lit_rl.recorded import Recorded
 from lit_rl.replay.buffer import DONE, IS_INIT, TERMINATED, TRANSITION, ReplayBuffer
-from lit_rl.replay.recorded import Recorded
 from lit_rl.spec import EnvSpec
 
 

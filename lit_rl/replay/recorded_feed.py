@@ -11,8 +11,8 @@ from torch import Tensor
 from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.policy.mapping import EpisodeInfo, PolicyMapping
+from lit_rl.recorded import Recorded
 from lit_rl.replay.feed import drawn
-from lit_rl.replay.recorded import Recorded
 from lit_rl.replay.recorded_buffer import RecordedBuffer
 from lit_rl.trees import iterate, nest
 

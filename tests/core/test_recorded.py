@@ -16,8 +16,8 @@ import torch
 from gymnasium import spaces
 
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.recorded import Recorded, joined
 from lit_rl.replay import ReplayBuffer
-from lit_rl.replay.recorded import Recorded, joined
 from lit_rl.replay.recorded_buffer import RecordedBuffer
 from lit_rl.replay.recorded_feed import best, rows_of_rank, split
 from lit_rl.spec import EnvSpec

@@ -16,7 +16,7 @@ from pyarrow import csv
 
 from lit_rl.errors import DataError, LitRLError, OptionError
 from lit_rl.files.recorded import read_recorded
-from lit_rl.replay.recorded import Recorded
+from lit_rl.recorded import Recorded
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 # Two episodes: of 3 steps, terminated, and of 2 steps, truncated.
