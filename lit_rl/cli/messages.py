@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_rl.cli.configs import class_of, suggestion
 from lit_rl.errors import LitRLError
 from lit_rl.networks import NETWORKS
-from lit_rl.options import ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
+from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
 
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
@@ -100,7 +100,7 @@ def _list_of(key: str, text: str) -> str:
         owner = class_of(class_path)
         option = (options_of(owner) or {}).get(key.rpartition(".")[2]) if owner is not None else None
         for kind in () if option is None else (option.annotation, *get_args(option.annotation)):
-            limit = limit_of(kind)
+            limit = kind if isinstance(kind, Limit) else limit_of(kind)
             if isinstance(limit, ListOfCounts | ListOfNames | ListOfGroups):
                 return repr(limit)
     return ""
