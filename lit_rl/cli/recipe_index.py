@@ -62,7 +62,7 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(
         name=path.stem,
         algorithm=config["model"]["class_path"].rpartition(".")[2],
-        env=(data.get("env") or data["evaluation"]["env"]).rpartition(":")[2],
+        env=_short(data.get("env") or data["evaluation"]["env"]),
         env_steps=0 if is_offline else length,
         updates=length if is_offline else 0,
         episodes=int(measured["episodes"]) if measured else 0,
@@ -70,6 +70,12 @@ def read_recipe(path: Path) -> Recipe:
         median=float(measured["median"]) if measured else None,
         is_share=measured is not None and measured["what"] != "return",
     )
+
+
+def _short(env: str) -> str:
+    """An environment's name without the packages it lies in; a class by its name alone."""
+    name = env.rpartition(":")[2]
+    return name if name[:1].isupper() else env.rpartition(".")[2]
 
 
 def table() -> str:
