@@ -12,8 +12,6 @@ committed; `docs/results/offline_data.json` has each file's SHA-256, the rows, a
                       greedy
     pendulum_expert   50 episodes of the trained policy, greedy
     pendulum_mixed    the episodes of SAC's training, of its first 10,000 env steps, exploration included
-
-It takes 5 minutes on two idle cores.
 """
 
 import argparse
@@ -106,17 +104,17 @@ def first_between(env: str, folder: Path, low: float, high: float, deterministic
     raise SystemExit(f"{env}: no checkpoint has a return between {low} and {high}.")
 
 
-def record(env: str, checkpoint: Path, out: Path, episodes: int, deterministic: bool, seed: int = SEED) -> None:
+def record(env: str, checkpoint: Path, out: Path, episodes: int, deterministic: bool) -> None:
     """Record episodes of a checkpoint's policy."""
     evaluation = Evaluation(episodes=episodes, deterministic=deterministic)
-    algorithm, make = (PPO(), RolloutDataModule) if env == "CartPole-v1" else (SAC(network=None), ReplayDataModule)
-    algorithm = type(algorithm).load_from_checkpoint(checkpoint)
-    make_trainer(Record(out)).predict(algorithm, make(env, seed=seed, evaluation=evaluation))
+    kind = PPO if env == "CartPole-v1" else SAC
+    data = RolloutDataModule(env, seed=SEED, evaluation=evaluation)
+    make_trainer(Record(out)).predict(kind.load_from_checkpoint(checkpoint), data)
 
 
 def rows_of(folder: Path) -> int:
     manifest = read_manifest(folder)
-    return 0 if manifest is None else sum(shard["rows"] for shard in manifest["shards"].values())
+    return 0 if manifest is None else manifest["rows"]
 
 
 def make(folder: Path) -> Iterator[str]:
@@ -129,10 +127,8 @@ def make(folder: Path) -> Iterator[str]:
         def expert(env: str) -> Path:
             stages = ppo if env == "CartPole-v1" else sac
             if not list(stages.iterdir()):
-                if env == "CartPole-v1":
-                    train_ppo(stages, EXPERT_STEPS[env])
-                else:
-                    train_sac(stages, EXPERT_STEPS[env])
+                train = train_ppo if env == "CartPole-v1" else train_sac
+                train(stages, EXPERT_STEPS[env])
             return max(stages.glob("*.ckpt"))
 
         for name in ("cartpole_expert", "cartpole_medium", "cartpole_mixed", "pendulum_expert", "pendulum_mixed"):

@@ -30,12 +30,12 @@ from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.files.fits import check_fits, init_from
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.learner.host import Host, make_host
-from lit_rl.learner.refusals import check_trainer
+from lit_rl.learner.refusals import check_box_options, check_memory, check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
 from lit_rl.learner.steps import MOST_UNREAD
 from lit_rl.learner.weight_averaging import keepers
-from lit_rl.networks import NetworkFactory, check_nameable, describe_network
+from lit_rl.networks import NetworkFactory, check_nameable, check_same_in_training, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy
 from lit_rl.rollout import Rollout, mask_of
@@ -168,6 +168,23 @@ class Algorithm(TakesOptions, L.LightningModule):
     def make_policy(self, spec: EnvSpec, **arguments: Any) -> Policy:
         """A new policy of the class and with the network the user asked for."""
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
+
+    def build_actor(self, spec: EnvSpec) -> None:
+        """Make `self.policy` as these options ask, which are alike wherever one run may go on with another's policy.
+
+        They are `normalize_observations, state_dependent_std, squash_actions, log_std_init`.
+        """
+        hp = self.hp
+        self.policy = self.make_policy(
+            spec,
+            normalize_observations=hp.normalize_observations,
+            state_dependent_std=hp.state_dependent_std,
+            squash=hp.squash_actions,
+            log_std_init=hp.log_std_init,
+        )
+        check_same_in_training(self.policy)
+        check_memory(self)
+        check_box_options(self)
 
     def gradient_step(self, batch: TensorDict) -> tuple[bool | Tensor, Any]:
         """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss.

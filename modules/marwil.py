@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lit_rl import distributed
 from lit_rl.errors import OptionError
-from lit_rl.learner.refusals import check_box_options, check_memory
 from lit_rl.losses import value_loss
 from lit_rl.networks import NetworkFactory, ValueNetwork, build_network, check_same_in_training, has_memory
 from lit_rl.off_policy import OffPolicy
@@ -114,16 +113,7 @@ class MARWIL(OffPolicy):
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
-        self.policy = self.make_policy(
-            spec,
-            normalize_observations=hp.normalize_observations,
-            state_dependent_std=hp.state_dependent_std,
-            squash=hp.squash_actions,
-            log_std_init=hp.log_std_init,
-        )
-        check_same_in_training(self.policy)
-        check_memory(self)
-        check_box_options(self)
+        self.build_actor(spec)
         if hp.beta and self.policy.has_memory:
             raise OptionError(
                 f"beta={hp.beta:g}: {type(self.policy.encoder).__name__} has memory, and rows of sequences have no "

@@ -9,10 +9,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import OptionError, write_error
+from lit_rl.errors import OptionError
 from lit_rl.files.episodes import Rows, spaces_of
 from lit_rl.options import check_ending
 from lit_rl.spec import class_counts
+from lit_rl.viewing.figures import save_figure
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 20  # into which the bounds of a number are divided, to say how much of them is covered
@@ -93,13 +94,7 @@ def draw_histograms(rows: Rows, output: str | Path) -> None:
         axes.legend(frameon=False, fontsize=9)
     figure.axes[0].set_ylabel("episodes")
     figure.suptitle(f"{rows.spec.env_id}: {_count(len(returns))} episodes", fontsize=11)
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
-    except OSError as error:
-        raise OptionError(
-            f"output={str(output)!r} cannot be written: {write_error(error)}. Give another file."
-        ) from error
+    save_figure(figure, output)
 
 
 def _spread(name: str, values: np.ndarray) -> str:
