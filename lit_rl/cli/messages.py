@@ -4,12 +4,14 @@ import ast
 import difflib
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import NoReturn, get_args
 
+import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lit_rl.cli import end
 from lit_rl.cli.configs import class_of, suggestion
-from lit_rl.errors import LitRLError
+from lit_rl.errors import LitRLError, OptionError
 from lit_rl.networks import NETWORKS
 from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
 
@@ -33,19 +35,23 @@ TYPES = {
 }
 
 
-def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequence[str]) -> str:
+def fail(error: Exception, arguments: Sequence[str]) -> NoReturn:
+    """Exit with one sentence on what was raised, if a user can mend it; else raise it."""
+    own = own_error(error)
+    if own is None and not isinstance(error, jsonargparse.ArgumentError):
+        raise error
+    said = sentence(error, arguments) if own is None else str(own)
+    end(said, 2 if own is None or isinstance(own, OptionError | MisconfigurationException) else 1)
+
+
+def sentence(error: BaseException, arguments: Sequence[str]) -> str:
     """jsonargparse's nested, many-lined message as one line: the key, the innermost complaint, the value given.
 
     Args:
         error: what jsonargparse raised.
         arguments: of the command.
-        subcommands: that there are.
     """
     text = str(error)
-    subcommand = re.search(r"invalid choice: '(.*)' \(choose from 'fit'", text)
-    if subcommand or 'expected "subcommand"' in text:
-        given = f"={subcommand[1]!r}" if subcommand else " is missing"
-        return f"subcommand{given}: expected one of {', '.join(subcommands)}."
     noise = r"Subtypes:|Errors:|Given value|Expected (a )?<class 'NoneType'>|Problem with given class_path"
     lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
     key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers import ROOT, quiet_trainer
+from helpers import ROOT, quiet_trainer, run_python
 from lightning.pytorch.cli import LightningCLI
 
 import lit_rl.cli.program
 from lit_rl import PPO, SAC, Evaluation, MultiAgent, Policy, Record, Replay, RolloutDataModule, cli, load_policy
+from lit_rl.cli.quiet import quieten
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
 
@@ -257,24 +258,34 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 
 
 def test_the_usage_names_every_subcommand(capsys) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
+    cli.main(["--help"])
     assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("args", "made"), [(["fit", "--help"], ["fit"]), (["--help"], ["fit", "validate", "test", "predict"])]
-)
-def test_only_the_parser_of_the_given_subcommand_is_made(
-    args: list[str], made: list[str], capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_and_mistakes_wait_for_no_import() -> None:
+    code = """
+import sys
+from lit_rl.cli import OWN, main
+for command in ("--help", "--version", "recipes", *[f"{name} --help" for name in OWN], "fitt"):
+    try:
+        main(command.split())
+    except SystemExit as end:
+        print("code", command, end.code)
+print("loaded", *sys.modules)
+"""
+    said = run_python("-c", code)
+    assert "code play --help 0" in said.stdout and "Did you mean 'fit'?" in said.stderr
+    assert not {"torch", "lightning", "ray"} & set(said.stdout.partition("loaded")[2].split())
+
+
+def test_only_the_parser_of_the_given_subcommand_is_made(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     found, prepare = [], LightningCLI._prepare_subcommand_parser
     monkeypatch.setattr(
         LightningCLI, "_prepare_subcommand_parser", lambda *a, **k: found.append(a[2]) or prepare(*a, **k)
     )
     with pytest.raises(SystemExit):
-        cli.main(args)
-    assert found == made
+        cli.main(["fit", "--help"])
+    assert found == ["fit"]
 
 
 @pytest.mark.slow
@@ -343,7 +354,7 @@ def test_a_mistake_inside_of_a_network_blames_its_inside(capsys: pytest.CaptureF
 
 def test_a_warning_is_one_line_without_the_code_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    cli.program._quieten()
+    quieten()
     assert (
         warnings.formatwarning("The loss\n is not finite.", UserWarning, "module.py", 3) == "The loss is not finite.\n"
     )
