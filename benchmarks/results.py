@@ -27,6 +27,7 @@ import csv
 import importlib.metadata
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
     """One seed's figures and its curve; trains it if that is not done."""
     trained = folder / f"seed_{seed}" / "trained.json"
     if not trained.exists():
+        shutil.rmtree(trained.parent, ignore_errors=True)  # of a run that was killed
         train(recipe, seed, folder)
     run = folder / f"seed_{seed}" / "version_0"
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]

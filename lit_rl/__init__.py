@@ -104,7 +104,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module((_PUBLIC | _RENAMED)[name]), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'lit_rl' has no attribute {name!r}")
+    peers = importlib.import_module("lit_rl.peers")
+    raise AttributeError(f"module 'lit_rl' has no attribute {name!r}.{peers.hint_on_class(name, __all__)}")
 
 
 def __dir__() -> list[str]:

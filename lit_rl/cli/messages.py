@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from typing import NoReturn, get_args
 
 import jsonargparse
+import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
+import wandb.errors
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import lit_rl.callbacks
+import lit_rl.datamodules
+import lit_rl.modules
 from lit_rl.cli import end
 from lit_rl.cli.configs import class_of, suggestion
 from lit_rl.errors import LitRLError, OptionError
 from lit_rl.networks import NETWORKS
 from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
+from lit_rl.peers import hint_on_class
 
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
@@ -116,10 +123,25 @@ def _no_class(key: str, name: str) -> str:
     if name.rpartition(".")[2] in NETWORKS:
         return f"{name}: a class or option inside its init_args is misspelt"
     if not key.endswith(("network", "encoder")):
-        return f"there is no class {name}"
+        known = _classes_for(key)
+        hint = hint_on_class(name, known)
+        if not hint and key in ("model", "data"):
+            hint = f" There are {', '.join(sorted(known))}."
+        return f"there is no class {name}.{hint}" if hint else f"there is no class {name}"
     close = difflib.get_close_matches(name, NETWORKS, n=1)
     hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(sorted(NETWORKS))}."
     return f"there is no class {name}. {hint} One of your own is named package.module.Class."
+
+
+def _classes_for(key: str) -> list[str]:
+    """The names of the classes that an option takes without their modules."""
+    if key == "model":
+        return [*lit_rl.modules.__all__, "MultiAgent"]
+    if key == "data":
+        return list(lit_rl.datamodules.__all__)
+    if key.startswith("trainer.callbacks"):
+        return [*lit_rl.callbacks.__all__, *lightning.pytorch.callbacks.__all__]
+    return list(lightning.pytorch.loggers.__all__) if key.startswith("trainer.logger") else []
 
 
 def _too_early(key: str, arguments: Sequence[str]) -> str:
@@ -137,5 +159,7 @@ def _too_early(key: str, arguments: Sequence[str]) -> str:
 def own_error(error: BaseException | None) -> LitRLError | MisconfigurationException | None:
     """Ours among the errors that led to this one: jsonargparse wraps what a class's `__init__` raises."""
     while error is not None and not isinstance(error, LitRLError | MisconfigurationException):
+        if isinstance(error, wandb.errors.UsageError):
+            return OptionError(f"trainer.logger=WandbLogger: {error} Without an account: WANDB_MODE=offline.")
         error = error.__cause__ or error.__context__
     return error

@@ -1,12 +1,15 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
+import datetime
 import difflib
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -26,7 +29,7 @@ from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
-from lit_rl.source import Source
+from lit_rl.source import Source, source_of
 
 DEFAULTS = {
     "max_epochs": -1,  # the budget is data.max_env_steps, or data.max_updates
@@ -64,6 +67,14 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
+
+    def _set_seed(self) -> None:
+        config = self.config[self.subcommand]
+        launched = {"PL_GLOBAL_SEED", "RANK", "SLURM_PROCID"} & os.environ.keys()  # with others, whose seed is the same
+        if self.subcommand == "fit" and config.seed_everything is True and not launched:
+            config.seed_everything = int(np.random.SeedSequence().generate_state(1)[0])
+            print(f"No seed was given: --seed_everything {config.seed_everything}")
+        super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -124,6 +135,22 @@ class CLI(LightningCLI):
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 clock = self.datamodule.clock if isinstance(self.datamodule, Source) else "env_steps"
                 logger.experiment.define_metric("*", step_metric=clock)
+        self._started = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """One line on what came of the run."""
+        trainer, algorithm = self.trainer, self.model
+        if not trainer.is_global_zero or trainer.interrupted or not isinstance(algorithm, Algorithm):
+            return
+        taken = datetime.timedelta(seconds=round(time.perf_counter() - self._started))
+        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken}"]
+        for name in ("rollout/return_mean", "eval/return_mean"):
+            if name in trainer.callback_metrics:
+                said.append(f"{name} {float(trainer.callback_metrics[name]):.4g}")
+        paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
+        if saved := [Path(path) for path in paths if path]:
+            said.append(f"checkpoint {os.path.relpath(max(saved, key=lambda path: path.stat().st_mtime))}")
+        print(f"Done: {', '.join(said)}")
 
 
 class LearnerCLI(CLI):
@@ -211,8 +238,8 @@ def recipe_path(name: str) -> str:
     if name in recipes:
         return str(recipes[name])
     close = difflib.get_close_matches(name, recipes, n=1)
-    said = f" Did you mean {close[0]!r}?" if close else ""
-    raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.{said}")
+    said = f"Did you mean {close[0]!r}?" if close else "`lit-rl recipes` lists them."
+    raise OptionError(f"config={name!r}: expected a YAML file or a recipe's name. {said}")
 
 
 def _check_order(args: Sequence[str]) -> None:
@@ -274,6 +301,7 @@ def _check_cluster(config: Any) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """`lit-rl fit|validate|test|predict`."""
+    quieten()  # once more, since Lightning was imported
     _check_order(arguments)
     _run(CLI, _resolve_recipes(arguments))
 

@@ -1,6 +1,7 @@
 """`lit-rl`: runs, options, resuming, and one-sentence errors."""
 
 import csv
+import re
 import subprocess
 import sys
 import warnings
@@ -175,6 +176,44 @@ def test_print_config_prints_a_config_that_can_be_run(capsys: pytest.CaptureFixt
     assert config["model"]["class_path"].endswith(".PPO") and config["data"]["init_args"]["max_env_steps"] == 512
     Path("own.yaml").write_text(yaml.safe_dump(config))
     lit_rl("fit", "--config", "own.yaml")
+
+
+def test_a_run_begins_with_how_it_runs_and_ends_with_what_came_of_it(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_rl.datamodules.environments.rank_zero_info", said.append)
+    lit_rl("fit", *TINY)
+    lines = capsys.readouterr().out.splitlines()
+    assert said == [
+        "Collecting from 8 environments in this process (vectorization=sync). Actions are computed in numpy. Learning "
+        "on 1 torch thread (gradient steps are eager; compile=True pays in runs of minutes)."
+    ]
+    path = runs()[0] / "checkpoints" / "last.ckpt"
+    found = re.fullmatch(
+        r"Done: 512 env steps in 0:00:\d\d, rollout/return_mean ([\d.]+), eval/return_mean ([\d.]+), checkpoint (.*)",
+        lines[-1],
+    )
+    assert found is not None and float(found[1]) > 8 and float(found[2]) > 8 and found[3].endswith(".ckpt")
+    assert path.exists() and Path(found[3]).parent == path.parent
+
+
+def test_runs_without_a_seed_differ_and_say_theirs(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    for _ in range(2):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        lit_rl(
+            "fit", "--model", "PPO", "--data", "RolloutDataModule", "--data.env", "CartPole-v1", *TINY[2:],
+            "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--data.max_env_steps", "128",
+        )  # fmt: skip
+        said = re.search(r"No seed was given: --seed_everything (\d+)", capsys.readouterr().out)
+        assert said is not None
+        seeds.append(int(said[1]))
+        configs = [yaml.safe_load(path.read_text()) for path in Path("runs").rglob("config.yaml")]
+        assert {config["seed_everything"] for config in configs} == set(seeds)
+    assert seeds[0] != seeds[1]
 
 
 def test_last_goes_on_and_a_larger_budget_is_spent() -> None:
