@@ -22,6 +22,8 @@ from lit_rl.viewing.figures import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
+OVERVIEW = ("ppo_cartpole", "ppo_lunarlander", "sac_halfcheetah", "ppo_stateless_cartpole_lstm", "tqc_pendulum",
+            "mappo_simple_spread")  # fmt: skip
 ROW = re.compile(r"^\| (?P<task>.*?) \| \[(?P<algorithm>.*?)\]\((?P<page>.*?)\) \|.*\| `(?P<recipe>\w+)` \|$", re.M)
 
 
@@ -46,35 +48,55 @@ def is_of_games(result: dict[str, Any]) -> bool:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """One result: the median of the seeds' returns while they trained, with a band, and what they are judged by."""
+    figure = new_figure(6.2, 3.7)
+    axes = figure.subplots()
+    shown = draw_on(axes, result)
+    axes.set_title(result["recipe"], fontsize=11)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_overview(results: Sequence[tuple[Task, dict[str, Any]]], path: Path) -> None:
+    """Six results beside one another, for README."""
+    figure = new_figure(11.0, 5.6)
+    for axes, (_, result) in zip(figure.subplots(2, 3).flat, results):
+        draw_on(axes, result)
+        axes.set_title(result["recipe"], fontsize=10)
+        axes.set(xlabel="", ylabel="")
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of some inches that needs no window."""
     matplotlib.use("Agg")
-    figure = Figure(figsize=(6.2, 3.7), layout="constrained")
-    axes, runs = figure.subplots(), result["runs"]
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_on(axes: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """Draw a result; what is shown, by its name."""
+    runs = result["runs"]
     clock, name = ("updates" if "updates" in runs[0] else "env_steps"), next(iter(runs[0]["curve"]))
     points = [tuple(np.array(run["curve"][name]).T) for run in runs]
     what = "greedy" if name.startswith("eval/") else "training"
     seeds = f"median and range of {len(runs)} seeds" if len(runs) > 1 else "one seed"
     label = f"{what} return, {seeds}"
-    line = draw_panel(axes, [curve_of(label, points)], [label])[label]
-    shown, names = [line], [label]
+    shown = draw_panel(axes, [curve_of(label, points)], [label])
     if not is_of_games(result):
         returns = np.array([run["return_mean"] for run in runs])
         ends = [[result["median"] - returns.min()], [returns.max() - result["median"]]]
         at = max(run[clock] for run in runs)
-        shown.append(axes.errorbar(at, result["median"], ends, fmt="D", color=COLORS[1], markersize=5, capsize=4))
-        names.append("last checkpoint, greedy: median and range")
+        shown["last checkpoint, greedy: median and range"] = axes.errorbar(
+            at, result["median"], ends, fmt="D", color=COLORS[1], markersize=5, capsize=4
+        )
         if result["bar"] is not None:
-            shown.append(axes.axhline(result["bar"], color=COLORS[6], linewidth=1, linestyle="--"))
-            names.append(f"bar: {result['bar']:g}")
+            shown[f"bar: {result['bar']:g}"] = axes.axhline(result["bar"], color=COLORS[6], linewidth=1, linestyle="--")
         if "random" in result:
             random = result["random"]["return_mean"]
-            shown.append(axes.axhline(random, color="grey", linewidth=1, linestyle=":"))
-            names.append(f"random actions: {random:.1f}")
+            shown[f"random actions: {random:.1f}"] = axes.axhline(random, color="grey", linewidth=1, linestyle=":")
     axes.set(xlabel=clock.replace("_", " "), ylabel="return")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(result["recipe"], fontsize=11)
     axes.margins(x=0.02)
-    figure.legend(shown, names, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    save_figure(figure, path)
+    return shown
 
 
 def text(results: Sequence[tuple[Task, dict[str, Any]]]) -> str:
@@ -124,6 +146,8 @@ def main() -> None:
     results = measured()
     for task, result in results:
         draw(result, OUT / f"{task.recipe}.png")
+    by_recipe = {task.recipe: (task, result) for task, result in results}
+    draw_overview([by_recipe[name] for name in OVERVIEW], ROOT / "docs" / "curves.png")
     (OUT / "README.md").write_text(text(results))
     print(f"{len(results)} pictures, {OUT / 'README.md'}")
 
