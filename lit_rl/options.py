@@ -244,7 +244,8 @@ def check_ending(name: str, path: str | Path, endings: Sequence[str]) -> str:
     ending = Path(path).suffix.lower()
     if ending in endings:
         return ending
-    raise OptionError(f"{name}={str(path)!r}: expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}.")
+    expected = " or ".join([", ".join(endings[:-1]), endings[-1]] if endings[1:] else endings)
+    raise OptionError(f"{name}={str(path)!r}: expected a name that ends in {expected}.")
 
 
 # --- classes that take options --------------------------------------------------------------------------------------

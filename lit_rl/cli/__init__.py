@@ -29,6 +29,7 @@ OWN = {  # each is a function in a module of the same name
     "play": "Play a checkpoint in the environment it was trained in, in a window or into a video.",
     "plot": "Draw learning curves. Runs that differ in their seed alone are one curve with a band.",
     "data": "Tell what recorded episodes are like (info), or find everything that is wrong with them (check).",
+    "evaluate": "Estimate how good a checkpoint's policy is, by recorded episodes and without an environment.",
 }
 SUBCOMMANDS = (*OF_LIGHTNING, *OWN)
 USAGE = f"lit-rl {{{','.join(SUBCOMMANDS)}}} [--config RECIPE] ..."

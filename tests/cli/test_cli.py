@@ -298,7 +298,7 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 
 def test_the_usage_names_every_subcommand(capsys) -> None:
     cli.main(["--help"])
-    assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,recipes,play,plot,data,evaluate}" in capsys.readouterr().out
 
 
 def test_help_and_mistakes_wait_for_no_import() -> None:
