@@ -20,6 +20,7 @@ from lit_rl.evaluation import fitted_q, offline
 from lit_rl.evaluation.by_fitted_q import cross_fitted, fitted, transitions_of
 from lit_rl.evaluation.offline import Estimate
 from lit_rl.evaluation.policy_rows import PolicyRows, fitted_log_prob, is_greedy
+from lit_rl.files.columns import PRESETS
 from lit_rl.files.recorded import read_recorded
 from lit_rl.options import Count, CountOrZero, Limit, OneOf, TwoOrMore, UnitInterval, check
 from lit_rl.policy import Policy
@@ -114,6 +115,7 @@ def evaluate_offline(
         OptionError: if the policy or an option is not one that can be judged by these episodes.
         DataError: if the episodes cannot be read, or do not say what is needed.
     """
+    check("preset", preset, Annotated[str, OneOf(*PRESETS)] | None)
     named = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     spec = getattr(policy, "spec", None)
     recorded, found = read_recorded(named, columns=columns, preset=preset, spec=spec)

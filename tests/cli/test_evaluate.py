@@ -112,6 +112,7 @@ def test_a_fit_is_said(folder: Path, capsys: pytest.CaptureFixture, monkeypatch:
         (["--estimators", "dm"], "estimators=['dm']: expected a list of 'is', 'pdis', 'wis', 'wpdis', 'dr', 'fqe'."),
         (["--behavior", "guess"], "behavior='guess': expected one of 'recorded', 'fit'."),
         (["--gamma", "2"], "gamma=2.0: expected a number, at least 0 and at most 1."),
+        (["--preset", "other"], "preset='other': expected one of 'rllib', 'd4rl', 'lerobot'"),
         (["-o", "out.csv"], "output='out.csv': expected a name that ends in .json."),
         (["-o", "none/out.json", "--estimators", "is"], "output='none/out.json' cannot be written: "),
     ],
