@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_rl.cli import own_parser
+from lit_rl.cli.shared import own_parser
 
 
 def data(args: Sequence[str]) -> None:
