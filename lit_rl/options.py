@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -124,6 +125,25 @@ class InstanceOf(Limit):
         return self.words
 
 
+class Bytes(Limit):
+    """A number of bytes, or a text such as "4GB" or "500 MB"; kept as the number."""
+
+    UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+    TEXT = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?B)")
+
+    def accepts(self, value: Any) -> bool:
+        return PLAIN[int].accepts(value) and value > 0 if not isinstance(value, str) else self.kept(value) > 0
+
+    def kept(self, value: Any) -> int:
+        if not isinstance(value, str):
+            return int(value)
+        found = self.TEXT.fullmatch(value.strip().upper())
+        return 0 if found is None else int(float(found[1]) * self.UNITS[found[2]])
+
+    def __repr__(self) -> str:
+        return "a number of bytes, or a text such as '4GB'"
+
+
 class ListOfCounts(Limit):
     """A list of whole numbers of at least 1; it may be empty."""
 
@@ -192,6 +212,7 @@ Names = Annotated[Sequence[str], ListOfNames()]
 Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
 Paths = Annotated[Sequence[str] | str, SeveralPaths()]
+ByteSize = Annotated[int | str, Bytes()]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
 # The limits of types that are written without one.

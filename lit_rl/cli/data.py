@@ -8,6 +8,7 @@ import jsonargparse
 
 from lit_rl.errors import DataError
 from lit_rl.files.episodes import Rows, find, open_file, read_rows
+from lit_rl.files.finding import File
 from lit_rl.viewing.recorded import describe, draw_histograms, faults
 
 
@@ -42,8 +43,8 @@ def data(args: Sequence[str]) -> None:
 def _check(paths: Sequence[str]) -> None:
     """Say what is wrong with files, each by itself and all together."""
     said: list[str] = []
-    read: dict[Path, Rows] = {}
-    files: list[Path] = []
+    read: dict[File, Rows] = {}
+    files: list[File] = []
     for path in paths:
         try:
             files += find([path])
@@ -66,5 +67,5 @@ def _check(paths: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _is_old(path: Path) -> bool:
+def _is_old(path: File) -> bool:
     return open_file(path).format == 1
