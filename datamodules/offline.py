@@ -16,12 +16,22 @@ from lit_rl.datamodules.streams import StreamLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.files.columns import PRESETS
-from lit_rl.files.data_files import DataFiles, open_files, size_of
+from lit_rl.files.data_files import DataFiles, OwnDataset, open_dataset, open_files, size_of
 from lit_rl.files.finding import File
 from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import ByteSize, Count, Fraction, InstanceOf, OneOf, Paths, PositiveFraction, UnitInterval
+from lit_rl.options import (
+    ByteSize,
+    Count,
+    Data,
+    Fraction,
+    InstanceOf,
+    OneOf,
+    PositiveFraction,
+    UnitInterval,
+    is_dataset,
+)
 from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.feed import ALONE
@@ -47,7 +57,7 @@ class OfflineDataModule(EvaluatingDataModule):
     Args:
         paths: files, folders or globs of episodes that lit_rl recorded; of tables, Parquet, CSV, JSON lines or HDF5,
             with `columns` or `preset`; or "minari:NAME", a data set of Minari. Also URIs that pyarrow knows, such as
-            "s3://bucket/folder".
+            "s3://bucket/folder", and a `ray.data.Dataset`, each row of which is an episode: it always streams.
         columns: of tables: names of columns by "observation", "action", "reward", "terminated", "truncated", "episode",
             "next_observation", "step" and "agent". Several side by side are a list, those of a Dict space a dict.
         preset: names of columns as another tool has them, "rllib", "d4rl" or "lerobot". `columns` replaces some.
@@ -78,7 +88,7 @@ class OfflineDataModule(EvaluatingDataModule):
     BUDGET = "max_updates"
 
     clock = "updates"
-    paths: tuple[str, ...]
+    paths: Any
     columns: dict[str, Any] | None
     preset: str | None
     validation_fraction: float
@@ -98,7 +108,7 @@ class OfflineDataModule(EvaluatingDataModule):
 
     def __init__(
         self,
-        paths: Paths,
+        paths: Data,
         *,
         columns: Columns | None = None,
         preset: Preset | None = None,
@@ -123,7 +133,7 @@ class OfflineDataModule(EvaluatingDataModule):
         if self.evaluation.env is None and self.evaluation.env_kwargs is not None:
             raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
         self._recorded: Recorded | None = None
-        self._files: DataFiles | None = None  # if they are not in memory
+        self._files: DataFiles | OwnDataset | None = None  # if they are not in memory
         self._feeds: dict[str, RecordedFeed | StreamedFeed] = {}
         self._saved: dict[str, Any] = {}  # where the draws of a checkpoint's run were
         self._held_out_seed: int | None = None  # of the run that is evaluated, if none is given
@@ -141,9 +151,10 @@ class OfflineDataModule(EvaluatingDataModule):
         if stage == "fit" or self.validation_fraction:
             for policy_id, algorithm in self._algorithms.items():
                 self.check_policy(policy_id, algorithm)
-        if stage == "fit":
             if self._files is not None:
                 self._check_streams(self._files)
+        if stage == "fit":
+            if self._files is not None:
                 self._connect_ray()
             self._say_if_epochs_end_it(self.updates_per_batch * self.batches_per_epoch)
 
@@ -191,9 +202,12 @@ class OfflineDataModule(EvaluatingDataModule):
         """Read the data, once; returns its spaces."""
         if self._recorded is None and self._files is None:
             spec, options = self.spec, dict[str, Any](columns=self.columns, preset=self.preset, spec=self.spec)
-            files = [] if self.streaming is False else size_of(self.paths)
+            files = [] if self.streaming is False or is_dataset(self.paths) else size_of(self.paths)
             num_bytes = sum(size for _, size in files)
-            if self.streaming or num_bytes > self.memory_limit:
+            if is_dataset(self.paths):
+                self._files = open_dataset(self.paths, **options)
+                found, said = self._files.spec, "it streams"
+            elif self.streaming or num_bytes > self.memory_limit:
                 self._check_sizes(files)
                 self._files = open_files([file for file, _ in files], **options)
                 found, said = self._files.spec, f"{len(files)} files of {num_bytes / 1e9:.3g} GB, which stream"
@@ -202,7 +216,7 @@ class OfflineDataModule(EvaluatingDataModule):
                 said = self._recorded.summary
             if spec is not None and self.eval_env is not None:
                 self._check_eval_env(spec, found)
-            rank_zero_info(f"{', '.join(self.paths)}: {said}.")
+            rank_zero_info(f"{'paths' if is_dataset(self.paths) else ', '.join(self.paths)}: {said}.")
             self.spec = spec or found
         assert self.spec is not None
         return self.spec
@@ -220,11 +234,15 @@ class OfflineDataModule(EvaluatingDataModule):
                 "several files, or raise memory_limit."
             )
 
-    def _check_streams(self, files: DataFiles) -> None:
+    def _check_streams(self, files: DataFiles | OwnDataset) -> None:
         """Refuse what needs all data in memory, or files for more learner processes."""
-        why = "streaming=True" if self.streaming else "the data is more than memory_limit, and streams"
         algorithm, world_size = self.algorithm, self.attached_trainer.world_size
-        advice = "raise memory_limit" if self.streaming is None else "leave streaming out"
+        if isinstance(files, OwnDataset):
+            why, advice = "paths is a ray.data.Dataset, and streams", "give the paths of files"
+        elif self.streaming:
+            why, advice = "streaming=True", "leave streaming out"
+        else:
+            why, advice = "the data is more than memory_limit, and streams", "raise memory_limit"
         for is_asked, what, instead in (
             (self.validation_fraction, "validation_fraction", "validate on files of their own"),
             (self.top_fraction is not None, "top_fraction", "select episodes when you write the files"),
@@ -237,6 +255,11 @@ class OfflineDataModule(EvaluatingDataModule):
         ):
             if is_asked:
                 raise OptionError(f"{why}: {what} needs all data in memory. Either {instead}, or {advice}.")
+        if isinstance(files, OwnDataset) and world_size > 1:
+            raise OptionError(
+                f"paths is a ray.data.Dataset, which feeds one learner process, and there are {world_size}. Give the "
+                "paths of files."
+            )
         if world_size > len(files):
             raise OptionError(
                 f"paths={list(self.paths)!r}: {len(files)} files stream to {world_size} learner processes: expected at "
@@ -291,7 +314,7 @@ class OfflineDataModule(EvaluatingDataModule):
             priority_alpha=self.priority_alpha,
         )
 
-    def _streamed_feed(self, algorithm: OffPolicy, files: DataFiles) -> StreamedFeed:
+    def _streamed_feed(self, algorithm: OffPolicy, files: DataFiles | OwnDataset) -> StreamedFeed:
         trainer, room = self.attached_trainer, self.memory_limit // 4
         seed = self._seed_sequence(RECORDED)
         return StreamedFeed(

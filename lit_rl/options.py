@@ -198,6 +198,24 @@ class SeveralPaths(Limit):
         return "a path, or a list of paths"
 
 
+class PathsOrDataset(SeveralPaths):
+    """A path or several, or a `ray.data.Dataset`."""
+
+    def accepts(self, value: Any) -> bool:
+        return is_dataset(value) or super().accepts(value)
+
+    def kept(self, value: Any) -> Any:
+        return value if is_dataset(value) else super().kept(value)
+
+    def __repr__(self) -> str:
+        return "a path, a list of paths, or a ray.data.Dataset"
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether something is a `ray.data.Dataset`. Ray is not imported to know it."""
+    return any(cls.__module__ == "ray.data.dataset" and cls.__name__ == "Dataset" for cls in type(value).__mro__)
+
+
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
@@ -213,6 +231,7 @@ Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
 Paths = Annotated[Sequence[str] | str, SeveralPaths()]
 ByteSize = Annotated[int | str, Bytes()]
+Data = Annotated[Sequence[str] | str, PathsOrDataset()]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
 # The limits of types that are written without one.

@@ -3,7 +3,7 @@
 Shapes: N rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,28 +78,28 @@ def names_of(columns: Mapping[str, Any]) -> list[str]:
 
 
 def read_tables(
-    paths: Sequence[File], columns: dict[str, Any], preset: str | None, spec: EnvSpec | MultiAgentSpec | None
+    tables: Iterable[Table], columns: dict[str, Any], preset: str | None, spec: EnvSpec | MultiAgentSpec | None
 ) -> tuple[Recorded, EnvSpec | MultiAgentSpec]:
     """The episodes of tables, and their spaces.
 
     Args:
-        paths: of the files.
+        tables: of equal columns.
         columns: see `columns_of`.
         preset: whose names these are, some of which may be missing.
         spec: the spaces, if they are known.
     """
-    found, agents = [], list[str | None]()
-    for path in paths:
-        table = Table(path)
+    found, paths, agents = [], list[File](), list[str | None]()
+    for table in tables:
         here = {
             part: names
             for part, names in columns.items()
             if part not in OPTIONAL.get(preset or "", ()) or set(names_of({part: names})) <= set(table.names)
         }
         if "reward" not in here:
-            say(f"{path}: no column holds rewards: they are 0.")
+            say(f"{table.path}: no column holds rewards: they are 0.")
         recorded, own = _of_table(table, here, preset)
         found.append(recorded)
+        paths.append(table.path)
         agents += own
     shapes = [{name: x.shape[1:] for name, x in recorded.columns.items()} for recorded in found]
     for path, shape in zip(paths, shapes):

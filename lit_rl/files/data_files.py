@@ -11,7 +11,7 @@ from lit_rl.files import episodes
 from lit_rl.files.columns import columns_of, names_of
 from lit_rl.files.finding import File, find_files, num_bytes, open_input
 from lit_rl.files.parquet import refuse_extension_types
-from lit_rl.files.recorded import MINARI, read_recorded
+from lit_rl.files.recorded import MINARI, read_recorded, read_rows
 from lit_rl.files.tables import FORMATS
 from lit_rl.recorded import Recorded
 from lit_rl.spec import EnvSpec, MultiAgentSpec
@@ -49,6 +49,45 @@ class DataFiles:
         """
         file = self.files[number]
         return read_recorded([file], columns=self.columns, preset=self.preset, spec=self.spec)[0]
+
+
+@dataclass(frozen=True)
+class OwnDataset:
+    """A `ray.data.Dataset` of the user's, each row of which is an episode.
+
+    Attributes:
+        dataset: it.
+        spec, columns, preset: see `DataFiles`.
+    """
+
+    dataset: Any
+    spec: EnvSpec | MultiAgentSpec
+    columns: Mapping[str, Any] | None
+    preset: str | None
+    digest = "a ray.data.Dataset"
+
+    def __len__(self) -> int:
+        return 1
+
+
+def open_dataset(
+    dataset: Any,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    spec: EnvSpec | MultiAgentSpec | None = None,
+) -> OwnDataset:
+    """Look at the first episode of a `ray.data.Dataset`. Spaces that nobody says are that one's.
+
+    Args:
+        dataset: each of its rows is an episode.
+        columns, preset, spec: see `read_recorded`.
+
+    Raises:
+        OptionError, DataError: as `read_recorded`.
+    """
+    _, found = read_rows(dataset.take_batch(1, batch_format="numpy"), columns=columns, preset=preset, spec=spec)
+    return OwnDataset(dataset, spec or found, columns, preset)
 
 
 def size_of(paths: Sequence[str]) -> list[tuple[File, int]]:

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files import episodes
-from lit_rl.files.columns import PRESETS, columns_of, read_tables
+from lit_rl.files.columns import PRESETS, columns_of, names_of, read_tables
 from lit_rl.files.finding import File, find_files
 from lit_rl.files.tables import FORMATS, Table
 from lit_rl.recorded import Recorded, joined
@@ -20,6 +20,7 @@ from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import from_env, iterate, row_dtype, space_leaves
 
 MINARI = "minari:"
+ROWS, EPISODE = "ray.data.Dataset", "(row)"
 ROUNDING = 1e-4  # of a Box's width: actions may lie so far outside, and are clipped
 
 
@@ -60,9 +61,42 @@ def read_recorded(
                 f"There are {', '.join(map(repr, table.names))}."
             )
         return episodes.read(paths)
-    recorded, found = read_tables(find_files(paths, FORMATS), columns_of(columns or {}, preset), preset, spec)
+    tables = (Table(file) for file in find_files(paths, FORMATS))
+    recorded, found = read_tables(tables, columns_of(columns or {}, preset), preset, spec)
     _check_actions(recorded, single(found), str(paths[0]))
     return recorded, found
+
+
+def read_rows(
+    rows: Mapping[str, np.ndarray],
+    *,
+    columns: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    spec: EnvSpec | MultiAgentSpec | None = None,
+) -> tuple[Recorded, EnvSpec | MultiAgentSpec]:
+    """Episodes of a table of which each row is a whole one, and their spaces.
+
+    Args:
+        rows: by column, what it holds of each episode: an array of its steps.
+        columns, preset, spec: see `read_recorded`.
+
+    Raises:
+        OptionError, DataError: as `read_recorded`.
+    """
+    named = columns_of({**(columns or {}), "episode": EPISODE}, preset)
+    found: dict[str, np.ndarray] = {}
+    for name in names_of(named):
+        if name in rows:
+            steps = [np.asarray(x) for x in rows[name]]
+            if not all(x.ndim for x in steps):
+                raise DataError(
+                    f"{ROWS}: column {name!r} has one value a row: expected an array of an episode's steps."
+                )
+            found[name] = np.concatenate(steps)
+            found[EPISODE] = np.repeat(np.arange(len(steps)), [len(x) for x in steps])
+    recorded, spec = read_tables([Table.of_arrays(ROWS, found)], named, preset, spec)
+    _check_actions(recorded, single(spec), ROWS)
+    return recorded, spec
 
 
 def _check_actions(recorded: Recorded, spec: EnvSpec, where: str) -> None:

@@ -1,6 +1,6 @@
 """Tables of numbers in files: named columns of Parquet, CSV, JSON lines and HDF5. No code that a file holds is run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,18 @@ class Table:
         except Exception as error:  # pyarrow and h5py raise a dozen kinds
             raise self._unreadable(error) from error
 
+    @classmethod
+    def of_arrays(cls, name: str, arrays: Mapping[str, np.ndarray]) -> "Table":
+        """A table that is in memory: arrays of equal length by column.
+
+        Args:
+            name: what it is called in messages.
+            arrays: by column.
+        """
+        table = cls.__new__(cls)
+        table.path, table.names, table._format, table._file = Path(name), list(arrays), "arrays", arrays
+        return table
+
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Columns by name, numpy arrays or pyarrow's, for `numbers` and `codes`.
 
@@ -53,6 +65,8 @@ class Table:
         try:
             if self._format == "HDF5":
                 return {name: self._file[name][()] for name in names}
+            if self._format == "arrays":
+                return {name: self._file[name] for name in names}
             table = self._file.read(columns=list(names)) if self._format == "Parquet" else self._file
             return {name: table.column(name) for name in names}
         except Exception as error:

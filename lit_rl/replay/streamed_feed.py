@@ -6,10 +6,10 @@ from typing import Any
 from tensordict import TensorDict
 
 from lit_rl.errors import CheckpointError
-from lit_rl.files.data_files import DataFiles
+from lit_rl.files.data_files import DataFiles, OwnDataset
 from lit_rl.off_policy import OffPolicy
 from lit_rl.replay.making import Making
-from lit_rl.replay.ray_blocks import ReadFile, Shares
+from lit_rl.replay.ray_blocks import ReadDataset, ReadFiles, Reading, Shares
 from lit_rl.replay.recorded_feed import Draws
 from lit_rl.replay.windows import Block, Windows
 from lit_rl.trees import iterate, nest
@@ -22,27 +22,27 @@ class StreamedFeed:
 
     Args:
         algorithm: with its networks.
-        files: with the episodes.
+        data: the episodes.
         draws: how many rows are a minibatch, and how many rewards are summed.
         window_rows: transitions that are shuffled together.
         shares: which files this rank reads, and when.
-        blocks: of what reads files, and the number of a part: its blocks and all that come after, see `ray_blocks`.
+        blocks: given what makes rows and the number of a part, its blocks and all that come after: see `ray_blocks`.
     """
 
     def __init__(
         self,
         algorithm: OffPolicy,
-        files: DataFiles,
+        data: DataFiles | OwnDataset,
         *,
         draws: Draws,
         window_rows: int,
         shares: Shares,
-        blocks: Callable[[ReadFile, int], Iterator[Block]],
+        blocks: Callable[[Reading, int], Iterator[Block]],
     ):
         draws.check(algorithm)
         policy, self._length = algorithm.policy, algorithm.sequence_length
         self.algorithm, self.draws = algorithm, draws
-        self._files, self._rows = files, max(1, window_rows // (self._length or 1))
+        self._data, self._rows = data, max(1, window_rows // (self._length or 1))
         making = Making(
             policy.spec,
             policy.distribution,
@@ -53,9 +53,13 @@ class StreamedFeed:
             length=self._length,
             burn_in=algorithm.burn_in if self._length else 0,
         )
-        read = ReadFile(files, making, shares)
+        reading: Reading
+        if isinstance(data, DataFiles):
+            reading = ReadFiles(data, making, shares)
+        else:
+            reading = ReadDataset(data, making, shares.seed)
         self._windows = Windows(
-            lambda part: blocks(read, part),
+            lambda part: blocks(reading, part),
             epoch_of=shares.epoch_of,
             size=self._rows,
             seed=lambda part, row: shares.seed_of_rows(part, WINDOW, row),
@@ -78,10 +82,10 @@ class StreamedFeed:
 
     def position(self, *, whole: bool = True) -> dict[str, Any]:
         """Where in the data it is, in plain data: the epoch, the file, the row, and of which files."""
-        return {**self._windows.position(), "window": self._rows, "files": self._files.digest}
+        return {**self._windows.position(), "window": self._rows, "files": self._data.digest}
 
     def go_on(self, position: Mapping[str, Any]) -> None:
-        """Draw what was to be drawn next when `position` was asked.
+        """Draw what was to be drawn next when `position` was asked; of a data set of the user's the epoch anew.
 
         Raises:
             CheckpointError: if there were other files, or windows of another size.
@@ -97,4 +101,6 @@ class StreamedFeed:
                 f"The checkpoint's run shuffled windows of {position['window']} rows, here they have {self._rows}. "
                 "Resume with the same shuffle_window, memory_limit and sequence_length."
             )
+        if isinstance(self._data, OwnDataset):  # of which nobody knows in which order its rows come
+            position = {**position, "row": 0, "taken": 0}
         self._windows.go_on(position)

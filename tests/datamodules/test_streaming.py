@@ -1,7 +1,5 @@
 """Recorded episodes that are read from files while an algorithm learns. Most tests read in this process, not in Ray."""
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import assert_same
+from once_killed import OnceKilled
 from tensordict import TensorDict
 from test_offline import COLUMNS, Watched, WithReturns, fit
 
 from lit_rl import DQN, LSTMNetwork, MultiAgent, OfflineDataModule, Rainbow
 from lit_rl.datamodules import offline
 from lit_rl.errors import CheckpointError, DataError, OptionError
-from lit_rl.replay.ray_blocks import ReadFile, Shares, ray_blocks
+from lit_rl.replay.ray_blocks import ReadFiles, Shares, ray_blocks
 from lit_rl.replay.windows import Windows
 
 LENGTHS = (8, 3, 5, 1, 7)  # of the three episodes in each file
@@ -44,7 +43,7 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "data")
 
 
-def read_here(read: ReadFile, part: int, store_bytes: int) -> Iterator[Any]:
+def read_here(read: ReadFiles, part: int, store_bytes: int) -> Iterator[Any]:
     """What `ray_blocks` does, in this process."""
     while True:
         for rows in read.rows(part):
@@ -279,41 +278,29 @@ def test_a_checkpoint_is_judged_by_the_episodes_that_its_run_held_out(
 # --- through Ray ------------------------------------------------------------------------------------------------------
 
 
-class OnceKilled(ReadFile):
-    """Its process is killed in the middle of the third file, once."""
-
-    marker = "killed"
-
-    def __init__(self, read: ReadFile, folder: str):
-        self.__dict__ |= read.__dict__ | {"folder": folder}
-
-    def rows(self, part: int) -> Iterator[dict[str, np.ndarray]]:
-        for number, rows in enumerate(super().rows(part)):
-            path = Path(self.folder) / self.marker
-            if part == 2 and number == 1 and not path.exists():
-                path.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield rows
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_ray_gives_the_same_rows_in_the_same_order_also_if_a_process_is_lost(
-    folder: str, make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lit_rl.replay.making.MOST_ROWS", 4)
-    data = make_data(folder, max_updates=14)
-    fit(make_trainer, through_ray := Watched(), data)
+def test_ray_gives_the_same_rows_in_the_same_order(folder: str, make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(make_trainer, through_ray := Watched(), make_data(folder, max_updates=14))
     monkeypatch.setattr(offline, "ray_blocks", read_here)
     fit(make_trainer, here := Watched(), make_data(folder, max_updates=14))
     assert_same(torch.cat(through_ray.seen).to_dict(), torch.cat(here.seen).to_dict())
 
-    def killed(read: ReadFile, part: int, store_bytes: int) -> Iterator[Any]:
-        return ray_blocks(OnceKilled(read, str(tmp_path)), part, store_bytes)
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_the_file_of_a_process_that_is_lost_is_read_again_and_no_row_comes_twice(
+    folder: str, make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(read: ReadFiles, part: int, store_bytes: int) -> Iterator[Any]:
+        return ray_blocks(OnceKilled(read, tmp_path / "killed"), part, store_bytes)
+
+    monkeypatch.setattr("lit_rl.replay.ray_blocks.BLOCK_BYTES", 64)
     monkeypatch.setattr(offline, "ray_blocks", killed)
-    fit(make_trainer, survived := Watched(), make_data(folder, max_updates=14))
-    assert (tmp_path / OnceKilled.marker).exists()
+    fit(make_trainer, survived := Watched(), make_data(folder, max_updates=10))
+    assert (tmp_path / "killed").exists()
+    monkeypatch.setattr(offline, "ray_blocks", read_here)
+    fit(make_trainer, here := Watched(), make_data(folder, max_updates=10))
     assert_same(torch.cat(survived.seen).to_dict(), torch.cat(here.seen).to_dict())
 
 
@@ -323,3 +310,27 @@ def test_a_mistake_in_a_file_is_one_sentence_also_through_ray(folder: str, make_
     write_file(Path(folder) / "5.parquet", 90, 4, reward=[float("nan")] * 12)
     with pytest.raises(DataError, match=r"5\.parquet: column 'reward' is nan in row 0: expected numbers\.$"):
         fit(make_trainer, DQN(), make_data(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_each_row_of_an_own_dataset_is_an_episode_and_its_epoch_begins_anew(folder: str, make_trainer) -> None:
+    import ray.data
+
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(Path(folder).glob("*.parquet"))]).to_pandas()
+    episodes = [{name: part[name].to_numpy() for name in part} for _, part in table.groupby("episode")]
+    dataset = ray.data.from_items(episodes, override_num_blocks=4)
+    columns = {name: x for name, x in COLUMNS.items() if name != "episode"}
+    fit(make_trainer, streamed := Watched(), data := make_data(dataset, columns=columns, max_updates=9, n_step=3))
+    fit(make_trainer, in_memory := Watched(), held := make_data(folder, n_step=3, streaming=False, max_updates=1))
+    buffer = held.feed().buffer
+    expected = buffer.transitions(buffer.rows, gamma=in_memory.gamma, num_steps=(3, 3))
+    assert rows_of(torch.cat(streamed.seen)[:NUM_ROWS], "index") == rows_of(expected, "index")
+    position = data.feed().position()
+    assert position["epoch"] == 1 and position["taken"] > 0
+    data.feed().go_on(position)
+    assert data.feed().position()["row"] == data.feed().position()["taken"] == 0
+    with pytest.raises(OptionError, match=r"paths is a ray\.data\.Dataset, and streams: top_fraction needs all data"):
+        fit(make_trainer, DQN(), make_data(dataset, columns=columns, top_fraction=0.5))
+    with pytest.raises(DataError, match=r"ray\.data\.Dataset: column 'episode' has one value a row: expected an array"):
+        fit(make_trainer, DQN(), make_data(ray.data.from_items([dict.fromkeys(table, 1)]), columns=columns))
