@@ -8,8 +8,9 @@ reads them with a memory limit of a tenth of that, in turns:
     plain      `ray.data.read_parquet(files).iter_batches(batch_size=256, batch_format="numpy")`
     streamed   minibatches of 256 transitions, as `OfflineDataModule(streaming=True)` gives them to an algorithm
 
-Rates are those after the first batch. Memory is that of this process and of all processes of Ray, without what they
-share (USS), and what Ray's object store holds, sampled each second. The figures are in docs/results/streaming.json.
+Rates are those after the first batch. Memory is that of this process and of its processes of Ray, without what they
+share (USS), sampled each second: the greatest in each quarter of the time. The figures are in
+docs/results/streaming.json.
 """
 
 import os
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import functools
 import itertools
+import logging
 import statistics
 import tempfile
 import threading
@@ -42,6 +44,7 @@ from lit_rl.replay.ray_blocks import Shares, ray_blocks
 from lit_rl.replay.recorded_feed import Draws
 from lit_rl.replay.streamed_feed import StreamedFeed
 from lit_rl.runners import ray_session
+from lit_rl.runners.ray_session import OWNER
 from lit_rl.spec import EnvSpec
 
 LENGTH, BATCH, WINDOW = 1000, 256, 100_000
@@ -82,7 +85,7 @@ def streamed(folder: Path, memory_limit: int) -> Iterator[int]:
     algorithm: Any = SimpleNamespace(
         policy=policy, sequence_length=None, gamma=0.99, wants_returns_to_go=False, device=torch.device("cpu")
     )
-    files = open_files([file for file, _ in size_of([str(folder)])])
+    files = open_files([file for file, _ in size_of([str(folder)], are_tables=False)])
     feed = StreamedFeed(
         algorithm,
         files,
@@ -109,15 +112,16 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         me = psutil.Process()
+        mine = f"{me.pid}-"  # of several Rays on this machine
         while not self._over.wait(1.0):
             self.learner.append(me.memory_full_info().uss / 1e6)
             total = 0.0
             for process in psutil.process_iter(["name"]):
-                if process.info["name"].startswith("ray::"):
-                    try:
+                try:
+                    if process.info["name"].startswith("ray::") and process.environ().get(OWNER, "").startswith(mine):
                         total += process.memory_full_info().uss / 1e6
-                    except psutil.Error:
-                        continue
+                except psutil.Error:
+                    continue
             self.workers.append(total)
 
     def stop(self) -> dict[str, Any]:
@@ -155,9 +159,10 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         if not any(folder.glob("*.parquet")):
             make_files(folder, args.gigabytes * 1e9, args.files)
-        num_bytes = sum(size for _, size in size_of([str(folder)]))
+        num_bytes = sum(size for _, size in size_of([str(folder)], are_tables=False))
         print(f"{num_bytes / 1e9:.2f} GB in {args.files} files", flush=True)
         ray_session.connect()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rates: dict[str, list[float]] = {"plain": [], "streamed": []}
         memory: list[dict[str, Any]] = []
         for _ in range(args.rounds):

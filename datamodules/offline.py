@@ -202,7 +202,9 @@ class OfflineDataModule(EvaluatingDataModule):
         """Read the data, once; returns its spaces."""
         if self._recorded is None and self._files is None:
             spec, options = self.spec, dict[str, Any](columns=self.columns, preset=self.preset, spec=self.spec)
-            files = [] if self.streaming is False or is_dataset(self.paths) else size_of(self.paths)
+            are_tables = self.columns is not None or self.preset is not None
+            is_read = self.streaming is False or is_dataset(self.paths)
+            files = [] if is_read else size_of(self.paths, are_tables=are_tables)
             num_bytes = sum(size for _, size in files)
             if is_dataset(self.paths):
                 self._files = open_dataset(self.paths, **options)

@@ -90,18 +90,23 @@ def open_dataset(
     return OwnDataset(dataset, spec or found, columns, preset)
 
 
-def size_of(paths: Sequence[str]) -> list[tuple[File, int]]:
+def size_of(paths: Sequence[str], *, are_tables: bool) -> list[tuple[File, int]]:
     """The files that paths mean, and the bytes that each has as rows in memory, as far as it says so.
 
     That is the size without compression of Parquet files, and the file's own size of others. Minari's data sets have
     no files.
 
+    Args:
+        paths: see `read_recorded`.
+        are_tables: whether their columns are named.
+
     Raises:
-        OptionError: if a path means no file.
+        OptionError, DataError: if a path means no file, or a folder has not all that its manifest says.
     """
     if any(path.startswith(MINARI) for path in paths):
         return []
-    files = find_files(paths, FORMATS)
+    are_own = not are_tables and all(episodes.is_own(path) for path in paths)
+    files = episodes.find(paths) if are_own else find_files(paths, FORMATS)
     return list(zip(files, _of_each(_size, files)))
 
 

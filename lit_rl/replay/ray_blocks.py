@@ -153,8 +153,8 @@ def ray_blocks(reading: Reading, part: int, store_bytes: int) -> Iterator[Block]
                 is_empty = False
                 yield int(block["part"][0]), {path: x for path, x in block.items() if path != "part"}
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, LitRLError):  # a mistake that a user can mend: that sentence alone
-                raise error.cause from None
+            if isinstance(error.cause, LitRLError):  # its sentence alone, after which Ray Data puts advice of its own
+                raise type(error.cause)(str(error.cause).partition("\n")[0]) from None
             raise
         if is_empty:
             raise DataError("paths: the data holds no transitions. Give other data.")

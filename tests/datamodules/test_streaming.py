@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import assert_same
 from once_killed import OnceKilled
 from tensordict import TensorDict
@@ -18,8 +19,10 @@ from test_offline import COLUMNS, Watched, WithReturns, fit
 from lit_rl import DQN, LSTMNetwork, MultiAgent, OfflineDataModule, Rainbow
 from lit_rl.datamodules import offline
 from lit_rl.errors import CheckpointError, DataError, OptionError
+from lit_rl.files.episode_folder import EpisodeFolder, TimeLine, WholeEpisode
 from lit_rl.replay.ray_blocks import ReadFiles, Shares, ray_blocks
 from lit_rl.replay.windows import Windows
+from lit_rl.spec import EnvSpec
 
 LENGTHS = (8, 3, 5, 1, 7)  # of the three episodes in each file
 
@@ -98,6 +101,24 @@ def test_an_epoch_has_the_transitions_that_memory_has_each_once(
     assert streamed.seen[0]["next"].keys() == in_memory.seen[0]["next"].keys()
     dtypes = [{name: x.dtype for name, x in one.flatten_keys("/").items()} for one in (seen, in_memory.seen[0])]
     assert dtypes[0] == dtypes[1] and {len(batch) for batch in streamed.seen} == {16}
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_own_episodes_stream_too(make_trainer, tmp_path: Path) -> None:
+    spec = EnvSpec("Own", spaces.Box(-9, 9, (2,), np.float32), spaces.Discrete(3))
+    rng, folder = np.random.default_rng(0), EpisodeFolder(tmp_path / "own", spec)
+    for length in (4, 6, 3):  # a file each
+        steps = {
+            "observation": rng.random((length, 2), np.float32), "action": rng.integers(3, size=length),
+            "reward": rng.random(length), "terminated": np.arange(length) == length - 1,
+            "truncated": np.zeros(length, np.bool_), "log_prob": np.zeros(length, np.float32),
+        }  # fmt: skip
+        folder.add([WholeEpisode([TimeLine(steps, {"observation": rng.random(2, np.float32)}, False, 0)], [length])])
+    fit(make_trainer, streamed := Watched(), make_data(folder.path, columns=None, max_updates=2))
+    fit(make_trainer, Watched(), data := make_data(folder.path, columns=None, max_updates=1, streaming=None))
+    buffer = data.feed().buffer
+    expected = buffer.transitions(buffer.rows, gamma=0.99)
+    assert rows_of(torch.cat(streamed.seen)[:13], "index") == rows_of(expected, "index")
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -193,7 +214,7 @@ def test_other_files_or_windows_are_refused_on_resume(folder: str, make_trainer,
 
 @pytest.mark.usefixtures("without_ray")
 def test_data_streams_above_the_memory_limit(folder: str, make_trainer) -> None:
-    sizes = [size for _, size in offline.size_of([folder])]
+    sizes = [size for _, size in offline.size_of([folder], are_tables=True)]
     for limit, streaming, streams in (
         (sum(sizes), None, False), (sum(sizes) - 1, None, True), (sum(sizes) - 1, False, False), ("4GB", True, True),
     ):  # fmt: skip
