@@ -208,7 +208,7 @@ class PathsOrDataset(SeveralPaths):
         return value if is_dataset(value) else super().kept(value)
 
     def __repr__(self) -> str:
-        return "a path, a list of paths, or a ray.data.Dataset"
+        return "a path, or a list of paths, or a ray.data.Dataset"
 
 
 def is_dataset(value: Any) -> bool:
