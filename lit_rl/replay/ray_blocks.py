@@ -105,7 +105,7 @@ class ReadDataset(Reading):
 
     def __init__(self, own: OwnDataset, making: Making, seed: np.random.SeedSequence):
         self._dataset, self._making, self._seed = own.dataset, making, seed
-        self._options = {"columns": own.columns, "preset": own.preset, "spec": own.spec}
+        self._options: dict[str, Any] = {"columns": own.columns, "preset": own.preset, "spec": own.spec}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_dataset": None}  # a worker is given its rows
