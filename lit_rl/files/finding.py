@@ -35,6 +35,10 @@ class RemoteFile:
         return PurePosixPath(self.path).stem
 
     @property
+    def parent(self) -> PurePosixPath:
+        return PurePosixPath(self.path).parent
+
+    @property
     def suffix(self) -> str:
         return PurePosixPath(self.path).suffix
 
