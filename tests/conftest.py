@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, quiet logs, own folders, a Trainer that leaves nothing behind."""
 
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -20,6 +21,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+# The platform's default, said before torchrl is imported, which would choose "spawn" for all tests that come later.
+multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0])
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
