@@ -1,152 +1,20 @@
-"""The commands that train nothing: `lit-rl recipes`, `lit-rl play`, `lit-rl plot` and `lit-rl data`."""
+"""The commands that train nothing, each in a module of its name: they need no Lightning, whose import takes seconds."""
 
-import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+import importlib
+from collections.abc import Sequence
 
 import jsonargparse
-import numpy as np
 
-from lit_rl.cli import recipe_index
-from lit_rl.cli.data import data
-from lit_rl.envs.make import EnvConfig
-from lit_rl.options import Count, CountOrZero, check
-from lit_rl.viewing.curves import draw
-from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
-from lit_rl.viewing.timeline import Timeline
-from lit_rl.viewing.video import check_format, display_is_there, render_modes
+COMMANDS = ("recipes", "play", "plot", "data")
 
 
-def recipes(args: Sequence[str]) -> None:
-    """`lit-rl recipes`: lists the recipes that `--config` finds, with their measured results."""
-    parser = _parser("recipes", "List the recipes that --config finds, with their measured results.")
-    parser.parse_args(args)
-    print(recipe_index.table())
-    print("\nMedian over seeds of the mean return of greedy episodes. %: of games against random actions.")
-    print("Run one: lit-rl fit --config ppo_cartpole")
+def run(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments begin with."""
+    name = arguments[0]
+    getattr(importlib.import_module(f"lit_rl.cli.{name}"), name)(arguments[1:])
 
 
-def play(args: Sequence[str]) -> None:
-    """`lit-rl play`: plays a checkpoint in its own environment, in a window or into a video file.
-
-    Raises:
-        OptionError: for options that cannot be, and an environment that cannot be recorded.
-        CheckpointError: if the checkpoint cannot be read, or does not say how to make its environment.
-        EnvError: if the environment cannot be made, or raises.
-    """
-    parser = _parser("play", "Play a checkpoint in the environment it was trained in.")
-    parser.add_argument("checkpoint", help="a file that a lit_rl run wrote")
-    parser.add_argument("--episodes", type=int, default=5, help="how many whole episodes")
-    parser.add_argument("--video", type=str | None, default=None, help="record them to this .mp4 or .gif file")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes, and of random actions")
-    parser.add_argument("--stochastic", action="store_true", help="draw actions instead of the most probable ones")
-    parser.add_argument("--timeout_s", type=float | None, default=None, help="cut the episode after so many seconds")
-    parser.add_argument(
-        "--timeline",
-        action="store_true",
-        help="of several agents: print who acted when, and which rewards were credited to what",
-    )
-    parser.add_argument(
-        "--timeline_steps", type=int, default=200, help="env steps of each episode that --timeline shows"
-    )
-    parser.add_argument("--env", type=str | None, default=None, help="in place of the checkpoint's environment")
-    parser.add_argument("--env_kwargs", type=dict | None, default=None, help="in place of the checkpoint's")
-    parser.add_argument("--wrappers", type=list | None, default=None, help="in place of the checkpoint's")
-    parser.add_argument("--network", type=str | None, default=None, help="package.module:Class, if it is your own")
-    parser.add_argument("--policy_class", type=str | None, default=None, help="package.module:Class, if it is your own")
-    parser.add_argument(
-        "--policies",
-        type=dict | None,
-        default=None,
-        help="of several policies your own scripts, as in '{other: package.module:Class}'",
-    )
-    parser.add_argument(
-        "--policy_mapping",
-        type=dict | str | None,
-        default=None,
-        help="package.module:function, if the mapping of several policies is your own",
-    )
-    options = parser.parse_args(args)
-    check("episodes", options.episodes, Count)
-    check("seed", options.seed, CountOrZero)
-    check("timeline_steps", options.timeline_steps, Count)
-    if options.video is not None:
-        check_format("video", options.video)
-    env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)
-    own = {name: options[name] for name in ("network", "policy_class", "policies", "policy_mapping")}
-    policy = load_player(options.checkpoint, options.seed, **own)
-    window = options.video is None and _window(env)
-    timeline = Timeline(options.timeline_steps) if options.timeline else None
-    returns, lengths = [], []
-    for episode in play_episodes(
-        env,
-        policy,
-        episode_seeds(options.seed, options.episodes),
-        deterministic=not options.stochastic,
-        video=options.video,
-        window=window,
-        timeout_s=options.timeout_s,
-        timeline=timeline,
-    ):
-        returns.append(episode.return_)
-        lengths.append(episode.length)
-        cut = ", cut off" if episode.cut else ""
-        agents = ", ".join(f"{agent} {value:g}" for agent, value in (episode.returns or {}).items())
-        each = f" ({agents})" if agents else ""
-        print(f"Episode {len(returns)}: return {episode.return_:g}{each}, length {episode.length}{cut}", flush=True)
-        if timeline is not None:
-            print(textwrap.indent(timeline.text(), "  "), flush=True)
-    how = "random actions of the policy" if options.stochastic else "greedy"
-    print(f"Mean of {len(returns)} on {env.env_id}, {how}: return {np.mean(returns):g}, length {np.mean(lengths):g}")
-    if options.video is not None:
-        print(f"Video: {options.video}")
-
-
-def plot(args: Sequence[str]) -> None:
-    """`lit-rl plot`: draws learning curves of runs.
-
-    Raises:
-        OptionError: if there is no such run or metric, or the picture cannot be drawn.
-    """
-    parser = _parser("plot", "Draw learning curves. Runs that differ in their seed alone are one curve with a band.")
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs, that CSVLogger wrote")
-    parser.add_argument("--metric", action="append", help="a logged name; again for another panel")
-    parser.add_argument("--x", default="env_steps", help="the logged name of the x axis")
-    parser.add_argument("--smooth", type=int, default=1, help="mean over so many points")
-    parser.add_argument("-o", "--output", default="curves.png", help="a .png, .svg or .pdf file")
-    options = parser.parse_args(args)
-    metrics = options.metric or ["rollout/return_mean"]
-    for curve in draw(options.runs, metrics, options.x, options.output, options.smooth):
-        runs = f"median of {curve.num_runs} runs" if curve.num_runs > 1 else "1 run"
-        end = f"{curve.x[-1]:,.0f}" if curve.x[-1].is_integer() else f"{curve.x[-1]:.4g}"
-        print(f"{curve.label}: {metrics[0]} {curve.median[-1]:.4g} at {options.x} {end} ({runs})")
-    print(f"Curves: {options.output}")
-
-
-def _window(env: EnvConfig) -> bool:
-    """Whether there is a display, and an environment that uses it; says so where not."""
-    modes: tuple[str, ...] = ()
-    if env.vectorization != "native":
-        made: Any = env.make_multi_agent() if env.is_multi_agent else env.make()
-        modes = render_modes(made)
-        made.close()
-    instead = "Record the episodes: --video play.mp4"
-    if "human" not in modes:
-        print(
-            f"{env.env_id} has no window to show. {instead if 'rgb_array' in modes else ''}".rstrip(), file=sys.stderr
-        )
-        return False
-    if not display_is_there():
-        print(f"There is no display, so no window is shown. {instead}", file=sys.stderr)
-        return False
-    return True
-
-
-def _parser(name: str, description: str) -> jsonargparse.ArgumentParser:
+def make_parser(name: str, description: str) -> jsonargparse.ArgumentParser:
     return jsonargparse.ArgumentParser(
         prog=f"lit-rl {name}", description=description, exit_on_error=False, allow_abbrev=False
     )
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot, "data": data}

@@ -1,11 +1,10 @@
-"""`lit-rl data info|check`: what recorded episodes are like, and whether they are whole. Needs no Lightning."""
+"""`lit-rl data info|check`: what recorded episodes are like, and whether they are whole."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-
+from lit_rl.cli.commands import make_parser
 from lit_rl.errors import DataError
 from lit_rl.files.episodes import Rows, find, open_file, read_rows
 from lit_rl.viewing.recorded import describe, draw_histograms, faults
@@ -18,11 +17,8 @@ def data(args: Sequence[str]) -> None:
         DataError: if there are no episodes, or `info` cannot read them.
         OptionError: if the picture cannot be drawn.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog="lit-rl data",
-        description="Tell what recorded episodes are like (info), or find everything that is wrong with them (check).",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = make_parser(
+        "data", "Tell what recorded episodes are like (info), or find everything that is wrong with them (check)."
     )
     parser.add_argument("what", choices=["info", "check"], help="info or check")
     parser.add_argument("episodes", nargs="+", help="files, folders or patterns, such as 'runs/*/*/episodes'")

@@ -23,6 +23,7 @@ import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
+from lit_rl.cli import import_from_folder, one_line_warnings
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.commands import COMMANDS
 from lit_rl.cli.configs import check_config, check_groups
@@ -166,7 +167,7 @@ def _learn(config: dict[str, Any]) -> OptionError | None:
     folder = config.pop("folder")
     if os.path.isdir(folder):
         os.chdir(folder)  # relative paths are those of the command
-        _import_from_folder()
+        import_from_folder()
     with last_reported() as checkpoint:
         if checkpoint is not None:
             config["fit"] |= {"ckpt_path": str(checkpoint), "init_from": None}
@@ -254,13 +255,6 @@ def _check_order(args: Sequence[str]) -> None:
     )
 
 
-def _import_from_folder() -> None:
-    """Find modules in the working folder, as `python -m lit_rl` does: environments and networks of one's own."""
-    folder = os.getcwd()
-    if not sys.flags.safe_path and not {"", folder} & set(sys.path):
-        sys.path.insert(0, folder)
-
-
 def _resolve_recipes(args: Sequence[str]) -> list[str]:
     resolved = list(args)
     for i, argument in enumerate(resolved):
@@ -298,22 +292,11 @@ def _check_cluster(config: Any) -> None:
         )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of `lit-rl` and `python -m lit_rl`."""
-    debug = "--debug" in sys.argv
-    arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
+def main(arguments: Sequence[str]) -> None:
+    """Train, evaluate or predict."""
     _quieten()
-    _import_from_folder()
-    try:
-        if arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-        else:
-            _check_order(arguments)
-            _run(CLI, _resolve_recipes(arguments))
-    except Exception as error:
-        if debug:
-            raise
-        fail(error, arguments)
+    _check_order(arguments)
+    _run(CLI, _resolve_recipes(arguments))
 
 
 def fail(error: Exception, arguments: Sequence[str]) -> None:
@@ -352,7 +335,7 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
 
 def _quieten() -> None:
     """Leave out what Lightning says to everybody and what does not apply here; a warning is one line."""
-    warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
+    one_line_warnings()
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*LightningCLI's args parameter is intended to run from within Python.*",

@@ -121,12 +121,15 @@ trainer.fit(PPO(minibatch_size=64), data)
 trainer.validate(trainer.model, data)
 assert trainer.model.env_steps == 512
 """
+LIGHT_COMMANDS = "import lit_rl.cli.plot; lit_rl.cli.main(['--version']); lit_rl.cli.main(['recipes'])"
 # One after the other in one interpreter: what must not have been loaded after it.
 HEAVY = {
     "import lit_rl": {"torch", "lightning", "ray", "tensordict", "wandb", "numpy", "gymnasium"},
+    LIGHT_COMMANDS: {"torch", "lightning", "ray", "tensordict", "wandb", "gymnasium"},
     "import lit_rl.runners.env_runner, lit_rl.policy": {"lightning", "tensordict", "ray", "torchrl", "wandb"},
     "from lit_rl import load_policy": {"lightning", "tensordict", "ray", "torchrl", "wandb"},
-    "import lit_rl.cli": {"ray", "torchrl", "wandb", "pyarrow", "tensorboard"},
+    "import lit_rl.cli.play": {"lightning", "tensordict", "ray", "torchrl", "wandb"},
+    "import lit_rl.cli.program": {"ray", "torchrl", "wandb", "pyarrow", "tensorboard"},
     TRAINING: {"ray", "torchrl", "wandb"},
 }
 
