@@ -23,9 +23,8 @@ import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
-from lit_rl.cli import import_from_folder, one_line_warnings
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
-from lit_rl.cli.commands import COMMANDS
+from lit_rl.cli.commands import COMMANDS, import_from_folder, one_line_warnings
 from lit_rl.cli.configs import check_config, check_groups
 from lit_rl.cli.messages import own_error, sentence
 from lit_rl.cli.recipe_index import recipe_files
@@ -295,6 +294,7 @@ def _check_cluster(config: Any) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train, evaluate or predict."""
     _quieten()
+    import_from_folder()
     _check_order(arguments)
     _run(CLI, _resolve_recipes(arguments))
 
