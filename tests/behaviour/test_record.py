@@ -142,6 +142,8 @@ def test_masks_and_memory_are_recorded() -> None:
     assert masks and all(columns[name].any() for name in masks)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_eval_runners_record_each_evaluation_once(ray_session: None) -> None:
     evaluation = Evaluation(episodes=3, num_env_runners=1, parallel=True)
     fit(Record("data"), source(evaluation=evaluation))
