@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,7 +108,7 @@ import lit_rl.cli.program
 from lit_rl.cli import main
 
 def run(folder, log, command, only_errors, variables):
-    signal.alarm(500)  # ends what would hang
+    signal.alarm(1500)  # ends what would hang, also where nobody waits for it any more
     os.chdir(folder)
     os.environ |= variables
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -144,10 +145,13 @@ class CommandServer:
     """lit_rl's command line, imported once in a process of its own; every command runs in a fork of that."""
 
     def __init__(self) -> None:
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         path = [str(ROOT), *filter(None, os.environ["PYTHONPATH"].split(os.pathsep))]  # "" would be the working folder
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", COMMAND_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
 
     def run(self, folder: Path, command: Sequence[str], only_errors: bool = False, **variables: str) -> tuple[int, str]:
@@ -180,7 +184,13 @@ class CommandServer:
             requests = [[str(folder), str(f), list(command), only_errors, own] for f, own in zip(files, processes)]
             self._process.stdin.write(json.dumps(requests) + "\n")
             self._process.stdin.flush()
-            codes = json.loads(self._process.stdout.readline())
+            try:
+                codes = json.loads(self._process.stdout.readline())
+            except BaseException:  # the test is out of time
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.communicate()
+                self._process = self._start()
+                raise
             return [(code, file.read_text()) for code, file in zip(codes, files)]
 
     def close(self) -> None:
