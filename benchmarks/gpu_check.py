@@ -4,10 +4,10 @@
     bash benchmarks/gpu_check.sh OUT                          # on the GPU machine: a table, and OUT/gpu_check.json
     bash benchmarks/gpu_check.sh OUT --device cpu --short     # all of it in small, without a GPU
 
-Everything ends within `LIMIT_S`. Each case is a process of its own with a limit. A form of it that raises, or that the
-limit left no time for, is a row with the error, and the others go on; the exit status is then 1. Compiled forms are
-compiled once while the tests run, so that they come from the compiler's cache when they are timed; `compilation_s` is
-what is left of it then.
+Everything ends within `LIMIT_S`. Each case is a process of its own with a limit; in small one has them all. A form that
+raises, or that the limit left no time for, is a row with the error, and the others go on; the exit status is then 1.
+Compiled forms are compiled once while the tests run, so that they come from the compiler's cache when they are timed;
+`compilation_s` is what is left of it then.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def run_forms(name: str, forms: Sequence[str], device: str, short: bool, warm: b
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-        print("RESULT " + json.dumps({"form": form} | result), flush=True)
+        print("RESULT " + json.dumps({"case": name, "form": form} | result), flush=True)
         gc.collect()
 
 
@@ -292,10 +292,10 @@ class Check:
             output.seek(0)
             return output.read(), failed
 
-    def case(self, name: str, device: str, threads: int) -> None:
-        """Time a case, and add its rows."""
-        forms = self.forms(name, device)
-        command = [__file__, str(self.out), "--case", name, "--forms", *forms, "--device", device]
+    def cases(self, names: Sequence[str], device: str, threads: int) -> None:
+        """Time cases in one process, and add their rows."""
+        forms = {name: self.forms(name, device) for name in names}
+        command = [__file__, str(self.out), "--run", json.dumps(forms), "--device", device]
         if self.left_s < 10:
             output, failed = "", f"no time was left of {LIMIT_S:.0f} s"
         else:
@@ -303,15 +303,20 @@ class Check:
             limit_s = LIMIT_S if self.short else CASE_LIMIT_S
             output, failed = self.run(command, limit_s, OMP_NUM_THREADS=str(threads))
         results = results_in(output)
-        rows = [{"case": name, "form": form, "device": device} | results.get(form, {"error": failed}) for form in forms]
+        rows = [
+            {"case": name, "form": form, "device": device} | results.get((name, form), {"error": failed})
+            for name in names
+            for form in forms[name]
+        ]
         with self.lock:
             self.found["rows"] += rows
-            self.log.write(f"=== {name}, {device}: {failed or 'done'}\n{output}\n")
+            self.log.write(f"=== {', '.join(names)}, {device}: {failed or 'done'}\n{output}\n")
             self.write()
 
     def warm(self, name: str) -> None:
         """Have a case's compiled form compiled, for the compiler's cache, and keep how long it took."""
-        command = [__file__, str(self.out), "--case", name, "--forms", "compiled", "--device", self.device, "--warm"]
+        forms = json.dumps({name: ["compiled"]})
+        command = [__file__, str(self.out), "--run", forms, "--device", self.device, "--warm"]
         output, failed = self.run(command, TESTS_LIMIT_S)
         with self.lock:
             for result in results_in(output).values():
@@ -351,13 +356,14 @@ class Check:
             jobs = [pool.submit(self.tests, part) for part in (["not compiled", "compiled"] if on_gpu else ["all"])]
             if on_gpu:
                 jobs += [pool.submit(self.warm, name) for name in CASES]
+        groups = [list(CASES)] if self.short else [[name] for name in CASES]
         if on_gpu:  # alone
-            for name in CASES:
-                self.case(name, "cuda", threads=max(1, cores // 2))
+            for names in groups:
+                self.cases(names, "cuda", threads=max(1, cores // 2))
         at_once = 1 if self.short else max(1, cores // 4)
         threads = 1 if self.short else max(1, cores // at_once)
         with ThreadPoolExecutor(at_once) as pool:
-            jobs += [pool.submit(self.case, name, "cpu", threads) for name in CASES]
+            jobs += [pool.submit(self.cases, names, "cpu", threads) for names in groups]
         for job in jobs:
             job.result()
         order = list(CASES)
@@ -366,10 +372,10 @@ class Check:
         return not any("error" in row for row in [*self.found["rows"], *self.found["tests"].values()])
 
 
-def results_in(output: str) -> dict[str, dict[str, Any]]:
-    """What `run_forms` printed, by form."""
+def results_in(output: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What `run_forms` printed, by case and form."""
     printed = [line.removeprefix("RESULT ") for line in output.splitlines() if line.startswith("RESULT ")]
-    return {result.pop("form"): result for result in map(json.loads, printed)}
+    return {(result.pop("case"), result.pop("form")): result for result in map(json.loads, printed)}
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -412,12 +418,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--short", action="store_true", help="everything small, one case compiled: a minute or two")
     # For the processes that this one starts.
-    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--forms", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        run_forms(args.case, args.forms, args.device, args.short, args.warm)
+    if args.run:
+        for name, forms in args.run.items():
+            run_forms(name, forms, args.device, args.short, args.warm)
         return
     if args.device == "cuda":
         import torch

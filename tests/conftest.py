@@ -1,6 +1,9 @@
 """Shared by all tests: one thread, quiet logs, own folders, a Trainer that leaves nothing behind."""
 
+import functools
+import gc
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -11,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import TESTS, CommandServer, quiet_trainer
+from lightning.fabric.utilities import registry
 
 # Test files, and processes that they start, find each other by name, as in the environment "test_faults:Sometimes".
 FOLDERS = [str(TESTS), *sorted({str(path.parent) for path in TESTS.glob("*/test_*.py")})]
@@ -20,12 +24,20 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+# The platform's default, said before torchrl is imported, which would choose "spawn" for all tests that come later.
+multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0])
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# Each Trainer asks all installed packages for callbacks of theirs: a twelfth of a short run.
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the long form of the chaos tests")
     parser.addoption("--chaos-seed", type=int, help="what is broken at random, and when, as in the run with this seed")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # half a million objects of modules and tests, which each full collection would look through
 
 
 @pytest.fixture(autouse=True)

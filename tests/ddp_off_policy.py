@@ -1,12 +1,12 @@
-"""Off-policy algorithms on two ranks. Started by test_ddp.py.
+"""Off-policy algorithms on two ranks: `python ddp_off_policy.py <folder> <case> ...`. Started by test_ddp.py.
 
-`gradients <rank> <world size> <port> <folder>`: the gradients of one update of every algorithm, on a share of one
-minibatch. `train <folder> <algorithm> ...`: a short run of each algorithm, of two ranks under Trainer; "SAC,compile" is
-one whose compiled functions are run as they are written.
+`gradients`: the gradients of one update of every algorithm, on a share of one minibatch. An algorithm's name: a short
+run of it under Trainer; "SAC,compile" is one whose compiled functions are run as they are written.
 """
 
 import functools
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def draw_by_row(algorithm: CQL, batch: TensorDict) -> None:
     batch["uniform_action"] = (batch["observation"][..., None, :2] * several * 100).sin()
 
 
-def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
+def gradients(rank: int, world_size: int, folder: Path) -> None:
     if world_size > 1:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
     found = {}
     for name, (kind, spec) in CASES.items():
         for memory, alone in itertools.product((False, True), repeat=2):
@@ -140,9 +140,10 @@ def train(folder: Path, run: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "gradients":
-        gradients(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
-    else:
-        torch.compile = lambda function, **_: function  # type: ignore[assignment]
-        for run in sys.argv[3:]:
-            train(Path(sys.argv[2]), run)
+    out = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        if case == "gradients":
+            gradients(int(os.environ["LOCAL_RANK"]), 2, out)
+        else:
+            torch.compile = lambda function, **_: function  # type: ignore[assignment]
+            train(out, case)

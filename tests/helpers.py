@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,26 +102,42 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
 
 
 COMMAND_SERVER = """
-import gc, json, os, sys
+import gc, json, os, runpy, signal, sys
 sys.path = [folder for folder in sys.path if folder]  # as in a console script that pip writes
 import lit_rl.cli.program
 from lit_rl.cli import main
 
-gc.freeze()  # else each fork copies what the collector looks at
-for request in sys.stdin:
-    folder, log, command, only_errors = json.loads(request)
-    pid = os.fork()
-    if not pid:
-        os.chdir(folder)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(os.open(os.devnull, os.O_WRONLY) if only_errors else output, 1)
-        os.dup2(output, 2)
-        if command[0] == "python":
-            os.execv(sys.executable, command)
+def run(folder, log, command, only_errors, variables):
+    signal.alarm(1500)  # ends what would hang, also where nobody waits for it any more
+    os.chdir(folder)
+    os.environ |= variables
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if only_errors else output, 1)
+    os.dup2(output, 2)
+    if command[0] == "python":
+        sys.argv = command[1:]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
         sys.argv = command
         main()
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    sys.exit()
+
+gc.freeze()  # else each fork copies what the collector looks at
+for request in sys.stdin:
+    pids, codes = [], {}
+    for arguments in json.loads(request):
+        pid = os.fork()
+        if not pid:
+            run(*arguments)
+        pids.append(pid)
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:  # the others may wait for it
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
 
 
@@ -127,19 +145,53 @@ class CommandServer:
     """lit_rl's command line, imported once in a process of its own; every command runs in a fork of that."""
 
     def __init__(self) -> None:
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         path = [str(ROOT), *filter(None, os.environ["PYTHONPATH"].split(os.pathsep))]  # "" would be the working folder
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", COMMAND_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
 
-    def run(self, folder: Path, command: Sequence[str], only_errors: bool = False) -> tuple[int, str]:
-        """The exit code and the output, or what is on stderr alone, of a `lit-rl` or `python` command."""
+    def run(self, folder: Path, command: Sequence[str], only_errors: bool = False, **variables: str) -> tuple[int, str]:
+        """The exit code and the output, or what is on stderr alone, of `lit-rl` or of `python` and a script."""
+        ((code, output),) = self._run(folder, command, only_errors, [variables])
+        return code, output
+
+    def run_script(self, folder: Path, script: Path, *arguments: object, **variables: str) -> str:
+        """What a script printed, which must succeed."""
+        code, output = self.run(folder, ["python", str(script), *map(str, arguments)], **variables)
+        assert code == 0, output[-6000:]
+        return output
+
+    def run_ranks(self, folder: Path, script: Path, *arguments: object) -> str:
+        """What a script printed as each of two ranks that a launcher has started, which must both succeed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [group | {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        ended = self._run(folder, ["python", str(script), *map(str, arguments)], False, ranks)
+        assert [code for code, _ in ended] == [0, 0], "\n".join(f"{code}: {output[-6000:]}" for code, output in ended)
+        return "".join(output for _, output in ended)
+
+    def _run(
+        self, folder: Path, command: Sequence[str], only_errors: bool, processes: Sequence[dict[str, str]]
+    ) -> list[tuple[int, str]]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        with tempfile.NamedTemporaryFile("r") as log:
-            self._process.stdin.write(json.dumps([str(folder), log.name, list(command), only_errors]) + "\n")
+        with tempfile.TemporaryDirectory() as logs:
+            files = [Path(logs, str(i)) for i in range(len(processes))]
+            requests = [[str(folder), str(f), list(command), only_errors, own] for f, own in zip(files, processes)]
+            self._process.stdin.write(json.dumps(requests) + "\n")
             self._process.stdin.flush()
-            return int(self._process.stdout.readline()), log.read()
+            try:
+                codes = json.loads(self._process.stdout.readline())
+            except BaseException:  # the test is out of time
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.communicate()
+                self._process = self._start()
+                raise
+            return [(code, file.read_text()) for code, file in zip(codes, files)]
 
     def close(self) -> None:
         self._process.communicate()

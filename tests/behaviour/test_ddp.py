@@ -1,12 +1,12 @@
 """Two learner processes: the gradients, weights and counts of one with all the data."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ddp_off_policy
 import ddp_script
 import ddp_teams
 import fake_ray
@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ddp_off_policy import CASES
 from envs import counter_vector
-from helpers import TESTS, make_runner, ragged, run_python
+from helpers import TESTS, CommandServer, make_runner, ragged
 
 from lit_rl import MLP, LSTMNetwork, MultiAgent, load_policy
 from lit_rl.envs.make import EnvConfig
@@ -28,18 +27,13 @@ pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT, OFF_POLICY = TESTS / "ddp_script.py", TESTS / "ddp_off_policy.py"
 
 
-def run(out: Path, *cases: str) -> str:
-    """What two ranks printed to stderr, in one start for all the cases."""
-    return run_python(SCRIPT, out, *cases, cwd=out).stderr
-
-
 LENGTHS = {"whole": None, "ragged": [13, 6, 0, 1]}
 SPLITS = {MLP: ["two", "uneven"], LSTMNetwork: ["two"]}
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A rollout for each network and each kind of length, from which two ranks have learned: one start for all."""
+def recorded(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
+    """A rollout for each network and each kind of length, from which two ranks have learned."""
     out, runs = tmp_path_factory.mktemp("gradients"), []
     for network, splits in SPLITS.items():
         for kind, length in LENGTHS.items():
@@ -52,7 +46,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.save(rollout.clone().to_dict(), out / folder / "rollout.pt")
             runs += [f"gradients:{folder}:{shares}:{network.__name__}:PPO" for shares in splits]
             runs += [f"gradients:{folder}:{splits[-1]}:{network.__name__}:{name}" for name in ("IMPALA", "APPO")]
-    run(out, *runs, "gradients:MLP-ragged:uneven:MLP:PPO:compile")
+    command_server.run_ranks(out, SCRIPT, out, *runs, "gradients:MLP-ragged:uneven:MLP:PPO:compile")
     return out
 
 
@@ -84,21 +78,21 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
 
 
 @pytest.fixture(scope="module")
-def without_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def without_ray(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> tuple[Path, str]:
     """What two ranks without env runners leave: a short run, two that went on from one rank, one that diverged last."""
     out = tmp_path_factory.mktemp("two_ranks")
     for name in ddp_script.RESUMED:
         algorithm, data = ddp_script.small_run(name, 256)
         ddp_script.fit(algorithm, data, 1).save_checkpoint(out / f"{name}-1.ckpt")
         assert algorithm.env_steps_done == 256
-    return out, run(out, "process", "resume", "nan")
+    return out, command_server.run_ranks(out, SCRIPT, out, "process", "resume", "nan")
 
 
 @pytest.fixture(scope="module")
-def with_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def with_ray(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> tuple[Path, str]:
     """The same with env runners: a short run, and runs that stream."""
     out = tmp_path_factory.mktemp("with_ray")
-    return out, run(out, "ray", "streams")
+    return out, command_server.run_ranks(out, SCRIPT, out, "ray", "streams")
 
 
 @pytest.mark.parametrize(
@@ -191,40 +185,28 @@ def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(tmp_path: Path) -> N
     assert int(checkpoint["state_dict"]["updates"]) == 3
 
 
-def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def off_policy(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
+    """Gradients, and what two ranks have after short runs."""
+    out = tmp_path_factory.mktemp("off_policy")
+    command_server.run_ranks(out, OFF_POLICY, out, "gradients", "Rainbow", "TQC", "SAC", "SAC,compile")
+    return out
+
+
+def test_every_off_policy_algorithm_has_the_same_gradients_on_two_ranks(off_policy: Path) -> None:
     """With memory the ranks hold different numbers of real rows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [(0, 1), (0, 2), (1, 2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(OFF_POLICY), "gradients", str(rank), str(size), port, str(tmp_path)],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank, size in ranks
-    ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    one, first, second = (torch.load(tmp_path / f"off-policy-{size}-{rank}.pt") for rank, size in ranks)
-    assert len(one) > 100 and {name.split(",")[0] for name in one} == set(CASES)
+    ddp_off_policy.gradients(0, 1, off_policy)
+    one, first, second = (torch.load(off_policy / f"off-policy-{ranks}.pt") for ranks in ("1-0", "2-0", "2-1"))
+    assert len(one) > 100 and {name.split(",")[0] for name in one} == set(ddp_off_policy.CASES)
     for name, gradient in one.items():
         assert torch.isfinite(gradient).all() and torch.equal(first[name], second[name]), name
         torch.testing.assert_close(gradient, first[name], atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have after short runs: one start for all of them."""
-    out = tmp_path_factory.mktemp("off_policy")
-    run_python(OFF_POLICY, "train", out, "Rainbow", "TQC", "SAC", "SAC,compile", cwd=out)
-    return out
-
-
-def test_two_ranks_train_sac_by_compiled_steps_as_by_eager_ones(trained: Path) -> None:
+def test_two_ranks_train_sac_by_compiled_steps_as_by_eager_ones(off_policy: Path) -> None:
     eager, compiled = (
-        [torch.load(trained / f"train-{run}-{rank}.pt")["weights"] for rank in (0, 1)] for run in ("SAC", "SAC,compile")
+        [torch.load(off_policy / f"train-{run}-{rank}.pt")["weights"] for rank in (0, 1)]
+        for run in ("SAC", "SAC,compile")
     )
     for key, value in eager[0].items():
         assert torch.equal(compiled[0][key], compiled[1][key]), key
@@ -232,8 +214,8 @@ def test_two_ranks_train_sac_by_compiled_steps_as_by_eager_ones(trained: Path) -
 
 
 @pytest.mark.parametrize("name", ["Rainbow", "TQC"])
-def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: Path, name: str) -> None:
-    first, second = (torch.load(trained / f"train-{name}-{rank}.pt") for rank in (0, 1))
+def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(off_policy: Path, name: str) -> None:
+    first, second = (torch.load(off_policy / f"train-{name}-{rank}.pt") for rank in (0, 1))
     for key, value in first["weights"].items():
         assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
     assert first["stored"] == second["stored"] == 200
@@ -242,7 +224,7 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: 
     assert int(first["weights"]["updates"]) == 15  # a tenth of the 150 env steps that each rank took after the warm-up
     assert first["metrics"]["loss/value"] == second["metrics"]["loss/value"]
     for rank in (0, 1):
-        assert list((trained / f"{name}.ckpt.d" / f"rank_{rank}").glob("*.pt"))
+        assert list((off_policy / f"{name}.ckpt.d" / f"rank_{rank}").glob("*.pt"))
 
 
 @pytest.mark.ray
@@ -268,10 +250,10 @@ def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(
 
 
 @pytest.fixture(scope="module")
-def with_several_policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have after runs with several policies: one start for all of them."""
+def with_several_policies(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
+    """What two ranks have after runs with several policies."""
     out = tmp_path_factory.mktemp("several")
-    run_python(TESTS / "ddp_multi_agent.py", out, cwd=out, timeout=240)
+    command_server.run_ranks(out, TESTS / "ddp_multi_agent.py", out)
     return out
 
 
@@ -294,11 +276,11 @@ def test_policies_that_appear_on_one_rank_and_for_a_while_neither_hang_nor_skew(
 
 
 @pytest.fixture(scope="module")
-def teams(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have after runs with policies that share networks: one start for all of them."""
+def teams(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
+    """What two ranks have after runs with policies that share networks."""
     out = tmp_path_factory.mktemp("teams")
     ddp_teams.record(out)
-    run_python(TESTS / "ddp_teams.py", out, cwd=out, timeout=240)
+    command_server.run_ranks(out, TESTS / "ddp_teams.py", out)
     return out
 
 
@@ -323,10 +305,10 @@ def test_policies_that_share_networks_have_the_gradients_of_one_process_on_two_r
 
 
 @pytest.fixture(scope="module")
-def come_and_go(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def come_and_go(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
     """Runs on two ranks in which policies are added and removed."""
     out = tmp_path_factory.mktemp("come_and_go")
-    run_python(TESTS / "ddp_membership.py", out, cwd=out, timeout=240)
+    command_server.run_ranks(out, TESTS / "ddp_membership.py", out)
     return out
 
 
@@ -343,11 +325,13 @@ def test_two_ranks_stay_equal_while_policies_come_and_go(come_and_go: Path, name
     assert MultiAgent.load_from_checkpoint(come_and_go / f"{name}.ckpt").ids == first["ids"]
 
 
-def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is_held_out(tmp_path: Path) -> None:
+def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is_held_out(
+    tmp_path: Path, command_server: CommandServer
+) -> None:
     rows = np.arange(101)  # the last of each ten is not bootstrapped from: nothing is known of what comes after it
     table = {"row": rows, "zero": 0 * rows, "action": rows % 2, "reward": 0.0 * rows, "end": rows % 10 == 9}
     pq.write_table(pa.table(table), tmp_path / "data.parquet")
-    run_python(TESTS / "ddp_offline.py", tmp_path, cwd=tmp_path)
+    command_server.run_ranks(tmp_path, TESTS / "ddp_offline.py", tmp_path)
     first, second = (torch.load(tmp_path / f"offline-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["updates"] == second["updates"] == 30
     for name, weight in first["weights"].items():

@@ -6,7 +6,7 @@ has a `model` and a `data` is a config the command line takes. ```text is not ru
 """
 
 import doctest
-import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from make_tables import TABLE, table, with_tables
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BUDGET = 2048  # env steps of each `fit` line; those after the first get more, so that resumed runs have something to do
+BUDGET = 2048  # env steps of each `fit` line; one that resumes a run gets more, so that there is something to do
 
 
 class Block(NamedTuple):
@@ -48,10 +48,10 @@ BLOCKS = [block for page in PAGES if page.exists() for block in read_blocks(page
 
 
 def each_block(language: str, all_quick: bool = True) -> pytest.MarkDecorator:
-    """Every block of a language; those after a page's first one are slow where not all are quick."""
+    """Every block of a language; where not all are quick, those of README.md and the quickstart's first are."""
     found = [block for block in BLOCKS if block.language == language]
-    firsts = {block.page: block for block in reversed(found)}
-    quick = [all_quick or firsts[block.page] is block for block in found]
+    firsts = {block.page.name: block for block in reversed(found)}
+    quick = [all_quick or block.page.name == "README.md" or firsts["quickstart.md"] is block for block in found]
     cases = [pytest.param(b, marks=[] if q else pytest.mark.slow) for b, q in zip(found, quick)]
     return pytest.mark.parametrize("block", cases, ids=[f"{b.page.relative_to(ROOT)}:{b.line}" for b in found])
 
@@ -61,12 +61,11 @@ def command_lines(page: Path) -> list[list[str]]:
     text = "\n".join(block.text for block in BLOCKS if block.page == page and block.language == "bash")
     lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     lines = [line for line in lines if line and line[0] in ("lit-rl", "python")]
-    num_fits = 0
+    budget = BUDGET
     for line in lines:
         if "fit" in line:
-            num_fits += 1
-            line += ["--data.max_updates" if "OfflineDataModule" in line else "--data.max_env_steps"]
-            line += [str(BUDGET * num_fits)]
+            budget += BUDGET if "--ckpt_path" in line else 0
+            line += ["--data.max_updates" if "OfflineDataModule" in line else "--data.max_env_steps", str(budget)]
     return lines
 
 
@@ -178,9 +177,10 @@ def test_a_table_has_defaults_limits_and_what_docstrings_say_also_of_parents() -
 
 
 MODULES = [module.name for module in pkgutil.walk_packages(lit_rl.__path__, "lit_rl.") if "__main__" not in module.name]
+WITH_DOCTESTS = [name for name in MODULES if ">>> " in Path(importlib.util.find_spec(name).origin).read_text()]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", WITH_DOCTESTS)
 def test_doctests_of_a_module_hold(name: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert not failed  # the captured output shows the examples

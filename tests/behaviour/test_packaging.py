@@ -84,13 +84,13 @@ def test_wheel_runs_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -
     def run(*args: str) -> str:
         return run_python(*args, cwd=cwd, env=environment).stdout
 
-    where = "import lit_rl, lit_rl.modules.ppo as ppo; print(lit_rl.__file__, ppo.__file__)"
-    assert all(Path(file).is_relative_to(unpacked) for file in run("-c", where).split())
+    where = "import lit_rl, lit_rl.modules.ppo as ppo; print(lit_rl.__file__, ppo.__file__, flush=True)"
     arguments = (
         "--config ppo_cartpole --data.max_env_steps 1024 --data.evaluation.episodes 1 --trainer.logger false "
         "--trainer.callbacks null --trainer.enable_progress_bar false"
     )
-    run("-m", "lit_rl", "fit", *arguments.split())
+    printed = run("-c", f"{where}; from lit_rl.cli import main; main()", "fit", *arguments.split())
+    assert all(Path(file).is_relative_to(unpacked) for file in printed.splitlines()[0].split())
     listed = run("-m", "lit_rl", "recipes").splitlines()
     assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} <= {line.split(" ")[0] for line in listed}
 

@@ -14,7 +14,7 @@ import torch
 from agent_envs import MADE, LoggedAgents, Transition
 from envs import CounterEnv, MaskedEnv
 from gymnasium import spaces
-from helpers import TESTS, quiet_trainer, run_python
+from helpers import TESTS, CommandServer, quiet_trainer, run_python
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lit_rl
@@ -142,6 +142,8 @@ def test_masks_and_memory_are_recorded() -> None:
     assert masks and all(columns[name].any() for name in masks)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_eval_runners_record_each_evaluation_once(ray_session: None) -> None:
     evaluation = Evaluation(episodes=3, num_env_runners=1, parallel=True)
     fit(Record("data"), source(evaluation=evaluation))
@@ -217,8 +219,8 @@ def test_a_run_that_is_begun_anew_or_resumed_writes_nothing_twice(caplog: pytest
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_record_into_one_folder(tmp_path: Path) -> None:
-    run_python(SCRIPT, "ranks", cwd=tmp_path)
+def test_two_ranks_record_into_one_folder(tmp_path: Path, command_server: CommandServer) -> None:
+    command_server.run_ranks(tmp_path, SCRIPT, "ranks")
     rows = read()
     assert {path.name[:14] for path in episodes.find(["data"])} == {"episodes-rank0", "episodes-rank1"}
     starts = rows.columns["episode"][rows.begins[:-1]]
@@ -234,13 +236,13 @@ def test_two_ranks_record_into_one_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_who_is_killed_twenty_times_leaves_no_broken_or_second_episode(
-    request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, command_server: CommandServer
 ) -> None:
     """Each time after a new shard came, or while one is written; the run goes on from its checkpoint, if it has one."""
     seed = request.config.getoption("--chaos-seed")
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     print(f"--chaos-seed {seed}")
-    run_python(SCRIPT, "killed", seed, 20, cwd=tmp_path)
+    command_server.run_script(tmp_path, SCRIPT, "killed", seed, 20)
     cli.main(["data", "check", "data"])
     assert len(episodes.find(["data"])) > 20
 

@@ -81,6 +81,7 @@ def test_a_checkpoint_is_between_random_actions_and_the_controller(
     assert returns.line(path, found, 3) in of_checkpoint and found.mean() < -40  # over 25 steps, not 4
 
 
+@pytest.mark.slow
 def test_waterworld_has_random_actions_checkpoints_and_what_rllib_found(
     waterworld: ModuleType, make_trainer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -1,7 +1,6 @@
 """Several nodes: env runners spread over them, learners by Ray Train and by torchrun, and some of them lost."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,21 +10,21 @@ import psutil
 import pytest
 import torch
 from cluster_script import DQN, TINY
-from helpers import TESTS, run_python
+from helpers import TESTS, CommandServer
 
 from lit_rl import cli
 from lit_rl.cli.cluster import Cluster
 from lit_rl.errors import OptionError
 
 
-def run_on_nodes(case: str, folder: Path) -> str:
+def run_on_nodes(command_server: CommandServer, case: str, folder: Path) -> str:
     """Run a case of cluster_script.py in `folder`; nothing of its Ray may be left. Returns what it printed."""
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "STEPS_FOLDER": str(folder / "steps")}
-    done = run_python(TESTS / "cluster_script.py", case, cwd=folder, env=environment)
+    environment = {"RAY_AUTH_MODE": "token", "STEPS_FOLDER": str(folder / "steps")}
+    printed = command_server.run_script(folder, TESTS / "cluster_script.py", case, **environment)
     session = Path("session.txt").read_text()
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if session in " ".join(p.info["cmdline"] or ())]
     assert left == []
-    return done.stdout + done.stderr
+    return printed
 
 
 def check_ranks_are_equal(env_steps: int) -> None:
@@ -37,8 +36,10 @@ def check_ranks_are_equal(env_steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_runners_spread_over_nodes_and_a_lost_node_costs_what_the_ledger_says(tmp_path: Path) -> None:
-    run_on_nodes("runners_spread_and_a_node_lost", tmp_path)
+def test_runners_spread_over_nodes_and_a_lost_node_costs_what_the_ledger_says(
+    tmp_path: Path, command_server: CommandServer
+) -> None:
+    run_on_nodes(command_server, "runners_spread_and_a_node_lost", tmp_path)
     found = json.loads(Path("found.json").read_text())
     before, after, end = found["homes"]
     assert before[0] != before[1]
@@ -55,8 +56,10 @@ def test_runners_spread_over_nodes_and_a_lost_node_costs_what_the_ledger_says(tm
 @pytest.mark.ray
 @pytest.mark.ddp
 @pytest.mark.timeout(600)  # Ray Train starts its processes three times
-def test_learners_on_two_nodes_are_equal_and_go_on_after_one_is_lost(tmp_path: Path) -> None:
-    printed = run_on_nodes("learners_and_one_lost", tmp_path)
+def test_learners_on_two_nodes_are_equal_and_go_on_after_one_is_lost(
+    tmp_path: Path, command_server: CommandServer
+) -> None:
+    printed = run_on_nodes(command_server, "learners_and_one_lost", tmp_path)
     check_ranks_are_equal(env_steps=1024)
     for rank in (0, 1):
         steps = [int(line) for line in Path(f"steps-{rank}.txt").read_text().split()]

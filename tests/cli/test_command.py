@@ -37,8 +37,8 @@ def script(*args: str, **variables: str) -> subprocess.CompletedProcess:
 
 def test_an_environment_in_the_working_folder_is_found(command_server: CommandServer) -> None:
     Path("my_env.py").write_text(OWN)
-    done = script(*FIT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, output = command_server.run(Path.cwd(), ["lit-rl", *FIT])
+    assert code == 0, output[-2000:]
     (checkpoint,) = Path("runs").rglob("last.ckpt")
     play = ["lit-rl", "play", str(checkpoint), "--episodes", "1", "--env", "my_env:MyEnv"]
     code, output = command_server.run(Path.cwd(), play)

@@ -91,8 +91,8 @@ def test_a_form_that_raises_is_a_row_with_the_error_and_the_others_go_on(
     monkeypatch.setitem(gpu_check.CASES, "case", gpu_check.Case(make))
     gpu_check.run_forms("case", ["compiled", "eager"], "cpu", short=True, warm=True)
     found = gpu_check.results_in(capsys.readouterr().out)
-    assert found["compiled"] == {"error": "ValueError: cannot be"}
-    assert found["eager"].keys() == FIGURES
+    assert found["case", "compiled"] == {"error": "ValueError: cannot be"}
+    assert found["case", "eager"].keys() == FIGURES
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(check: Any) -> None:
@@ -110,11 +110,11 @@ def test_a_process_that_hangs_is_ended_with_its_children(check: Any) -> None:
 def test_a_case_out_of_time_has_a_row_for_each_form_that_is_missing(
     check: Any, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    printed = 'RESULT {"form": "eager", "env_steps_per_s": 1234.5}\n'
+    printed = 'RESULT {"case": "DQN CartPole", "form": "eager", "env_steps_per_s": 1234.5}\n'
     monkeypatch.setattr(check, "run", lambda *_, **__: (printed, "not done within 9 s"))
-    check.case("DQN CartPole", "cpu", 1)
+    check.cases(["DQN CartPole"], "cpu", 1)
     monkeypatch.setattr(gpu_check, "LIMIT_S", 5.0)
-    check.case("SAC 17 numbers, 6 actions", "cpu", 1)
+    check.cases(["SAC 17 numbers, 6 actions"], "cpu", 1)
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert [row.get("error") for row in rows] == [None, "not done within 9 s", "no time was left of 5 s"]
     text = gpu_check.table(check.found)

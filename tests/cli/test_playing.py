@@ -356,6 +356,7 @@ def test_a_file_that_cannot_be_written_costs_the_video_and_not_the_run(make_trai
     assert len(told) == (1 if full else 2) and "cannot be written" in told[0]
 
 
+@pytest.mark.slow
 def test_wandb_is_handed_the_file(make_trainer, tmp_path, monkeypatch) -> None:
     from lightning.pytorch.loggers import WandbLogger
 

@@ -1,8 +1,11 @@
-"""The learner on a device, env runners on the CPU. On a GPU where there is one; the same tests run on the CPU too."""
+"""The learner on a device, env runners on the CPU. On a GPU where there is one; the same tests run on the CPU too.
+
+On the CPU all algorithms but `QUICK` are slow: other files test them there.
+"""
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,16 +39,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 GPU = pytest.param(
     "gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-on_devices = pytest.mark.parametrize("accelerator", ["cpu", GPU])
-# On the CPU test_compiled.py compiles.
-in_each_form = pytest.mark.parametrize(
-    ("accelerator", "compile"),
-    [
-        pytest.param("cpu", False, id="cpu-eager"),
-        pytest.param("gpu", False, marks=GPU.marks, id="gpu-eager"),
-        pytest.param("gpu", True, marks=GPU.marks, id="gpu-compiled"),
-    ],
 )
 ROLLOUTS: dict[str, Any] = {"rollout_length": 16, "max_env_steps": 512, "seed": 0, "evaluation": Evaluation(episodes=2)}
 REPLAY: dict[str, Any] = {
@@ -86,8 +79,24 @@ CASES: dict[str, Callable[..., tuple[Any, Any]]] = {
     ),
     "SAC": lambda **options: (SAC(**options), ReplayDataModule("Pendulum-v1", **REPLAY)),
 }
+QUICK = ("PPO", "DQN")
 COMPILED = ["PPO", "IMPALA", "APPO", "DQN", "SAC"]
 ON_POLICY = ("PPO", "IMPALA", "APPO")
+
+on_devices = pytest.mark.parametrize("accelerator", ["cpu", GPU])
+
+
+def of_each(names: Sequence[str], *, forms: bool = False) -> pytest.MarkDecorator:
+    """Every algorithm on the CPU and on a GPU; with `forms` also compiled there (on the CPU by test_compiled.py)."""
+    cases = []
+    for name in names:
+        here = [] if name in QUICK else [pytest.mark.slow]
+        for where, compile, marks in (("cpu", False, here), ("gpu", False, GPU.marks), ("gpu", True, GPU.marks)):
+            values = (name, where, compile) if forms else (name, where)
+            form = f"-{'compiled' if compile else 'eager'}" if forms else ""
+            if forms or not compile:
+                cases.append(pytest.param(*values, marks=marks, id=f"{name}-{where}{form}"))
+    return pytest.mark.parametrize(("name", "accelerator", "compile")[: 2 + forms], cases)
 
 
 @pytest.fixture
@@ -109,8 +118,7 @@ def fit(trainer: L.Trainer, name: str, path: str | None = None, env_steps: int |
     return module, data
 
 
-@on_devices
-@pytest.mark.parametrize("name", list(CASES))
+@of_each(list(CASES))
 def test_the_learner_works_there_and_its_policy_on_the_cpu(name: str, accelerator: str, make_trainer: Callable) -> None:
     trainer, found = make_trainer(accelerator=accelerator), set()
     module, data = CASES[name]()
@@ -132,8 +140,7 @@ def test_the_learner_works_there_and_its_policy_on_the_cpu(name: str, accelerato
     assert again.env_steps_done > module.env_steps_done
 
 
-@in_each_form
-@pytest.mark.parametrize("name", COMPILED)
+@of_each(COMPILED, forms=True)
 def test_a_few_updates_give_the_weights_of_eager_ones_on_the_cpu(
     name: str, compile: bool, accelerator: str, make_trainer: Callable
 ) -> None:
@@ -179,8 +186,7 @@ class Follows(L.Callback):
         self.seen += 1
 
 
-@in_each_form
-@pytest.mark.parametrize("name", COMPILED)
+@of_each(COMPILED, forms=True)
 def test_the_policy_that_acts_stays_on_the_cpu_and_follows(
     name: str, compile: bool, accelerator: str, make_trainer: Callable
 ) -> None:
@@ -216,8 +222,7 @@ print([policy.act(np.zeros(policy.spec.observation_space.shape, np.float32))[0].
     assert acted.splitlines()[-1] == str(expected)
 
 
-@on_devices
-@pytest.mark.parametrize("name", COMPILED)
+@of_each(COMPILED)
 @pytest.mark.usefixtures("deterministic")
 def test_a_resumed_run_equals_an_unbroken_one_there(name: str, accelerator: str, make_trainer: Callable) -> None:
     def trainer() -> L.Trainer:
@@ -246,8 +251,7 @@ class Moved(L.Callback):
         return torch.cat([p.detach().flatten().cpu() for p in module.parameters() if p.requires_grad])
 
 
-@on_devices
-@pytest.mark.parametrize("name", ["PPO", "PPO on pictures", "IMPALA", "APPO", "DQN", "SAC"])
+@of_each(["PPO", "PPO on pictures", "IMPALA", "APPO", "DQN", "SAC"])
 def test_mixed_precision_goes_where_float32_goes_there(name: str, accelerator: str, make_trainer: Callable) -> None:
     moved = []
     for precision in ("32-true", "bf16-mixed"):
@@ -279,8 +283,7 @@ def test_priorities_come_back_from_there(
     assert len(set(expected)) > 10
 
 
-@in_each_form
-@pytest.mark.parametrize("name", COMPILED)
+@of_each(COMPILED, forms=True)
 def test_a_gradient_that_is_not_finite_changes_nothing_there(
     name: str, compile: bool, accelerator: str, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TESTS, run_python
+from helpers import TESTS, CommandServer
 from host_script import BATCHES, run
 
 SCRIPT = TESTS / "host_script.py"
@@ -38,10 +38,10 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks have trained, eagerly and with compiled steps: one start for both."""
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, command_server: CommandServer) -> Path:
+    """Where two ranks have trained, eagerly and with compiled steps."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    run_python(SCRIPT, folder, "eager", "compiled", cwd=folder)
+    command_server.run_ranks(folder, SCRIPT, folder, "eager", "compiled")
     return folder
 
 

@@ -165,7 +165,8 @@ def test_a_mask_that_info_does_not_hold_is_named() -> None:
         ActionMaskFromInfo(gym.make("Pendulum-v1"))
 
 
-@pytest.mark.parametrize("space", [DISCRETE, pytest.param(NESTED, marks=pytest.mark.slow)], ids=["discrete", "nested"])
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [DISCRETE, NESTED], ids=["discrete", "nested"])
 def test_ppo_learns_which_of_the_legal_actions_are_good(
     make_trainer: Callable[..., L.Trainer], space: gym.Space
 ) -> None:

@@ -150,6 +150,7 @@ def test_turns_in_which_an_agent_does_not_act_take_no_room() -> None:
         assert len(buffer) <= buffer._written <= len(buffer) + 2 * len(lives) + len(agents)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_env_runners_buffers_are_those_of_one_in_process(ray_session: Any) -> None:
     found = []

@@ -532,17 +532,18 @@ def play(cls: type, env: type[gym.Env], steps: int, data: dict[str, Any] | None 
 
 
 @BOTH
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_learns_to_name_a_discrete_observation(cls: type, seed: int) -> None:
     assert play(cls, IdentityEnv, 2500, {"seed": seed}) == 1.0
 
 
-@pytest.mark.parametrize(("cls", "squash_actions"), [(IMPALA, False), (APPO, True)])
+@pytest.mark.parametrize(("cls", "squash_actions"), [pytest.param(IMPALA, False, marks=pytest.mark.slow), (APPO, True)])
 def test_learns_a_continuous_action_from_a_continuous_observation(cls: type, squash_actions: bool) -> None:
     options = {"lr_schedule": "linear", "normalize_returns": True, "squash_actions": squash_actions}
     assert play(cls, TargetEnv, 8000, **options) > -0.08  # acting at random costs about 0.7
 
 
+@pytest.mark.slow
 def test_learns_by_rmsprop() -> None:
     assert play(IMPALA, IdentityEnv, 4000, optimizer="rmsprop", rmsprop_eps=1e-4) == 1.0
 

@@ -24,7 +24,7 @@ def train(env, steps: int, model: dict, data: dict, **trainer) -> tuple[PPO, Rol
 SMALL = {"num_envs_per_env_runner": 8, "rollout_length": 16}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_learns_to_name_a_discrete_observation(seed: int) -> None:
     model = {"lr": 1e-2, "minibatch_size": 64, "gamma": 0.0}
     *_, return_ = train(IdentityEnv, 2_500, model, SMALL | {"seed": seed})

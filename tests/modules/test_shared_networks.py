@@ -295,7 +295,7 @@ def pair_fitted(shared: str) -> Any:
     return algorithm.algorithms
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("cls", [PPO, APPO])
 def test_two_policies_learn_with_one_encoder_and_one_critic(cls: type, seed: int) -> None:
     options: dict[str, Any] = {"lr": 3e-3, "gamma": 0.0}

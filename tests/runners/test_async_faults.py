@@ -1,6 +1,7 @@
 """Environments in processes of their own that die, hang or return nonsense: nothing waits for them for ever."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import time
@@ -88,6 +89,16 @@ def test_a_process_that_dies_is_named_and_the_others_are_closed() -> None:
         envs.step(ACTIONS)
     envs.close()
     assert are_gone(envs)
+
+
+@pytest.mark.slow
+def test_processes_that_begin_anew_do_the_same() -> None:
+    """As all do once torchrl has been imported."""
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        test_a_process_that_dies_is_named_and_the_others_are_closed()
+    finally:
+        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
 def test_a_process_that_dies_between_two_calls_is_named() -> None:

@@ -230,7 +230,10 @@ def test_an_alarm_comes_after_the_limit_and_little_later_and_is_seldom_set(monke
 
 
 @pytest.mark.parametrize("algorithm", ["PPO", "PPO with memory", "DQN", "DQN with memory"])
-def test_training_goes_on_past_failures(algorithm: str, make_trainer: Callable, caplog: Any) -> None:
+def test_training_goes_on_past_failures(
+    algorithm: str, make_trainer: Callable, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rl.runners.survival.time.sleep", lambda seconds: None)
     env = {"env": "test_faults:Sometimes", "env_kwargs": {"step": 0.03, "reset": 0.03}, "fault_tolerance": MANY}
     network = LSTMNetwork if "memory" in algorithm else None
     if "PPO" in algorithm:

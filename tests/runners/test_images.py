@@ -51,9 +51,9 @@ def test_evaluation_plays_whole_episodes_of_ales_vector_environment() -> None:
 
 def test_a_rollout_of_pictures_holds_them_once_as_bytes() -> None:
     env = EnvConfig("ale_py:ALE/Pong-v5", {"autoreset_mode": "SameStep", "num_threads": 1}, vectorization="native")
-    rollout = next_rollout(make_runner(env, num_envs=8, length=128))
+    rollout = next_rollout(make_runner(env, num_envs=8, length=64))
     obs = rollout["observation"]
-    assert obs.shape == (8, 128, 4, 84, 84) and obs.dtype == torch.uint8
+    assert obs.shape == (8, 64, 4, 84, 84) and obs.dtype == torch.uint8
     storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for _, leaf in iterate(rollout)}
     assert sum(storages.values()) <= 1.05 * obs.numel()
 
@@ -93,7 +93,8 @@ def test_atari_preprocessing_of_gymnasium_is_a_wrapper_like_any_other() -> None:
     assert rollout["observation"].shape == (2, 8, 4, 84, 84) and rollout["observation"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("channels_first", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_first", [False, True])
 def test_ppo_learns_to_tell_pictures_apart(channels_first: bool) -> None:
     data = RolloutDataModule(
         PictureEnv,

@@ -363,6 +363,7 @@ def test_an_actors_fragments_are_those_of_a_runner_in_process(ray_session: Any) 
     assert found[0] == found[1] and found[0][1] == len(found[0][0]) > 20
 
 
+@pytest.mark.slow
 def test_two_agents_learn_to_name_what_they_see() -> None:
     source = data(
         ReplicatedEnv, env_kwargs={"env": IdentityEnv, "num_agents": 2}, wrappers=[AgentId], rollout_length=64,

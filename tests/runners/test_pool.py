@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 from envs import CounterEnv, FailingEnv
-from helpers import run_python
+from helpers import CommandServer
 from test_env_runner import CONFIGS, FRAGMENTS, LENGTH, NUM_ENVS, check_episodes, check_rollouts
 
 from lit_rl.envs.make import EnvConfig
@@ -273,17 +273,19 @@ try:
 except LitRLError as caught:
     error = str(caught)
 ledger = data.ledger
-print(json.dumps([error, algorithm.env_steps_done, ledger.delivered, dict(ledger.discarded), ledger.restarts]))
+print("FOUND", json.dumps([error, algorithm.env_steps_done, ledger.delivered, dict(ledger.discarded), ledger.restarts]))
 """
 
 
 @pytest.mark.parametrize(("disk", "length"), [("free", 48), ("full", 90)])
 def test_a_full_object_store_moves_to_the_disk_and_without_one_ends_the_run_with_one_sentence(
-    disk: str, length: int, tmp_path: Path
+    disk: str, length: int, tmp_path: Path, command_server: CommandServer
 ) -> None:
     """FT5: the store holds 80 MB, a fragment takes one for each of its rows."""
-    done = run_python("-c", SMALL_STORE, disk, length, cwd=tmp_path)
-    error, env_steps, delivered, discarded, restarts = json.loads(done.stdout.splitlines()[-1])
+    (tmp_path / "small_store.py").write_text(SMALL_STORE)
+    printed = command_server.run_script(tmp_path, tmp_path / "small_store.py", disk, length)
+    (found,) = [line.removeprefix("FOUND ") for line in printed.splitlines() if line.startswith("FOUND ")]
+    error, env_steps, delivered, discarded, restarts = json.loads(found)
     assert restarts == 0
     if disk == "free":
         assert (error, env_steps, delivered, discarded) == (None, 4 * length, 4 * length, {})
