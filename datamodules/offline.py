@@ -13,7 +13,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.evaluating import HELD_OUT, RECORDED, EpisodeLoader, EvaluatingDataModule
 from lit_rl.datamodules.streams import StreamLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import OptionError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.columns import PRESETS
 from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
@@ -311,7 +311,16 @@ class OfflineDataModule(EvaluatingDataModule):
         return {"seed": self.seed, "recorded": self._saved | recorded}
 
     def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
-        """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew."""
+        """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew.
+
+        Raises:
+            CheckpointError: if it was another datamodule's, whose clock is env steps.
+        """
+        if "rollouts" in states[0]:
+            raise CheckpointError(
+                "The checkpoint's run learned in an environment: it cannot be resumed with OfflineDataModule. Begin a "
+                "new run with init_from."
+            )
         if not self._seed_given:
             self.seed = states[0]["seed"]
         self._feeds = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from lit_rl.errors import DataError
+from lit_rl.errors import DataError, OptionError
 from lit_rl.files.episodes import Rows, find, open_file, read_rows
 from lit_rl.viewing.recorded import describe, draw_histograms, faults
 
@@ -16,7 +16,7 @@ def data(args: Sequence[str]) -> None:
 
     Raises:
         DataError: if there are no episodes, or `info` cannot read them.
-        OptionError: if the picture cannot be drawn.
+        OptionError: if a path is empty, or the picture cannot be drawn.
     """
     parser = jsonargparse.ArgumentParser(
         prog="lit-rl data",
@@ -28,6 +28,8 @@ def data(args: Sequence[str]) -> None:
     parser.add_argument("episodes", nargs="+", help="files, folders or patterns, such as 'runs/*/*/episodes'")
     parser.add_argument("-o", "--output", type=str | None, default=None, help="info: draw histograms into this file")
     options = parser.parse_args(args)
+    if "" in options.episodes:
+        raise OptionError("episodes='': expected files, folders or patterns.")
     if options.what == "check":
         _check(options.episodes)
         return

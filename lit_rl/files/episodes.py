@@ -215,7 +215,7 @@ def open_file(path: Path) -> File:
         raise DataError(f"{path} is no whole Parquet file: {_line(error)}") from error
     refuse_bytes(path, schema)
     try:
-        head = json.loads((schema.metadata or {})[KEY])
+        head = json.loads({key.decode(): text for key, text in (schema.metadata or {}).items()}[KEY.decode()])
         number = head["format"] if head["format"] <= FORMAT else _newer(path, head["format"])
         spec = spec_from_dict(head["spec"])
     except KeyError as error:
@@ -352,7 +352,7 @@ def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
     for path in paths:
         check_digest(path)
     files = [open_file(path) for path in paths]
-    _check_alike(files)
+    check_alike(files)
     spec, first = files[0].spec, np.cumsum([0, *(file.num_rows for file in files)])
     leaves = spaces_of(spec)
     fields = {path: (row_dtype(space), space.shape or ()) for path, space in leaves.items()}
@@ -374,8 +374,12 @@ def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
     return rows
 
 
-def _check_alike(files: Sequence[File]) -> None:
-    """Refuse files of environments with different spaces or agents."""
+def check_alike(files: Sequence[File]) -> None:
+    """Refuse files of environments with different spaces or agents.
+
+    Raises:
+        DataError: naming the two files, and what differs.
+    """
     spec, first = files[0].spec, files[0].path
     for file in files[1:]:
         if isinstance(file.spec, MultiAgentSpec) != isinstance(spec, MultiAgentSpec):

@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import OptionError
-from lit_rl.files.episodes import Rows, spaces_of
+from lit_rl.errors import DataError, OptionError
+from lit_rl.files.episodes import File, Rows, check_alike, spaces_of
 from lit_rl.options import check_ending
 from lit_rl.spec import class_counts
 from lit_rl.viewing.figures import save_figure
@@ -153,16 +153,33 @@ def _count(number: int) -> str:
 
 def faults(found: Mapping[Path, Rows]) -> list[str]:
     """What is wrong with files that can be read, taken together: a sentence each."""
-    said, owner = [], {}  # type: ignore[var-annotated]
+    said: list[str] = []
+    folders: dict[Path, list[File]] = {}
+    for path, rows in found.items():
+        folders.setdefault(path.parent, []).append(rows.files[0])
+    for files in folders.values():
+        try:
+            check_alike(files)
+        except DataError as error:
+            said.append(str(error))
+    owner: dict[tuple[Path, int], Path] = {}
+    numbers: dict[tuple[Path, Path], list[int]] = {}  # of episodes that two files have
     for path, rows in found.items():
         for number in np.unique(rows.columns["episode"]).tolist():
             other = owner.setdefault((path.parent, number), path)
             if other != path:
-                said.append(f"{path} has episode {number}, which {other} has too.")
+                numbers.setdefault((path, other), []).append(number)
+    for (path, other), both in numbers.items():
+        which = f"episode {both[0]}, which" if len(both) == 1 else f"{len(both)} episodes, from {both[0]} on, which"
+        said.append(f"{path} has {which} {other} has too.")
     ids: dict[str, Path] = {}
+    known: dict[tuple[Path, Path], int] = {}
     for path, rows in found.items():
         for id_ in rows.files[0].ids:
             other = ids.setdefault(id_, path)
-            if other != path:
-                said.append(f"{path} has an episode that {other} has too, with another number.")
+            if other != path and (path, other) not in numbers:
+                known[path, other] = known.get((path, other), 0) + 1
+    for (path, other), count in known.items():
+        which = "an episode" if count == 1 else f"{count} episodes"
+        said.append(f"{path} has {which} that {other} has too.")
     return said
