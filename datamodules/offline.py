@@ -102,6 +102,8 @@ class OfflineDataModule(EvaluatingDataModule):
         self.take_options()
         if self.evaluation.env is None and self.evaluation.env_kwargs is not None:
             raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
+        if self.evaluation.env is None and wrappers:
+            raise OptionError("wrappers: expected evaluation.env too, the environment that they are of.")
         self._recorded: Recorded | None = None
         self._feeds: dict[str, RecordedFeed] = {}
         self._saved: dict[str, Any] = {}  # where the draws of a checkpoint's run were
