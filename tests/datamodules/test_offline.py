@@ -370,7 +370,10 @@ def test_what_cannot_be_is_one_sentence(path: str, make_trainer) -> None:
         ({"validation_fraction": 1.0}, "validation_fraction=1.0: expected a number, at least 0 and below 1"),
         ({"top_fraction": 0.0}, "top_fraction=0.0: expected a number, above 0 and at most 1"),
         ({"evaluation": Evaluation(env_kwargs={"a": 1})}, "expected evaluation.env too, the environment to play"),
-        ({"wrappers": ["gymnasium.wrappers:ClipReward"]}, "wrappers: expected evaluation.env too, the environment that"),
+        (
+            {"wrappers": ["gymnasium.wrappers:ClipReward"]},
+            "wrappers: expected evaluation.env too, the environment that",
+        ),
     ):
         with pytest.raises(OptionError) as found:
             make_data(path, **options)
