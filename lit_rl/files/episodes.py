@@ -487,7 +487,7 @@ def _check_values(rows: Rows, leaves: Mapping[str, gym.Space]) -> None:
         is_action = name.partition("/")[0] == "action"
         if isinstance(space, spaces.Box) and not is_action:  # environments often leave their own bounds
             continue
-        if len(columns[name]) and _may_be_outside(space, columns[name]):
+        if columns[name].size and _may_be_outside(space, columns[name]):
             wrong = _outside(space, columns[name])
             if is_action:
                 wrong &= ~columns["closing"]
