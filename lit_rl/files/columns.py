@@ -50,7 +50,7 @@ def columns_of(columns: Mapping[str, Any], preset: str | None) -> dict[str, Any]
             raise OptionError(f"columns={dict(columns)!r}: {part!r}: expected some of {', '.join(map(repr, PARTS))}.")
         if not (names is None or isinstance(names, str | list | tuple | Mapping)):
             raise OptionError(f"columns: {part}={names!r}: expected a column's name, or a list or a dict of names.")
-        leaves = {} if names is None else _leaves(part, names) or {part: names}
+        leaves: dict[str, Any] = {} if names is None else _leaves(part, names) or {part: names}
         for path, given in leaves.items():
             if not given or not all(isinstance(name, str) for name in ([given] if isinstance(given, str) else given)):
                 raise OptionError(f"columns: {path}={given!r}: expected a column's name, or a list of names.")

@@ -215,12 +215,14 @@ def open_file(path: Path) -> File:
         raise DataError(f"{path} is no whole Parquet file: {_line(error)}") from error
     refuse_bytes(path, schema)
     try:
-        head = json.loads({key.decode(): text for key, text in (schema.metadata or {}).items()}[KEY.decode()])
+        head = json.loads((schema.metadata or {})[KEY])
         number = head["format"] if head["format"] <= FORMAT else _newer(path, head["format"])
         spec = spec_from_dict(head["spec"])
     except KeyError as error:
+        (key,) = error.args
+        name = key.decode() if isinstance(key, bytes) else key
         raise DataError(
-            f"{path} has no key {error} in its metadata: expected a file that lit_rl recorded. Tables of other tools "
+            f"{path} has no key {name!r} in its metadata: expected a file that lit_rl recorded. Tables of other tools "
             "need columns=... or a preset."
         ) from error
     except (ValueError, TypeError, SpaceError) as error:
