@@ -16,6 +16,9 @@ Recipes that learn from recorded data count updates in the place of env steps. T
 
     .venv/bin/python benchmarks/offline_data.py
 
+With `--data` such a recipe learns from another of them, for comparison, and is not judged by its bar:
+`bc_pendulum --data pendulum_mixed` writes `docs/results/bc_pendulum_from_pendulum_mixed.json`.
+
 A policy that plays a game against itself has a return of 0 whatever it has learned. Recipes of games, those in `GAMES`,
 are judged by games against random legal actions (`--episodes 500`), of one player, or of each team. In the place of
 `return_mean` they have the percentage of games that are not lost, or won: the least of all teams'.
@@ -67,13 +70,15 @@ def commit() -> str:
     return head + (" with uncommitted changes" if dirty else "")
 
 
-def train(recipe: str, seed: int, folder: Path) -> None:
-    """Train one seed, and note the commit and the time it took."""
+def train(recipe: str, seed: int, folder: Path, data: str | None = None) -> None:
+    """Train one seed, on the recipe's own data or on another set, and note the commit and the time it took."""
     command = [
         sys.executable, "-m", "lit_rl", "fit", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"),
         "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false",
         "--trainer.logger.init_args.save_dir", str(folder), "--trainer.logger.init_args.name", f"seed_{seed}",
     ]  # fmt: skip
+    if data is not None:
+        command += ["--data.paths", str(ROOT / "runs" / "data" / data)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -82,12 +87,12 @@ def train(recipe: str, seed: int, folder: Path) -> None:
     (folder / f"seed_{seed}" / "trained.json").write_text(json.dumps(notes))
 
 
-def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[str, Any]:
-    """One seed's figures and its curve; trains it if that is not done."""
+def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int, set_: str | None = None) -> dict[str, Any]:
+    """One seed's figures and its curve; trains it if that is not done, on its own data or on another set."""
     trained = folder / f"seed_{seed}" / "trained.json"
     if not trained.exists():
         shutil.rmtree(trained.parent, ignore_errors=True)  # of a run that was killed
-        train(recipe, seed, folder)
+        train(recipe, seed, folder, set_)
     run = folder / f"seed_{seed}" / "version_0"
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
     env = env_config(data)
@@ -209,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--random", action="store_true", help="measure random actions first")
     parser.add_argument("--episodes", type=int, default=100, help="greedy episodes of each last checkpoint")
+    parser.add_argument("--data", help="the data set to learn from in the place of the recipe's own, by its name")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and do not train again what is trained")
     args = parser.parse_args()
     if args.bars:
@@ -219,13 +225,16 @@ def main() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
     data = recipe["data"]["init_args"]
     env, clock, random = env_config(data), clock_of(data), None
+    if args.data and clock != "updates":
+        parser.error(f"--data {args.data}: {args.recipe} does not learn from recorded data")
+    name = args.recipe + (f"_from_{args.data}" if args.data else "")
     if args.random:
         random = play_randomly(env)
         print(f"random actions: {random['return_mean']} +- {random['return_std']}", flush=True)
     runs = []
     with contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            runs.append(run_seed(args.recipe, seed, Path(folder) / args.recipe, args.episodes))
+            runs.append(run_seed(args.recipe, seed, Path(folder) / name, args.episodes, args.data))
             last = runs[-1]
             steps = f"{last[clock]} {clock.removeprefix('env_')}"
             print(f"seed {seed}: {last['return_mean']} after {steps}, {last['wall_s']} s", flush=True)
@@ -239,6 +248,7 @@ def main() -> None:
         "env": (data["evaluation"] if clock == "updates" else data)["env"],
         "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
         + (" --random" if args.random else "")
+        + (f" --data {args.data}" if args.data else "")
         + (f" --episodes {args.episodes}" if args.episodes != 100 else ""),
         "commit": ", ".join(sorted({run.pop("commit") for run in runs})),
         "judged": judged,
@@ -250,6 +260,10 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     if random is not None:
         result["random"] = random
+    if args.data:
+        (OUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name}: median {result['median']} over seeds {args.seeds}: {OUT / name}.json")
+        return
     write(result, OUT / f"{args.recipe}.json")
     gallery.draw(with_bar(result), OUT / f"{args.recipe}.png")
     below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"

@@ -103,8 +103,11 @@ class Record(TakesOptions, L.Callback):
 
     def _begin(self, trainer: L.Trainer, algorithm: Any) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "evaluator"):
-            raise OptionError("Record: expected a datamodule with an environment, such as RolloutDataModule.")
+        if getattr(data, "eval_env", None) is None:
+            raise OptionError(
+                "Record: expected a datamodule with an environment: RolloutDataModule, ReplayDataModule, or "
+                "OfflineDataModule with evaluation.env."
+            )
         records_training = self.training and trainer.state.fn == "fit"
         if records_training and not hasattr(data, "fragment_watcher"):
             raise OptionError(f"Record(training=True): {type(data).__name__} has no env runners. Leave it out.")
@@ -113,10 +116,10 @@ class Record(TakesOptions, L.Callback):
                 f"Record(training=True): env={data.spec.env_id} has several agents, whose episodes are recorded in "
                 "evaluation and predict alone. Leave it out."
             )
-        self._trainer, self._algorithm, self._data = trainer, algorithm, data
-        self._is_predict = trainer.state.fn == "predict"
         path = Path(self.folder) if self.folder is not None else rescue.log_folder(trainer) / "episodes"
         self._folder = EpisodeFolder(path, data.spec, data.describe_env(), trainer.global_rank)
+        self._trainer, self._algorithm, self._data = trainer, algorithm, data
+        self._is_predict = trainer.state.fn == "predict"
         self._assembler = Assembler(self.every)
         self._assembler.begun = self._begun["training"]
         self._returns: list[float] = []

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_rl import distributed
 from lit_rl.datamodules.evaluating import REPLAY_BUFFERS, RUNNERS, EvaluatingDataModule
 from lit_rl.envs.make import Env, EnvConfig, Vectorization, Wrapper
-from lit_rl.errors import OptionError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.checkpoint import files_beside
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Positive, check
@@ -214,7 +214,15 @@ class EnvDataModule(EvaluatingDataModule):
 
         A rank that there was not has the seed and the position in the run of rank 0, and nothing else. The env steps
         of a rank that is not there any more stay in the ledger of rank 0.
+
+        Raises:
+            CheckpointError: if it was `OfflineDataModule`'s, whose clock is updates.
         """
+        if "rollouts" not in states[0]:
+            raise CheckpointError(
+                f"The checkpoint's run learned from recorded data: it cannot be resumed with {type(self).__name__}. "
+                "Begin a new run with init_from."
+            )
         if rank < len(states):
             self.load_rank_state(states[rank])
         else:

@@ -77,6 +77,10 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
         self._evaluator: Evaluator | None = None
         self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
 
+    def __str__(self) -> str:
+        """Not Lightning's, which would iterate over the loaders, and so play episodes."""
+        return repr(self)
+
     # --- what a subclass gives -----------------------------------------------------------------------------------
 
     @property

@@ -14,7 +14,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.evaluating import HELD_OUT, RECORDED, EpisodeLoader, EvaluatingDataModule
 from lit_rl.datamodules.streams import StreamLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
-from lit_rl.errors import OptionError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.columns import PRESETS
 from lit_rl.files.data_files import DataFiles, OwnDataset, open_dataset, open_files, size_of
 from lit_rl.files.finding import File
@@ -132,6 +132,8 @@ class OfflineDataModule(EvaluatingDataModule):
         self.take_options()
         if self.evaluation.env is None and self.evaluation.env_kwargs is not None:
             raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
+        if self.evaluation.env is None and wrappers:
+            raise OptionError("wrappers: expected evaluation.env too, the environment that they are of.")
         self._recorded: Recorded | None = None
         self._files: DataFiles | OwnDataset | None = None  # if they are not in memory
         self._feeds: dict[str, RecordedFeed | StreamedFeed] = {}
@@ -433,7 +435,16 @@ class OfflineDataModule(EvaluatingDataModule):
         return {"seed": self.seed, "recorded": self._saved | recorded}
 
     def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
-        """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew."""
+        """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew.
+
+        Raises:
+            CheckpointError: if it was another datamodule's, whose clock is env steps.
+        """
+        if "rollouts" in states[0]:
+            raise CheckpointError(
+                "The checkpoint's run learned in an environment: it cannot be resumed with OfflineDataModule. Begin a "
+                "new run with init_from."
+            )
         if not self._seed_given:
             self.seed = states[0]["seed"]
         self._feeds, self._held_out_seed = {}, None

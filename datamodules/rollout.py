@@ -107,7 +107,8 @@ class RolloutDataModule(EnvDataModule):
         name = type(algorithm).__name__
         if isinstance(algorithm, OffPolicy):
             raise OptionError(
-                f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule."
+                f"model={name}: RolloutDataModule feeds on-policy algorithms such as PPO. Use ReplayDataModule, or "
+                "OfflineDataModule for recorded data."
             )
         if isinstance(algorithm, MultiAgent):
             self.feed(algorithm.off_policy, self._replays_of(algorithm), algorithm.added)

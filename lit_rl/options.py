@@ -186,11 +186,15 @@ class ListOfGroups(Limit):
 
 
 class SeveralPaths(Limit):
-    """A path or several, as texts or `Path`s."""
+    """A path or several, as texts or `Path`s; none is an empty text."""
 
     def accepts(self, value: Any) -> bool:
         paths = [value] if isinstance(value, str | Path) else value
-        return isinstance(paths, list | tuple) and len(paths) > 0 and all(isinstance(x, str | Path) for x in paths)
+        return (
+            isinstance(paths, list | tuple)
+            and bool(paths)
+            and all(isinstance(x, str | Path) and x != "" for x in paths)
+        )
 
     def kept(self, value: Any) -> tuple[str, ...]:
         return tuple(str(path) for path in ([value] if isinstance(value, str | Path) else value))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_rl.cli.shared import own_parser
+from lit_rl.errors import DataError, OptionError
 
 
 def data(args: Sequence[str]) -> None:
@@ -12,13 +13,15 @@ def data(args: Sequence[str]) -> None:
 
     Raises:
         DataError: if there are no episodes, or `info` cannot read them.
-        OptionError: if the picture cannot be drawn.
+        OptionError: if a path is empty, or the picture cannot be drawn.
     """
     parser = own_parser("data")
     parser.add_argument("what", choices=["info", "check"], help="info or check")
     parser.add_argument("episodes", nargs="+", help="files, folders or patterns, such as 'runs/*/*/episodes'")
     parser.add_argument("-o", "--output", type=str | None, default=None, help="info: draw histograms into this file")
     options = parser.parse_args(args)
+    if "" in options.episodes:
+        raise OptionError("episodes='': expected files, folders or patterns.")
     if options.what == "check":
         _check(options.episodes)
     else:
@@ -42,7 +45,6 @@ def _info(paths: Sequence[str], output: str | None) -> None:
 
 def _check(paths: Sequence[str]) -> None:
     """Say what is wrong with files, each by itself and all together."""
-    from lit_rl.errors import DataError
     from lit_rl.files.episodes import Rows, find, read_rows
     from lit_rl.files.finding import File
     from lit_rl.viewing.recorded import faults

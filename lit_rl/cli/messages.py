@@ -25,6 +25,7 @@ NEEDED = {
     "checkpoint": "Give a checkpoint file: lit-rl play runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
     "what": "Give what to do and where: lit-rl data info runs/ppo_cartpole/version_0/episodes",
     "episodes": "Give their folder: lit-rl data info runs/ppo_cartpole/version_0/episodes",
+    "paths": "Give recorded episodes, or a recipe: --data.paths DIR, --config bc_cartpole",
     "runs": "Give the folder of a run, or of several: lit-rl plot runs/ppo_cartpole",
 }
 TYPES = {

@@ -49,6 +49,10 @@ def columns_of(columns: Mapping[str, Any], preset: str | None) -> dict[str, Any]
             raise OptionError(f"columns={dict(columns)!r}: {part!r}: expected some of {', '.join(map(repr, PARTS))}.")
         if not (names is None or isinstance(names, str | list | tuple | Mapping)):
             raise OptionError(f"columns: {part}={names!r}: expected a column's name, or a list or a dict of names.")
+        leaves: dict[str, Any] = {} if names is None else _leaves(part, names) or {part: names}
+        for path, given in leaves.items():
+            if not given or not all(isinstance(name, str) for name in ([given] if isinstance(given, str) else given)):
+                raise OptionError(f"columns: {path}={given!r}: expected a column's name, or a list of names.")
         if part not in PARTS[:3] and not (names is None or isinstance(names, str)):
             raise OptionError(f"columns: {part}={names!r}: expected the name of one column.")
     found = {**PRESETS.get(preset or "", {}), **columns}
@@ -61,8 +65,9 @@ def columns_of(columns: Mapping[str, Any], preset: str | None) -> dict[str, Any]
             f"columns={dict(columns)!r}: expected 'episode', or 'terminated' and 'truncated', which say where episodes "
             "end."
         )
-    if "agent" in found and "episode" not in found:
-        raise OptionError(f"columns={dict(columns)!r}: with 'agent' expected 'episode' too.")
+    for part in ("agent", "step"):
+        if part in found and "episode" not in found:
+            raise OptionError(f"columns={dict(columns)!r}: with {part!r} expected 'episode' too.")
     return found
 
 
@@ -138,9 +143,9 @@ def _of_table(table: Table, columns: dict[str, Any], preset: str | None) -> tupl
     flags = {part: _flag(table, columns, numbers, part, num) for part in ("terminated", "truncated")}
     done, order, agents = flags["terminated"] | flags["truncated"], None, None
     if "episode" in columns:
-        keys, _ = table.codes(columns["episode"], raw[columns["episode"]])
+        keys, _ = _codes(table, columns["episode"], raw, num)
         if "agent" in columns:
-            whose, names = table.codes(columns["agent"], raw[columns["agent"]])
+            whose, names = _codes(table, columns["agent"], raw, num)
             agents, keys = np.array(names, object)[whose], keys.astype(np.int64) * len(names) + whose
         order = _order(keys, numbers[columns["step"]] if "step" in columns else None)
         if order is not None:
@@ -220,6 +225,14 @@ def _stacked(numbers: Mapping[str, np.ndarray], names: str | Sequence[str]) -> n
     if isinstance(names, str):
         return numbers[names]
     return np.concatenate([numbers[name].reshape(len(numbers[name]), -1) for name in names], 1)
+
+
+def _codes(table: Table, name: str, raw: Mapping[str, Any], num: int) -> tuple[np.ndarray, list[str]]:
+    """A column of ids, one for each row."""
+    codes, names = table.codes(name, raw[name])
+    if len(codes) != num:
+        raise DataError(f"{table.path}: column {name!r} has {len(codes)} rows, the others have {num}.")
+    return codes, names
 
 
 def _scalar(table: Table, columns: dict, numbers: dict, part: str, num: int) -> np.ndarray:

@@ -216,8 +216,10 @@ def open_file(path: File) -> EpisodeFile:
         number = head["format"] if head["format"] <= FORMAT else _newer(path, head["format"])
         spec = spec_from_dict(head["spec"])
     except KeyError as error:
+        (key,) = error.args
+        name = key.decode() if isinstance(key, bytes) else key
         raise DataError(
-            f"{path} has no key {error} in its metadata: expected a file that lit_rl recorded. Tables of other tools "
+            f"{path} has no key {name!r} in its metadata: expected a file that lit_rl recorded. Tables of other tools "
             "need columns=... or a preset."
         ) from error
     except (ValueError, TypeError, SpaceError) as error:
@@ -373,7 +375,11 @@ def read_rows(paths: Sequence[File], more: Sequence[str] = ()) -> Rows:
 
 
 def check_alike(files: Sequence[EpisodeFile]) -> None:
-    """Refuse files of environments with different spaces or agents."""
+    """Refuse files of environments with different spaces or agents.
+
+    Raises:
+        DataError: naming the two files, and what differs.
+    """
     spec, first = files[0].spec, files[0].path
     for file in files[1:]:
         if isinstance(file.spec, MultiAgentSpec) != isinstance(spec, MultiAgentSpec):
@@ -478,12 +484,13 @@ def _check_values(rows: Rows, leaves: Mapping[str, gym.Space]) -> None:
                 row = int(wrong.argmax())
                 raise DataError(f"{rows.where(row)}: {name}={column[row].tolist()}: expected finite numbers.")
     for name, space in leaves.items():
-        if len(columns[name]) and _may_be_outside(space, columns[name]):
+        is_action = name.partition("/")[0] == "action"
+        if isinstance(space, spaces.Box) and not is_action:  # environments often leave their own bounds
+            continue
+        if columns[name].size and _may_be_outside(space, columns[name]):
             wrong = _outside(space, columns[name])
-            if name.partition("/")[0] == "action":
+            if is_action:
                 wrong &= ~columns["closing"]
-            elif isinstance(space, spaces.Box):  # environments often leave their own bounds
-                continue
             if wrong.any():
                 row = int(wrong.argmax())
                 raise DataError(
@@ -492,9 +499,9 @@ def _check_values(rows: Rows, leaves: Mapping[str, gym.Space]) -> None:
 
 
 def _may_be_outside(space: gym.Space, column: np.ndarray) -> bool:
-    """Whether a column [N, ...] could hold anything that is not in the space: as fast as can be told."""
-    ends = np.stack([column.min(0), column.max(0)])
-    return bool(_outside(space, ends).any())
+    """Whether a column [N, ...] could hold anything that is not in the space: by its least and greatest number."""
+    ends = np.array([column.min(), column.max()]).reshape(2, *[1] * (column.ndim - 1))
+    return bool(_outside(space, np.broadcast_to(ends, (2, *column.shape[1:]))).any())
 
 
 def _outside(space: gym.Space, column: np.ndarray) -> np.ndarray:

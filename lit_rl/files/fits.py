@@ -1,12 +1,13 @@
 """Whether what a checkpoint holds fits an algorithm, and what a new run may take from it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lit_rl.errors import CheckpointError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.loading import POLICY_PREFIX, read_checkpoint, section
 from lit_rl.policy import POLICIES, class_name
 
@@ -100,8 +101,11 @@ def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
         policy_id: which of the policies, where the checkpoint holds several.
 
     Raises:
+        OptionError: if that is no path.
         CheckpointError: if the policy there differs from the one here, or the file cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"init_from={path!r}: expected a checkpoint's path.")
     checkpoint = read_checkpoint(path)
     found, there = section(checkpoint, path), checkpoint["state_dict"]
     if "policies" in found["policy"]:

@@ -49,6 +49,7 @@ def read_recorded(
         if len(named) < len(paths) or columns is not None or preset is not None:
             raise OptionError(f"paths={list(paths)!r}: expected data sets of Minari alone, without columns and preset.")
         recorded, own = _read_minari(named)
+        _check_finite(recorded, named[0])
         _check_actions(recorded, own, named[0])
         return recorded, own
     if columns is None and preset is None:
@@ -120,14 +121,34 @@ def _check_actions(recorded: Recorded, spec: EnvSpec, where: str) -> None:
         wrong = outside.reshape(len(x), -1).any(1) & ~recorded.closing
         if wrong.any():
             row = int(wrong.argmax())
-            episode = int(np.searchsorted(recorded.begins, row, side="right")) - 1
             raise DataError(
-                f"{where}: {name}={x[row].tolist()} in step {row - int(recorded.begins[episode])} of episode {episode} "
-                f"is outside of the action space {space}. Clip or scale the actions, or give the environment that they "
-                "are for."
+                f"{where}: {name}={x[row].tolist()} in {_step(recorded, row)} is outside of the action space {space}. "
+                "Clip or scale the actions, or give the environment that they are for."
             )
         if isinstance(space, spaces.Box):
             np.clip(x, space.low, space.high, out=x)
+
+
+def _check_finite(recorded: Recorded, where: str) -> None:
+    """Refuse numbers that are not finite.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for name, x in {**recorded.columns, "reward": recorded.reward}.items():
+        if x.dtype.kind == "f" and not np.isfinite(x.sum()):  # the sum is cheaper than a mask
+            wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise DataError(
+                    f"{where}: {name}={x[row].tolist()} in {_step(recorded, row)}: expected finite numbers."
+                )
+
+
+def _step(recorded: Recorded, row: int) -> str:
+    """A row, in words."""
+    episode = int(np.searchsorted(recorded.begins, row, side="right")) - 1
+    return f"step {row - int(recorded.begins[episode])} of episode {episode}"
 
 
 def _read_minari(names: Sequence[str]) -> tuple[Recorded, EnvSpec]:

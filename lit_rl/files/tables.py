@@ -64,7 +64,7 @@ class Table:
             raise DataError(f"{self.path}: there is no column {missing[0]!r}. There are {there}.")
         try:
             if self._format == "HDF5":
-                return {name: self._file[name][()] for name in names}
+                return {name: np.asarray(self._file[name][()]) for name in names}
             if self._format == "arrays":
                 return {name: self._file[name] for name in names}
             table = self._file.read(columns=list(names)) if self._format == "Parquet" else self._file
@@ -79,6 +79,8 @@ class Table:
             DataError: naming the row that is none, is empty or is not finite, or the type if it cannot be one.
         """
         if isinstance(column, np.ndarray):
+            if not column.ndim:
+                raise DataError(f"{self.path}: column {name!r} is one value: expected one for each row.")
             array = column
         else:
             chunks = [self._of_arrow(name, chunk) for chunk in column.chunks if len(chunk)]
@@ -99,8 +101,10 @@ class Table:
     def codes(self, name: str, column: Any) -> tuple[np.ndarray, list[str]]:
         """A column of ids [N] as numbers, and what the numbers stand for; a missing id is one of its own."""
         if isinstance(column, np.ndarray):
+            if column.ndim != 1:
+                raise DataError(f"{self.path}: column {name!r} has {column.ndim} dimensions: expected one id a row.")
             values, codes = np.unique(column, return_inverse=True)
-            return codes.reshape(-1), [str(value) for value in values.tolist()]
+            return codes, [x.decode() if isinstance(x, bytes) else str(x) for x in values.tolist()]
         import pyarrow as pa
 
         if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
@@ -134,7 +138,9 @@ class Table:
 
     def _open_h5(self) -> list[str]:
         if find_spec("h5py") is None:
-            raise OptionError(f"paths={str(self.path)!r}: HDF5 files are read by h5py, which is missing. Install h5py.")
+            raise OptionError(
+                f"paths={str(self.path)!r}: HDF5 files are read by h5py, which is missing. Install lit-rl[hdf5]."
+            )
         import h5py
 
         source = self.path if isinstance(self.path, Path) else open_input(self.path)

@@ -81,15 +81,19 @@ def row_bytes(spec: EnvSpec) -> int:
 def as_policy_acts(policy: Any, recorded: Recorded) -> Recorded:
     """The same episodes with actions as a policy gives them, instead of as the environment was given them.
 
-    A squashed policy's lie in [-1, 1] whatever the bounds are, and a Discrete one's begin at 0.
+    A squashed policy's lie in [-1, 1] whatever the bounds are, and a Discrete one's begin at 0. The zeros of closing
+    rows stay zeros: they are actions of every policy, and pad sequences.
 
     Args:
         policy: has `from_env`, as a policy and its distribution have.
         recorded: the episodes.
     """
     columns = {path: x for path, x in recorded.columns.items() if path.partition("/")[0] == "action"}
-    actions = policy.from_env(nest(columns)["action"])
-    return replace(recorded, columns={**recorded.columns, **dict(iterate(actions, "action"))})
+    actions = dict(iterate(policy.from_env(nest(columns)["action"]), "action"))
+    for path, x in actions.items():
+        if x is not columns[path]:
+            x[recorded.closing] = 0
+    return replace(recorded, columns={**recorded.columns, **actions})
 
 
 def heads_of_sequences(recorded: Recorded, rows: np.ndarray, length: int) -> np.ndarray:

@@ -2,15 +2,15 @@
 
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import OptionError
-from lit_rl.files.episodes import Rows, spaces_of
+from lit_rl.errors import DataError, OptionError
+from lit_rl.files.episodes import EpisodeFile, Rows, check_alike, spaces_of
 from lit_rl.files.finding import File
 from lit_rl.options import check_ending
 from lit_rl.spec import class_counts
@@ -154,16 +154,33 @@ def _count(number: int) -> str:
 
 def faults(found: Mapping[File, Rows]) -> list[str]:
     """What is wrong with files that can be read, taken together: a sentence each."""
-    said, owner = [], {}  # type: ignore[var-annotated]
+    said: list[str] = []
+    folders: dict[PurePath, list[EpisodeFile]] = {}
+    for path, rows in found.items():
+        folders.setdefault(path.parent, []).append(rows.files[0])
+    for files in folders.values():
+        try:
+            check_alike(files)
+        except DataError as error:
+            said.append(str(error))
+    owner: dict[tuple[PurePath, int], File] = {}
+    numbers: dict[tuple[File, File], list[int]] = {}  # of episodes that two files have
     for path, rows in found.items():
         for number in np.unique(rows.columns["episode"]).tolist():
             other = owner.setdefault((path.parent, number), path)
             if other != path:
-                said.append(f"{path} has episode {number}, which {other} has too.")
+                numbers.setdefault((path, other), []).append(number)
+    for (path, other), both in numbers.items():
+        which = f"episode {both[0]}, which" if len(both) == 1 else f"{len(both)} episodes, from {both[0]} on, which"
+        said.append(f"{path} has {which} {other} has too.")
     ids: dict[str, File] = {}
+    known: dict[tuple[File, File], int] = {}
     for path, rows in found.items():
         for id_ in rows.files[0].ids:
             other = ids.setdefault(id_, path)
-            if other != path:
-                said.append(f"{path} has an episode that {other} has too, with another number.")
+            if other != path and (path, other) not in numbers:
+                known[path, other] = known.get((path, other), 0) + 1
+    for (path, other), count in known.items():
+        which = "an episode" if count == 1 else f"{count} episodes"
+        said.append(f"{path} has {which} that {other} has too.")
     return said

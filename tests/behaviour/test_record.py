@@ -19,10 +19,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lit_rl
 from lit_rl import (
+    BC,
     PPO,
     SAC,
     Evaluation,
     LSTMNetwork,
+    OfflineDataModule,
     Record,
     ReplayDataModule,
     RolloutDataModule,
@@ -153,6 +155,17 @@ def test_eval_runners_record_each_evaluation_once(ray_session: None) -> None:
     assert set(versions.tolist()) == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.ray
+def test_env_runners_in_ray_record_what_their_environments_did(ray_session: None) -> None:
+    data = source(num_env_runners=2, num_envs_per_env_runner=1)
+    fit(Record("data", training=True, evaluation=False), data)
+    found = counted(read())
+    # 64 env steps of one environment in each of 2 runners, as in this process.
+    assert Counter(number for number, *_ in found) == Counter(list(range(21)) * 2)
+    assert not any(greedy for *_, greedy in found)
+    assert set(read().columns["policy_version"].tolist()) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("mode", ["turns", "together", "random", "cars"])
 def test_agents_are_recorded_as_the_environment_saw_them(mode: str) -> None:
     MADE.clear()
@@ -179,6 +192,19 @@ def test_what_cannot_be_recorded_is_refused() -> None:
     data = source(LoggedAgents, env_kwargs={"mode": "turns"})
     with pytest.raises(OptionError, match=r"^Record\(training=True\): env=LoggedAgents has several agents"):
         fit(Record("data", training=True), data)
+    Path("file").touch()
+    for folder, message in (
+        ("file", r"file"),
+        ("other", r"^folder='other' has episodes of CounterEnv with observation"),
+    ):
+        if folder == "other":
+            fit(Record("other"))
+        with pytest.raises(DataError, match=message):
+            quiet_trainer(callbacks=[Record(folder)]).predict(PPO(), source("CartPole-v1"))
+    with pytest.raises(
+        OptionError, match=r"^Record: expected a datamodule with an environment: .* with evaluation\.env"
+    ):
+        fit(Record("data"), OfflineDataModule("other", max_updates=1), BC())
     with pytest.raises(OptionError, match=r"^every=0: expected a whole number of at least 1"):
         Record(every=0)
     with pytest.raises(OptionError, match=r"^EpisodeWriter is called Record now"):
@@ -293,9 +319,26 @@ def test_check_says_all_that_is_wrong_and_fails(capsys: pytest.CaptureFixture) -
         assert sum(words in line for line in error.splitlines()) == 1, error
 
 
+def test_check_compares_the_files_of_a_folder(capsys: pytest.CaptureFixture) -> None:
+    fit(Record("data", evaluation=False, training=True))
+    fit(Record("other"), source("CartPole-v1"))
+    (first,), (other,) = (episodes.find([name]) for name in ("data", "other"))
+    first.with_name("episodes-rank1-00000.parquet").write_bytes(first.read_bytes())
+    first.with_name("episodes-rank2-00000.parquet").write_bytes(other.read_bytes())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", "data", "other"])
+    out, error = capsys.readouterr()
+    assert f"rank1-00000.parquet has 42 episodes, from 0 on, which {first} has too." in error
+    assert "episodes-rank2-00000.parquet has observation in Box(" in error
+    assert f"{other} has 12 episodes that data/episodes-rank2-00000.parquet has too." in error
+    assert "4 of 4 files are whole" in out and len(error.splitlines()) == 4, error
+
+
 @pytest.mark.parametrize(
     ("args", "words", "code"),
     [
+        (["check", ""], "episodes='': expected files, folders or patterns.", 2),
         (["info", "nowhere"], "paths='nowhere': there is no such file or folder.", 1),
         (["info"], "Give their folder: lit-rl data info runs/ppo_cartpole/version_0/episodes", 2),
         (["look", "data"], "info", 2),

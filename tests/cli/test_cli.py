@@ -288,6 +288,7 @@ def test_a_mistake_with_checkpoints_is_answered_in_one_sentence(
         (["fit"], ["Give a recipe: --config ppo_cartpole"]),
         (["play"], ["required: checkpoint", "lit-rl play runs/"]),
         (["plot"], ["required: runs", "lit-rl plot runs/"]),
+        (["fit", "--model", "BC", "--data", "OfflineDataModule"], ["required: paths", "--data.paths DIR"]),
     ],
 )
 def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], words: list[str]) -> None:

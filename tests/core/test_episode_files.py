@@ -347,6 +347,20 @@ def test_a_newer_format_is_named() -> None:
         episodes.read(["data"])
 
 
+def test_what_is_missing_in_the_metadata_is_named() -> None:
+    write(episode(0))
+    table = pq.read_table(FIRST)
+    head = json.loads(table.schema.metadata[b"lit_rl"])
+    del head["spec"]
+    Path("data/manifest.json").unlink()
+    for metadata, key in (({}, "lit_rl"), ({"lit_rl": json.dumps(head)}, "spec")):
+        pq.write_table(table.replace_schema_metadata(metadata), FIRST)
+        with pytest.raises(
+            DataError, match=f"has no key '{key}' in its metadata: expected a file that lit_rl recorded"
+        ):
+            episodes.read(["data"])
+
+
 def test_a_closing_rows_zero_may_be_no_action() -> None:
     spec = EnvSpec("Test-v0", SPEC.observation_space, spaces.Box(1, 2, (1,)))
     one = episode(0)

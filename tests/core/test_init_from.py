@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_rl import MLP, PPO, Evaluation, RolloutDataModule
+from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, OptionError
 
 SMALL = {"num_envs_per_env_runner": 2, "rollout_length": 32, "rollouts_per_epoch": 1, "seed": 0}
@@ -82,6 +83,13 @@ def test_another_policy_is_refused(
     algorithm = PPO(minibatch_size=64, **options)
     with pytest.raises(CheckpointError, match=words):
         begun(make_trainer, source[0], algorithm)
+
+
+def test_what_is_no_path_is_refused() -> None:
+    algorithm = PPO(spec=EnvConfig("CartPole-v1").spec().to_dict())
+    algorithm.init_from = 3
+    with pytest.raises(OptionError, match=r"init_from=3: expected a checkpoint's path\."):
+        algorithm.configure_model()
 
 
 def test_learn_says_in_words_how_to_train() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gymnasium import spaces
@@ -13,7 +15,21 @@ from helpers import quiet_trainer
 from recorded import learn, one_update
 from tensordict import TensorDict
 
-from lit_rl import BC, CQL, DQN, IQL, MARWIL, MLP, PPO, SAC, DiscreteCQL, Evaluation, ReplayDataModule
+from lit_rl import (
+    BC,
+    CQL,
+    DQN,
+    IQL,
+    MARWIL,
+    MLP,
+    PPO,
+    SAC,
+    DiscreteCQL,
+    Evaluation,
+    OfflineDataModule,
+    ReplayDataModule,
+    RolloutDataModule,
+)
 from lit_rl.algorithm import Algorithm
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.loading import load_policy
@@ -139,6 +155,30 @@ def test_another_policy_is_refused_by_the_name_of_the_option(
     with pytest.raises(CheckpointError) as error:
         begun(online, spec, path, **more)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("offline", "online", "env"), [(BC, PPO, "CartPole-v1"), (IQL, SAC, "Pendulum-v1")])
+def test_the_first_online_evaluation_is_the_last_offline_one(
+    tmp_path: Path, offline: type, online: type, env: str
+) -> None:
+    g = np.random.default_rng(0)
+    num, (size, action) = 60, (4, g.integers(2, size=60)) if env == "CartPole-v1" else (3, g.uniform(-2, 2, size=60))
+    columns = {f"x{i}": g.normal(size=num) for i in range(size)} | {"a": action, "r": g.normal(size=num)}
+    pq.write_table(pa.table(columns | {"run": np.arange(num) // 10}), tmp_path / "log.parquet")
+    evaluation = Evaluation(env=env, episodes=3)
+    recorded = OfflineDataModule(
+        str(tmp_path / "log.parquet"), max_updates=5, batch_size=16, evaluation=evaluation, seed=1,
+        columns={"observation": [f"x{i}" for i in range(size)], "action": "a", "reward": "r", "episode": "run"},
+    )  # fmt: skip
+    algorithm, trainer = offline(network=SMALL), quiet_trainer()
+    trainer.fit(algorithm, recorded)
+    trainer.save_checkpoint(tmp_path / "offline.ckpt")
+    last = trainer.callback_metrics["eval/return_mean"].item()
+    begun = online(network=SMALL)
+    begun.init_from = str(tmp_path / "offline.ckpt")
+    source = RolloutDataModule if online is PPO else ReplayDataModule
+    (first,) = quiet_trainer().validate(begun, source(env, evaluation=Evaluation(episodes=3), seed=1), verbose=False)
+    assert first["eval/return_mean"] == last
 
 
 def test_imitation_with_sacs_policy_is_gone_on_with_by_sac(tmp_path: Path) -> None:

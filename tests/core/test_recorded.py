@@ -15,11 +15,12 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from lit_rl import Policy
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.recorded import Recorded, joined
 from lit_rl.replay import ReplayBuffer
 from lit_rl.replay.recorded_buffer import RecordedBuffer
-from lit_rl.replay.recorded_feed import best, rows_of_rank, split
+from lit_rl.replay.recorded_feed import as_policy_acts, best, rows_of_rank, split
 from lit_rl.spec import EnvSpec
 
 SPEC = EnvSpec("Test", spaces.Box(-100, 100, (1,), np.float32), spaces.Discrete(12))
@@ -151,6 +152,17 @@ def test_recorded_rows_are_those_of_a_buffer_that_a_runner_filled() -> None:
     found = RecordedBuffer(recorded, SPEC).transitions(rows, **options)
     del expected["index"], found["index"]
     assert (found == expected).all()
+
+
+def test_closing_rows_have_an_action_of_every_policy(recorded: Recorded) -> None:
+    """They pad sequences, whose actions the distribution is asked about before they are masked."""
+    recorded.columns["action"][:] = np.where(recorded.closing, 0, 3 + np.arange(12) % 2)
+    spec = EnvSpec("Test", SPEC.observation_space, spaces.Discrete(2, start=3))
+    found = as_policy_acts(Policy(spec), recorded).columns["action"]
+    assert found.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1]
+    buffer = RecordedBuffer(as_policy_acts(Policy(spec), recorded), spec, state=STATE)
+    assert buffer.sequences(np.array([2, 5]), length=3)["action"].min() == 0
+    assert recorded.columns["action"][0] == 3  # the recorded ones are as they were
 
 
 def test_ranks_draw_from_shares_that_are_equal_and_apart(recorded: Recorded) -> None:

@@ -155,43 +155,79 @@ def test_rllibs_rows_and_its_lines_of_several_steps(tmp_path: Path) -> None:
         assert recorded.is_transition.sum() == 5 and recorded.begins.tolist() == [0, 4]
 
 
-def test_d4rl_from_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {
-        "observations": np.stack([X, X], 1), "actions": np.array(ROWS["push"])[:, None], "rewards": np.array(ROWS["r"]),
-        "terminals": np.array(ROWS["dead"]), "timeouts": np.array(ROWS["late"]),
-    }  # fmt: skip
-    sets = {name: DataSet(array) for name, array in rows.items()}
-
-    class File(dict):
-        def __init__(self, path: Path, mode: str):
-            super().__init__(sets)
-
-        def visititems(self, visit: Any) -> None:
-            for name, found in self.items():
-                visit(name, found)
-
-    (tmp_path / "walker.hdf5").write_bytes(b"")
+def test_hdf5_without_h5py_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_rl.files.tables.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=r"walker\.hdf5': HDF5 files are read by h5py, which is missing"):
-        read(tmp_path / "walker.hdf5", None, preset="d4rl")
-    monkeypatch.setattr("lit_rl.files.tables.find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=File, Dataset=DataSet))
-    recorded, _ = read(tmp_path / "walker.hdf5", None, preset="d4rl")
-    assert recorded.begins.tolist() == [0, 3] and recorded.is_dropped.tolist() == [False, True]
-    sets["next_observations"] = DataSet(rows["observations"] + 1)
-    recorded, _ = read(tmp_path / "walker.hdf5", None, preset="d4rl")
-    assert recorded.columns["observation"][:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12]
-    del sets["timeouts"]
-    with pytest.raises(DataError, match="there is no column 'timeouts'"):
+    (tmp_path / "walker.hdf5").touch()
+    with pytest.raises(OptionError, match=r"walker\.hdf5': HDF5 files are read by h5py.*Install lit-rl\[hdf5\]"):
         read(tmp_path / "walker.hdf5", None, preset="d4rl")
 
 
-class DataSet:
-    def __init__(self, array: np.ndarray):
-        self._array = array
+class TestHdf5:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        pytest.importorskip("h5py")
+        return tmp_path / "walker.hdf5"
 
-    def __getitem__(self, key: tuple) -> np.ndarray:
-        return self._array[key]
+    @staticmethod
+    def write(path: Path, **changed: Any) -> None:
+        import h5py
+
+        rows = {
+            "observations": np.stack([X, X], 1), "actions": np.array(ROWS["push"])[:, None], "rewards": ROWS["r"],
+            "terminals": ROWS["dead"], "timeouts": ROWS["late"], "infos/qpos": np.zeros((5, 3)),
+        }  # fmt: skip
+        with h5py.File(path, "w") as file:
+            for name, values in (rows | changed).items():
+                if values is not None:
+                    file[name] = values
+
+    def test_d4rls_rows(self, path: Path) -> None:
+        self.write(path)
+        recorded, spec = read(path, None, preset="d4rl")
+        assert recorded.columns["observation"][:, 0].tolist() == X and recorded.reward.tolist() == ROWS["r"]
+        assert recorded.begins.tolist() == [0, 3] and recorded.is_dropped.tolist() == [False, True]
+        assert spec.action_space == spaces.Box(-1, 1, (1,), np.float32)
+        self.write(path, next_observations=np.stack([X, X], 1) + 1)
+        recorded, _ = read(path, None, preset="d4rl")
+        assert recorded.columns["observation"][:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12]
+
+    def test_groups_and_texts(self, path: Path) -> None:
+        who = ["a", "b", "a", "b", "b"]
+        self.write(path, timeouts=None, terminals=None, who=who)
+        columns = {"observation": "infos/qpos", "action": "actions", "episode": "run", "agent": "who"}
+        self.write(path, timeouts=None, terminals=None, who=who, run=[0, 0, 0, 0, 0])
+        recorded, _ = read(path, columns)
+        assert recorded.agents == ["a", "b"] and recorded.begins.tolist() == [0, 2]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"timeouts": None}, "there is no column 'timeouts'. There are 'actions', 'infos/qpos', 'observations'"),
+            ({"rewards": ["1", "2", "3", "4", "5"]}, "column 'rewards' holds object values: expected numbers."),
+            ({"rewards": 1.0}, "column 'rewards' is one value: expected one for each row."),
+            ({"rewards": [1.0, 2.0]}, "columns have different numbers of rows"),
+            ({"observations": np.full((5, 2), np.nan)}, "column 'observations' is [nan, nan] in row 0"),
+            ({"actions": np.array([b"\x80\x04."] * 5, "V3")}, "column 'actions' holds |V3 values: expected numbers."),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence(self, path: Path, changed: dict, message: str) -> None:
+        self.write(path, **changed)
+        with pytest.raises(DataError) as error:
+            read(path, None, preset="d4rl")
+        assert message in str(error.value)
+
+    def test_ids_are_one_for_each_row(self, path: Path) -> None:
+        columns = {"observation": "observations", "action": "actions", "episode": "run"}
+        for run, message in (([0, 1], "'run' has 2 rows, the others have 5"), (np.zeros((5, 2)), "'run' has 2 dim")):
+            self.write(path, run=run)
+            with pytest.raises(DataError, match=message):
+                read(path, columns)
+
+    def test_a_truncated_file_is_refused(self, path: Path) -> None:
+        self.write(path)
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(DataError, match=r"walker\.hdf5 cannot be read as HDF5, it may be truncated or damaged"):
+            read(path, None, preset="d4rl")
 
 
 def test_lerobots_demonstrations_are_terminated_by_success_alone(tmp_path: Path) -> None:
@@ -235,6 +271,9 @@ def test_minari(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded.columns["observation/arm"].squeeze(1).tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert recorded.lengths.tolist() == [3, 2] and recorded.is_transition.sum() == 5
     assert np.flatnonzero(recorded.terminated).tolist() == [2] and np.flatnonzero(recorded.truncated).tolist() == [5]
+    of[1].rewards[1] = np.nan
+    with pytest.raises(DataError, match=r"door: reward=nan in step 1 of episode 1: expected finite numbers\."):
+        read_recorded(["minari:door"])
     with pytest.raises(DataError, match="paths='minari:window' cannot be loaded: 'window'"):
         read_recorded(["minari:window"])
     with pytest.raises(OptionError, match="expected data sets of Minari alone, without columns and preset"):
@@ -282,6 +321,10 @@ def changed(name: str, row: int, value: Any) -> dict[str, Any]:
         (ROWS, {"action": "push"}, "expected 'observation' among them."),
         (ROWS, {"observation": "x", "action": "push"}, "expected 'episode', or 'terminated' and 'truncated', which"),
         (ROWS, COLUMNS | {"reward": ["r", "k"]}, "columns: reward=['r', 'k']: expected the name of one column."),
+        (ROWS, COLUMNS | {"observation": []}, "columns: observation=[]: expected a column's name, or a list of names."),
+        (ROWS, COLUMNS | {"observation": {}}, "columns: observation={}: expected a column's name, or a list of names."),
+        (ROWS, COLUMNS | {"observation": {"arm": ["x", 3]}}, "columns: observation/arm=['x', 3]: expected a column's"),
+        (ROWS, COLUMNS | {"step": "k", "episode": None}, "with 'step' expected 'episode' too."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_one_sentence(rows: dict, columns: dict, message: str, tmp_path: Path) -> None:

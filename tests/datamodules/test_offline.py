@@ -370,18 +370,47 @@ def test_what_cannot_be_is_one_sentence(path: str, make_trainer) -> None:
         ({"validation_fraction": 1.0}, "validation_fraction=1.0: expected a number, at least 0 and below 1"),
         ({"top_fraction": 0.0}, "top_fraction=0.0: expected a number, above 0 and at most 1"),
         ({"evaluation": Evaluation(env_kwargs={"a": 1})}, "expected evaluation.env too, the environment to play"),
+        (
+            {"wrappers": ["gymnasium.wrappers:ClipReward"]},
+            "wrappers: expected evaluation.env too, the environment that",
+        ),
     ):
         with pytest.raises(OptionError) as found:
             make_data(path, **options)
         assert message in str(found.value)
-    with pytest.raises(OptionError, match="paths=5: expected a path, or a list of paths"):
-        OfflineDataModule(5)  # type: ignore[arg-type]
+    for paths in (5, "", ["episodes", ""]):
+        with pytest.raises(OptionError, match=r"paths=.*: expected a path, or a list of paths"):
+            OfflineDataModule(paths)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="model=PPO: OfflineDataModule feeds imitation and off-policy algorithms"):
         fit(make_trainer, PPO(), make_data(path))
     with pytest.raises(LitRLError, match=r"needs a Discrete action space, got Box"):
         fit(make_trainer, DQN(), make_data(path, columns=COLUMNS | {"action": ["reward"]}))
     with pytest.raises(OptionError, match="batch_size=16: expected at least one sequence, sequence_length=20"):
         fit(make_trainer, DQN(network=LSTMNetwork), make_data(path))
+
+
+def test_a_run_goes_on_with_the_clock_it_began_with(own: str, make_trainer, tmp_path: Path) -> None:
+    offline, online = make_data(own, columns=None), ReplayDataModule("CartPole-v1", **ONLINE)
+    for begun, other, message in (
+        (
+            offline,
+            online,
+            "learned from recorded data: it cannot be resumed with ReplayDataModule. Begin a new run with",
+        ),
+        (
+            online,
+            offline,
+            "learned in an environment: it cannot be resumed with OfflineDataModule. Begin a new run with",
+        ),
+    ):
+        fit(make_trainer, DQN(), begun, limit_val_batches=0).save_checkpoint(tmp_path / "run.ckpt")
+        with pytest.raises(CheckpointError, match=message):
+            make_trainer(limit_val_batches=0).fit(DQN(), other, ckpt_path=tmp_path / "run.ckpt")
+
+
+def test_a_datamodule_in_words_plays_nothing(path: str) -> None:
+    for data in (make_data(path), ReplayDataModule("Nowhere-v0")):
+        assert type(data).__name__ in str(data)
 
 
 # --- recorded rows in online runs -------------------------------------------------------------------------------------
@@ -472,6 +501,28 @@ def test_algorithms_learn_and_are_judged_by_held_out_episodes(kind: type, path: 
     names = expected.get(kind.__name__, {"td_error", "initial_value"}) | {"action_difference"}
     assert {name.removeprefix("eval/") for name in found} >= names
     assert all(np.isfinite(found[f"eval/{name}"]) for name in names) and 0 <= found["eval/action_difference"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(DiscreteCQL, {"lr": 5e-3, "tau": 0.2}), (IQL, {"lr": 5e-3, "tau": 0.2}), (MARWIL, {"lr": 5e-3})],
+)
+def test_values_go_on_after_a_truncation_and_end_with_a_termination(
+    kind: type, options: dict[str, Any], path: str, make_trainer
+) -> None:
+    """A state that is never left, with a reward of 1, in episodes of one step: it is worth 2 with a discount of 0.5."""
+    found = {}
+    for flag in ("terminated", "truncated"):
+        same, is_last = np.ones(NUM_EPISODES * LENGTH), np.ones(NUM_EPISODES * LENGTH, np.bool_)
+        number = np.arange(len(same))
+        flags = {"terminated": ~is_last, "truncated": ~is_last} | {flag: is_last}
+        write(Path(path), episode=number, t=same, next_t=same, reward=same, action=number % 2, **flags)
+        columns = COLUMNS | {"observation": ["t"], "next_observation": ["next_t"]}
+        data = make_data(path, columns=columns, max_updates=250, validation_fraction=0.1)
+        torch.manual_seed(0)
+        trainer = fit(make_trainer, kind(gamma=0.5, **options), data)
+        found[flag] = trainer.callback_metrics["eval/initial_value"].item()
+    assert found == pytest.approx({"terminated": 1.0, "truncated": 2.0}, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", [CQL, IQL, SAC, BC])

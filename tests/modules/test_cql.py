@@ -330,6 +330,18 @@ def test_rewards_that_say_nothing_leave_no_preference_for_the_better_action() ->
     assert (clone.policy(torch.eye(2)).argmax(-1) == q.argmax(-1)).all()
 
 
+def test_rewards_that_say_nothing_leave_continuous_actions_no_better_than_imitation() -> None:
+    rows = bandit(good=0.2, shuffled=True, continuous=True)
+    options: dict[str, Any] = {"network": SMALL, "spec": ARM}
+    algorithm = CQL(lr=3e-3, actor_lr=3e-3, min_q_weight=1.0, num_actions=4, critic_hidden_sizes=[32], **options)
+    clone = BC(lr=1e-2, squash_actions=True, state_dependent_std=True, **options)
+    learn(algorithm, rows, 300)
+    learn(clone, rows, 150)
+    for one in (algorithm, clone):
+        action = one.policy.act(np.eye(2, dtype=np.float32))[0][:, 0]
+        assert action[0] > 0.1 and action[1] < -0.1  # away from the good ones, -0.5 and 0.5
+
+
 # --- options --------------------------------------------------------------------------------------------------------
 
 
