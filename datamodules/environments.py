@@ -361,10 +361,11 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             OptionError: if one of them would never learn.
         """
         budget, trainer = self.max_env_steps, self.attached_trainer
-        for replay in replays.values():
-            if budget is not None and replay.learning_starts >= budget:
+        for policy_id, algorithm in algorithms.items():
+            starts = replays[policy_id].completed(algorithm.REPLAY).learning_starts
+            if budget is not None and starts >= budget:
                 raise OptionError(
-                    f"learning_starts={replay.learning_starts}: expected less than max_env_steps={budget}, or nothing "
+                    f"learning_starts={starts}: expected less than max_env_steps={budget}, or nothing "
                     "is ever learned. Lower it."
                 )
         self.feeds.setup(

@@ -81,7 +81,21 @@ class ReplayDataModule(EnvDataModule):
                 f"model={type(algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
                 "SAC. Use RolloutDataModule."
             )
+        for off_policy in found.values():
+            self.check_room(off_policy)
         self.feed(found, dict.fromkeys(found, self.replay), added)
+
+    def check_room(self, algorithm: OffPolicy) -> None:
+        """Refuse a buffer in which no environment's rows make a sequence before they are overwritten."""
+        if not algorithm.ACROSS_EPISODES:
+            return
+        length, (num_envs, _) = algorithm.hp.sequence_length, self.rollout_shape
+        if self.replay.buffer_size < 2 * num_envs * (length + 1):
+            raise OptionError(
+                f"sequence_length={length}: expected sequences that fit into buffer_size={self.replay.buffer_size}: "
+                f"for {num_envs} environments at least {2 * num_envs * (length + 1)} rows. Lower it, or raise "
+                "buffer_size."
+            )
 
     def check_policy(self, policy_id: str, algorithm: Algorithm) -> None:
         if not isinstance(algorithm, OffPolicy):

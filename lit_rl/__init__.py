@@ -15,6 +15,7 @@ _PUBLIC = {
     "APPO": "lit_rl.modules",
     "Diagnostics": "lit_rl.callbacks",
     "DQN": "lit_rl.modules",
+    "DreamerV3": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "IMPALA": "lit_rl.modules",
     "ImpalaResNet": "lit_rl.networks",
     "load_policy": "lit_rl.files.loading",
+    "LatentPolicy": "lit_rl.policy",
     "LSTMNetwork": "lit_rl.networks",
     "MLP": "lit_rl.networks",
     "MultiAgent": "lit_rl.multi_agent",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from lit_rl.modules import PPO as PPO
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC
+    from lit_rl.modules import DreamerV3 as DreamerV3
     from lit_rl.modules import Rainbow as Rainbow
     from lit_rl.multi_agent import MultiAgent as MultiAgent
     from lit_rl.networks import MLP as MLP
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import EpisodeInfo as EpisodeInfo
+    from lit_rl.policy import LatentPolicy as LatentPolicy
     from lit_rl.policy import Policy as Policy
     from lit_rl.policy import QPolicy as QPolicy
     from lit_rl.policy import Random as Random

@@ -28,9 +28,13 @@ class OffPolicy(Algorithm):
 
     Attributes:
         REPLAY: the datamodule's options that have this value where they are not set.
+        ACROSS_EPISODES: whether its sequences go on across the ends of episodes, see `SequenceBuffer`.
     """
 
-    REPLAY: Mapping[str, Any] = {"batch_size": 256, "update_to_data": 1.0, "n_step": 1, "prioritized": False}
+    REPLAY: Mapping[str, Any] = {
+        "batch_size": 256, "learning_starts": 256, "update_to_data": 1.0, "n_step": 1, "prioritized": False
+    }  # fmt: skip
+    ACROSS_EPISODES = False
 
     def __init__(
         self,

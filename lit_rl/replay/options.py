@@ -42,7 +42,8 @@ class Replay:
             of each episode another.
         batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
             sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC.
-        learning_starts: env steps, over all learner processes, before the first update.
+        learning_starts: env steps, over all learner processes, before the first update. None takes the algorithm's
+            own: 256, or 1,024 for DreamerV3.
         random_warmup: whether actions are random until then, instead of the policy's.
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
             algorithm's own: 0.125 for DQN, 1 for SAC.
@@ -61,7 +62,7 @@ class Replay:
 
     buffer_size: Count = 100_000
     batch_size: Count | None = None
-    learning_starts: Count = 256
+    learning_starts: Count | None = None
     random_warmup: bool = True
     update_to_data: Positive | None = None
     n_step: Steps | None = None
@@ -78,7 +79,7 @@ class Replay:
             return
         if batch_size > self.buffer_size:
             raise OptionError(f"buffer_size={self.buffer_size}: expected at least batch_size={batch_size}. Raise it.")
-        if batch_size > self.learning_starts:
+        if self.learning_starts is not None and batch_size > self.learning_starts:
             raise OptionError(
                 f"learning_starts={self.learning_starts}: expected at least batch_size={batch_size} env steps. Raise "
                 "it."
@@ -113,6 +114,7 @@ class CompleteReplay(Replay):
     """A `Replay` that leaves nothing to the algorithm."""
 
     batch_size: Count
+    learning_starts: Count
     update_to_data: Positive
     n_step: Steps
     prioritized: bool
