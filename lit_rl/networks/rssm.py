@@ -92,15 +92,29 @@ def normed(in_features: int, *sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def sample_one_hot(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One-hot samples [*N, K] of categorical distributions by uniform numbers [*N]; gradients pass straight through.
+def one_hot(index: Tensor, num: int) -> Tensor:
+    """Floats [*N, num] that are 1 at an index [*N, 1]."""
+    return (index == torch.arange(num, device=index.device)).float()
 
-    The gradient is that of the probabilities: Bengio et al. 2013, arXiv:1308.3432.
+
+@torch.no_grad()
+def sample(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+    """One-hot samples [*N, K] of categorical distributions by uniform numbers [*N], without gradients.
+
+    The probability of the first k + 1 classes is (1 - unimix) sum exp(logits) / total + unimix (k + 1) / K. A sample is
+    the first class for which it exceeds the uniform number. Nothing is divided, which over so few classes takes longer
+    than all else.
     """
-    with torch.no_grad():
-        index = (uniform.unsqueeze(-1) >= probs[..., :-1].cumsum(-1)).sum(-1, keepdim=True)
-        one_hot = (index == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)
-    return one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot
+    num = logits.shape[-1]
+    mass = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    uniform_mass = torch.arange(1, num, device=logits.device) * (unimix / num)
+    threshold = (uniform.unsqueeze(-1) - uniform_mass) * (mass[..., -1:] / (1 - unimix))
+    return one_hot((threshold >= mass[..., :-1]).sum(-1, keepdim=True), num)
+
+
+def straight_through(sampled: Tensor, probs: Tensor) -> Tensor:
+    """Samples [*N, K] whose gradient is that of their probabilities: Bengio et al. 2013, arXiv:1308.3432."""
+    return sampled + (probs - probs.detach())
 
 
 class RSSM(nn.Module):
@@ -166,6 +180,10 @@ class RSSM(nn.Module):
         probs = logits.float().unflatten(-1, (self.stoch, self.classes)).softmax(-1)
         return (1 - self.unimix) * probs + self.unimix / self.classes
 
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Samples [N, S * K] for logits [N, S * K] by uniform numbers [N, S], without gradients."""
+        return sample(logits.float().unflatten(-1, (self.stoch, self.classes)), uniform, self.unimix).flatten(1)
+
     def observe(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +202,9 @@ class RSSM(nn.Module):
         steps = zip(*(x.unbind(1) for x in (tokens, embedded, keep, noise)))
         for token, action_t, keep_t, uniform in steps:
             deter = self.step(deter * keep_t, stoch * keep_t, action_t)
-            probs_t = self.probs(self.posterior(torch.cat([deter, token], -1)))
-            stoch = sample_one_hot(probs_t, uniform).flatten(1)
+            logits = self.posterior(torch.cat([deter, token], -1))
+            probs_t = self.probs(logits)
+            stoch = straight_through(self.sample(logits, uniform), probs_t.flatten(1))
             deters.append(deter)
             stochs.append(stoch)
             probs.append(probs_t)
@@ -238,12 +257,12 @@ class LatentNetwork(nn.Module):
         """One step; `noise` are uniform numbers [B, S], None takes the most probable latents."""
         rssm = self.rssm
         deter = rssm.step(state["deter"], state["stoch"], rssm.embed(state["action"])).float()
-        probs = rssm.probs(rssm.posterior(torch.cat([deter, self.encoder(obs)], -1)))
+        logits = rssm.posterior(torch.cat([deter, self.encoder(obs)], -1))
         if noise is None:
-            stoch = nn.functional.one_hot(probs.argmax(-1), rssm.classes).to(probs.dtype)
+            best = logits.unflatten(-1, (rssm.stoch, rssm.classes)).argmax(-1, keepdim=True)
+            stoch = one_hot(best, rssm.classes).flatten(1)
         else:
-            stoch = sample_one_hot(probs, noise)
-        stoch = stoch.flatten(1)
+            stoch = rssm.sample(logits, noise)
         return torch.cat([deter, stoch], -1), {"deter": deter, "stoch": stoch, "action": state["action"]}
 
 

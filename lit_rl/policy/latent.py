@@ -13,7 +13,7 @@ from lit_rl.distributions import BoundedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.masks import split_mask
 from lit_rl.networks import NetworkFactory
-from lit_rl.networks.rssm import LatentNetwork, Linear, normed
+from lit_rl.networks.rssm import LatentNetwork, Linear, normed, one_hot, sample
 from lit_rl.policy.base import Policy, State, built_in
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import Tree, to_numpy, to_torch
@@ -84,8 +84,7 @@ class LatentPolicy(Policy):
     def sample_action(self, parameters: Tensor, noise: Tensor) -> Tensor:
         """Random actions as numbers [N, A], made of uniform noise [N, 1] or, of a Box, standard normal noise [N, A]."""
         if self.is_discrete:
-            index = (noise >= parameters[..., :-1].exp().cumsum(-1)).sum(-1, keepdim=True)
-            return (index == torch.arange(parameters.shape[-1], device=index.device)).to(parameters.dtype)
+            return sample(parameters, noise.squeeze(-1), unimix=0.0)
         mean, log_std = self.distribution.bounded(parameters).chunk(2, -1)
         return torch.addcmul(mean, log_std.exp(), noise)
 
@@ -94,7 +93,7 @@ class LatentPolicy(Policy):
         if self.is_discrete:
             count = self.encoder.num_actions
             if isinstance(action, Tensor):
-                return (action.unsqueeze(-1) == torch.arange(count, device=action.device)).float()
+                return one_hot(action.unsqueeze(-1), count)
             return (np.expand_dims(action, -1) == np.arange(count)).astype(np.float32)
         shape = self.spec.action_space.shape or ()
         return action.reshape(*action.shape[: action.ndim - len(shape)], -1)

@@ -11,7 +11,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead, WorldModel
-from lit_rl.networks.rssm import sample_one_hot
 from lit_rl.normalizer import ReturnRange
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.returns import lambda_returns
@@ -50,7 +49,7 @@ def imagine(
     for uniform, own in zip(noise.unbind(1), action_noise.unbind(1)):
         action = policy.sample_action(policy.action_parameters(features[-1]), own)
         deter = rssm.step(deter, stoch, rssm.embed(action))
-        stoch = sample_one_hot(rssm.probs(rssm.prior(deter)), uniform).flatten(1)
+        stoch = rssm.sample(rssm.prior(deter), uniform)
         features.append(torch.cat([deter, stoch], -1))
         actions.append(action)
     whole = torch.stack(features, 1)
