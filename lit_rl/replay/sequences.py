@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from lit_rl.errors import OptionError, ReplayError
-from lit_rl.replay.buffer import IS_INIT, TERMINATED, TRANSITION, ReplayBuffer
+from lit_rl.replay.buffer import DONE, IS_INIT, TERMINATED, TRANSITION, ReplayBuffer
 from lit_rl.spec import EnvSpec
 from lit_rl.trees import iterate, nest
 
@@ -26,8 +26,9 @@ class SequenceBuffer(ReplayBuffer):
 
     An episode of n steps has n + 1 rows, the last of which has its final observation; the next episode's first row
     follows it. A sequence begins after a row of the same environment, which gives it the action before; the state
-    before it is kept. Every row is drawn soon after it came: each environment's time is cut into sequences, which are
-    drawn once each before others are drawn at random.
+    before it is kept. None begins with a final observation, for which no action was asked, so that the state before it
+    is not known. Every row is drawn soon after it came: each environment's time is cut into sequences, which are drawn
+    once each before others are drawn at random.
 
     Args:
         spec, capacity, storage_dir, seed: see `ReplayBuffer`.
@@ -54,9 +55,9 @@ class SequenceBuffer(ReplayBuffer):
             )
         super().__init__(spec, capacity, state=state, storage_dir=storage_dir, seed=seed)
         self.length = length
-        # Of each environment: the numbers of its newest rows, and how many sequences have begun.
+        # Of each environment: the numbers of its newest rows, and how many follow until a sequence is to be drawn once.
         self._newest: dict[int, deque[int]] = {}
-        self._begun: dict[int, int] = {}
+        self._due: dict[int, int] = {}
         self._queue: deque[int] = deque()  # rows after which a sequence begins that was not drawn yet
         self._last_begin = -capacity
 
@@ -76,7 +77,7 @@ class SequenceBuffer(ReplayBuffer):
         for env, count in zip(envs, counts.tolist()):
             chain = self._chain(self._open[env][0], count)
             if env not in self._newest or chain[0] != before.get(env):
-                self._newest[env], self._begun[env] = deque(), 0
+                self._newest[env], self._due[env] = deque(), 0
             self._follow_rows(env, chain)
         return taken
 
@@ -97,12 +98,14 @@ class SequenceBuffer(ReplayBuffer):
             if len(newest) <= self.length:
                 continue
             begin = newest.popleft()
-            if self._is_there(begin):
+            ends, next_ends = (self._flags[n % self.capacity] & DONE != 0 for n in (begin, newest[0]))
+            if not ends and self._is_there(begin):
                 self._flags[begin % self.capacity] |= BEGINS
                 self._last_begin = begin
-                if self._begun[env] % self.length == 0:
+                if self._due[env] <= 0 or (self._due[env] == 1 and next_ends):  # else the final observation is left out
                     self._queue.append(begin)
-            self._begun[env] += 1
+                    self._due[env] = self.length
+            self._due[env] -= 1
 
     def _number(self, place: Any) -> Any:
         """The numbers of the rows that lie at places."""
@@ -123,6 +126,7 @@ class SequenceBuffer(ReplayBuffer):
         """
         begins = np.array([self._queue.popleft() for _ in range(min(num, len(self._queue)))], np.int64)
         begins = begins[self._is_there(begins)] % self.capacity
+        begins = begins[self._begins(begins)]
         place = np.concatenate([begins, self._draw_begins(num - len(begins))])
         places = np.empty((num, self.length + 2), np.int64)
         for t in range(self.length + 2):
@@ -155,16 +159,24 @@ class SequenceBuffer(ReplayBuffer):
         size = min(self._written, self.capacity)
         index = self.rng.integers(size, size=num)
         for _ in range(TRIES):
-            missed = self._flags[index] & BEGINS == 0
+            missed = ~self._begins(index)
             if not np.count_nonzero(missed):
                 return index
             index[missed] = self.rng.integers(size, size=int(missed.sum()))
-        begins = np.flatnonzero(self._flags[:size] & BEGINS)
+        begins = np.flatnonzero(self._begins(np.arange(size)))
         if not len(begins):
             raise ReplayError(
                 f"The replay buffer holds no sequence of {self.length} rows: nothing can be drawn from it."
             )
         return begins[self.rng.integers(len(begins), size=num)]
+
+    def _begins(self, places: np.ndarray) -> np.ndarray:
+        """After which of the rows [N] a sequence begins that is there.
+
+        A final observation lies behind the row that follows it, which is overwritten before it: see `ReplayBuffer`.
+        """
+        assert self._previous is not None
+        return (self._flags[places] & BEGINS != 0) & (self._previous[self._next[places]] == places)
 
     def write_states(self, following: torch.Tensor, states: Mapping[str, torch.Tensor]) -> None:
         """Keep states [B, L, ...] that were computed anew. What was overwritten, or is not finite, stays as it is.
@@ -186,7 +198,7 @@ class SequenceBuffer(ReplayBuffer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> dict[str, Any]:
-        newest = [[env, self._begun[env], list(numbers)] for env, numbers in self._newest.items()]
+        newest = [[env, self._due[env], list(numbers)] for env, numbers in self._newest.items()]
         own = {"newest": newest, "queue": list(self._queue), "last_begin": self._last_begin}
         return super().save(folder) | {"length": self.length, "sequences": own}
 
@@ -199,5 +211,5 @@ class SequenceBuffer(ReplayBuffer):
         super().load(folder, state)
         own = state["sequences"]
         self._newest = {env: deque(numbers) for env, _, numbers in own["newest"]}
-        self._begun = {env: begun for env, begun, _ in own["newest"]}
+        self._due = {env: due for env, due, _ in own["newest"]}
         self._queue, self._last_begin = deque(own["queue"]), own["last_begin"]
