@@ -73,14 +73,14 @@ class BlockLinear(nn.Module):
 
 
 class NormedSiLU(nn.Module):
-    """SiLU of RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """SiLU of RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32."""
 
     def __init__(self, size: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.silu(nn.functional.rms_norm(x, self.scale.shape, self.scale, EPSILON))
+        return nn.functional.silu(nn.functional.rms_norm(x.float(), self.scale.shape, self.scale, EPSILON))
 
 
 def normed(in_features: int, *sizes: int) -> nn.Sequential:

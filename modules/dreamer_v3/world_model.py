@@ -10,6 +10,7 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from lit_rl.errors import OptionError
 from lit_rl.losses import kl_losses, symexp_bins, symlog, two_hot_loss, two_hot_mean
 from lit_rl.networks.inputs import ImageInput
 from lit_rl.networks.rssm import (
@@ -173,6 +174,9 @@ class ImageDecoder(nn.Module):
         height, width = sides_after(next(iter(images.values())))
         filters = [depth * multiple for multiple in MULTIPLES]
         self._shape = height, width, filters[-1]
+        for name, number, of in (("depth", filters[-1], MULTIPLES[-1]), ("deter", deter, 1)):
+            if number % SPACE_BLOCKS:
+                raise OptionError(f"{name}={number // of}: expected a multiple of {SPACE_BLOCKS // of} for images.")
         self.from_deter = BlockLinear(deter, height * width * filters[-1], SPACE_BLOCKS)
         self.from_stoch = nn.Sequential(normed(stoch, 2 * units), Linear(2 * units, height * width * filters[-1]))
         self.norm = NormedSiLU(filters[-1])

@@ -92,7 +92,7 @@ def test_the_state_before_a_sequence_is_that_with_which_the_policy_acted(mode: s
 def test_every_row_is_drawn_once_before_others_are_drawn_at_random() -> None:
     runner = make_runner(length=1)
     buffer, seen = make_buffer(runner), []
-    for step in range(1, 4 * LENGTH + 1):
+    for _ in range(4 * LENGTH):
         fill(buffer, runner, 1)
         while buffer._queue:
             batch = buffer.sample_across(1)
