@@ -17,11 +17,10 @@ from lit_rl.errors import OptionError, SpaceError
 from lit_rl.losses import symlog
 from lit_rl.networks.build import NetworkFactory, build_network, has_memory, output_size
 from lit_rl.networks.inputs import FlatInput, ImageInput
+from lit_rl.networks.rssm_scan import EPSILON, UPDATE_BIAS, Scan, one_hot, sample
 from lit_rl.spec import class_counts, is_image
 from lit_rl.trees import Tree, find, space_leaves
 
-EPSILON = 1e-4  # of RMSNorm
-UPDATE_BIAS = -1.0  # of the recurrent state's update gate: it forgets slowly at first
 MULTIPLES = (2, 3, 4, 4)  # filters of each convolution, in `depth`s
 KERNEL = 5
 MOST_PIXELS, FEWEST_PIXELS = 16, 3  # a side of what the convolutions leave of an image
@@ -90,26 +89,6 @@ def normed(in_features: int, *sizes: int) -> nn.Sequential:
         layers += [Linear(in_features, size), NormedSiLU(size)]
         in_features = size
     return nn.Sequential(*layers)
-
-
-def one_hot(index: Tensor, num: int) -> Tensor:
-    """Floats [*N, num] that are 1 at an index [*N, 1]."""
-    return (index == torch.arange(num, device=index.device)).float()
-
-
-@torch.no_grad()
-def sample(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
-    """One-hot samples [*N, K] of categorical distributions by uniform numbers [*N], without gradients.
-
-    The probability of the first k + 1 classes is (1 - unimix) sum exp(logits) / total + unimix (k + 1) / K. A sample is
-    the first class for which it exceeds the uniform number. Nothing is divided, which over so few classes takes longer
-    than all else.
-    """
-    num = logits.shape[-1]
-    mass = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
-    uniform_mass = torch.arange(1, num, device=logits.device) * (unimix / num)
-    threshold = (uniform.unsqueeze(-1) - uniform_mass) * (mass[..., -1:] / (1 - unimix))
-    return one_hot((threshold >= mass[..., :-1]).sum(-1, keepdim=True), num)
 
 
 def straight_through(sampled: Tensor, probs: Tensor) -> Tensor:
@@ -187,7 +166,7 @@ class RSSM(nn.Module):
     def observe(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Recurrent states [B, L, D], samples [B, L, S * K] and probabilities [B, L, S, K] of the posterior.
+        """Recurrent states [B, L, D], samples [B, L, S * K] and logits [B, L, S * K] of the posterior.
 
         Args:
             tokens: of the observations, [B, L, E].
@@ -196,19 +175,49 @@ class RSSM(nn.Module):
             deter, stoch: before the first row, [B, D] and [B, S * K].
             noise: uniform numbers, [B, L, S].
         """
+        keep = (~is_first).float().unsqueeze(-1)
+        (first, norm), last = self.posterior[0], self.posterior[1]
+        of_deter, of_token = first.weight.split([self.deter, tokens.shape[-1]], 1)
+        size = self.deter // self.blocks
+        width = self.from_action[0].out_features
+        own, shared, of_action = self.hidden.weight.split([size, 2 * width, width], 1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            embedded = self.embed(action.float() * keep)
+            of_tokens = nn.functional.linear(tokens.float(), of_token, first.bias)
+            of_actions = embedded @ _beside(of_action) + self.hidden.bias
+            found = Scan.apply(
+                *(x.transpose(0, 1) for x in (of_tokens, of_actions, keep)), deter, stoch, noise.transpose(0, 1),
+                self.unimix, *_of_layers(self.from_deter), *_of_layers(self.from_stoch), own, _beside(shared),
+                self.hidden_norm.scale, self.gates.weight, self.gates.bias,
+                of_deter, norm.scale, last.weight, last.bias,
+            )  # fmt: skip
+        return tuple(x.transpose(0, 1) for x in found)  # type: ignore[return-value]
+
+    def observe_stepwise(
+        self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `observe` gives, in plain steps: for compilers, and to read."""
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)
         embedded = self.embed(action * keep)
-        deters, stochs, probs = [], [], []
-        steps = zip(*(x.unbind(1) for x in (tokens, embedded, keep, noise)))
-        for token, action_t, keep_t, uniform in steps:
+        deters, stochs, logits = [], [], []
+        for token, action_t, keep_t, uniform in zip(*(x.unbind(1) for x in (tokens, embedded, keep, noise))):
             deter = self.step(deter * keep_t, stoch * keep_t, action_t)
-            logits = self.posterior(torch.cat([deter, token], -1))
-            probs_t = self.probs(logits)
-            stoch = straight_through(self.sample(logits, uniform), probs_t.flatten(1))
+            logit = self.posterior(torch.cat([deter, token], -1))
+            stoch = straight_through(self.sample(logit, uniform), self.probs(logit).flatten(1))
             deters.append(deter)
             stochs.append(stoch)
-            probs.append(probs_t)
-        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(probs, 1)
+            logits.append(logit)
+        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1)
+
+
+def _of_layers(layers: nn.Sequential) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias and scale of a linear layer and the norm after it."""
+    return layers[0].weight, layers[0].bias, layers[1].scale
+
+
+def _beside(blocks: Tensor) -> Tensor:
+    """Blocks [G, n, m], which are given the same input, as one matrix [n, G * m]."""
+    return blocks.transpose(0, 1).flatten(1)
 
 
 class LatentNetwork(nn.Module):

@@ -61,10 +61,12 @@ class WorldModel(nn.Module):
     Args:
         policy: whose latents it predicts from.
         size: of the networks.
+        stepwise: go through sequences step by step, as compilers can.
     """
 
-    def __init__(self, policy: LatentPolicy, size: Mapping[str, int]):
+    def __init__(self, policy: LatentPolicy, size: Mapping[str, int], *, stepwise: bool):
         super().__init__()
+        self.stepwise = stepwise
         rssm = policy.encoder.rssm
         num_features, units = rssm.num_features, size["units"]
         images, vectors = split_observation(policy.input_space)
@@ -89,10 +91,12 @@ class WorldModel(nn.Module):
         network, obs = policy.encoder, policy.inputs(batch["observation"])
         tokens, action = network.encoder(obs), policy.as_numbers(batch["previous_action"])
         state = batch["state"]
-        deter, stoch, posterior = network.rssm.observe(
+        observe = network.rssm.observe_stepwise if self.stepwise else network.rssm.observe
+        deter, stoch, logits = observe(
             tokens, action, batch["is_first"], state["deter"], state["stoch"], batch["posterior_noise"]
         )
-        prior = network.rssm.probs(network.rssm.prior(deter))  # [B, L, S, K], of the recurrent state alone
+        posterior = network.rssm.probs(logits)  # [B, L, S, K]
+        prior = network.rssm.probs(network.rssm.prior(deter))  # of the recurrent state alone
         losses = dict(zip(("dynamics", "representation"), kl_losses(posterior.log(), prior.log(), free_bits)))
         features = torch.cat([deter, stoch], -1)
         losses["observation"] = self.observation_loss(deter, stoch, obs)

@@ -12,7 +12,8 @@ from lit_rl.errors import SpaceError
 from lit_rl.learner.laprop import LaProp
 from lit_rl.learner.rules import rule_of
 from lit_rl.losses import categorical_kl, kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
-from lit_rl.networks.rssm import RSSM, BlockLinear, Linear, NormedSiLU, sample, straight_through
+from lit_rl.networks.rssm import RSSM, BlockLinear, Linear, NormedSiLU, straight_through
+from lit_rl.networks.rssm_scan import sample
 from lit_rl.normalizer import ReturnRange
 from lit_rl.returns import lambda_returns
 
@@ -197,6 +198,27 @@ def test_an_episodes_start_forgets_state_and_action() -> None:
         torch.testing.assert_close(found[:, 2:], expected)
     other = rssm.observe(tokens, action, torch.zeros_like(is_first), *start, noise)
     assert not torch.allclose(other[0][:, 2:], rest[0])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_gradient_that_is_written_out_is_that_of_the_steps(blocks: int) -> None:
+    torch.manual_seed(0)
+    rssm = RSSM(3, 2, deter=8, stoch=3, classes=4, hidden=5, blocks=blocks, unimix=0.01)
+    for parameter in rssm.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    tokens, action, noise = (torch.randn(4, 6, n) for n in (3, 2, 3))
+    tokens.requires_grad_()
+    is_first = torch.zeros(4, 6, dtype=torch.bool)
+    is_first[0, 2] = is_first[1, 0] = True
+    start = torch.randn(4, 8), torch.randn(4, 12)
+    weights = [torch.randn(4, 6, n) for n in (8, 12, 12)]
+    results = []
+    for observe in (rssm.observe, rssm.observe_stepwise):
+        found = observe(tokens, action, is_first, *start, noise.sigmoid())
+        loss = sum((x * weight).sum() for x, weight in zip(found, weights))
+        learned = [p for name, p in rssm.named_parameters() if not name.startswith("prior")]
+        results.append((found, torch.autograd.grad(loss, [tokens, *learned])))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 # --- returns --------------------------------------------------------------------------------------------------------
