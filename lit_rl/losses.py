@@ -171,7 +171,7 @@ def two_hot_mean(log_probs: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_loss(log_probs: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Cross entropy of log-probabilities [*N, Z] of bins and of numbers [*N]: shape [*N].
+    """Cross entropy [*N] of log-probabilities [*N, Z] of bins and of numbers [*N].
 
     A number's probability is shared out between the bins beside it, such that the mean is the number: eq. 8 to 10 of
     Hafner et al. 2023, arXiv:2301.04104. A number beyond the last bin counts as that bin.

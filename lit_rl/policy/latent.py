@@ -82,11 +82,16 @@ class LatentPolicy(Policy):
             return out
         return ((1 - self._unimix) * out.softmax(-1) + self._unimix / out.shape[-1]).log()
 
-    def sample_action(self, parameters: Tensor, noise: Tensor) -> Tensor:
-        """Random actions as numbers [N, A], made of uniform noise [N, 1] or, of a Box, standard normal noise [N, A]."""
+    @torch.no_grad()
+    def imagined_action(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Random actions as numbers [N, A] for features [N, F], without gradients.
+
+        They are made of uniform noise [N, 1] or, of a Box, standard normal noise [N, A].
+        """
+        out = self.head(features).float()
         if self.is_discrete:
-            return sample(parameters, noise.squeeze(-1), unimix=0.0)
-        mean, log_std = self.distribution.bounded(parameters).chunk(2, -1)
+            return sample(out, noise.squeeze(-1), self._unimix)
+        mean, log_std = self.distribution.bounded(out).chunk(2, -1)
         return torch.addcmul(mean, log_std.exp(), noise)
 
     def as_numbers(self, action: Any) -> Any:

@@ -47,7 +47,7 @@ def imagine(
     """
     rssm, features, actions = policy.encoder.rssm, [torch.cat([deter, stoch], -1)], []
     for uniform, own in zip(noise.unbind(1), action_noise.unbind(1)):
-        action = policy.sample_action(policy.action_parameters(features[-1]), own)
+        action = policy.imagined_action(features[-1], own)
         deter = rssm.step(deter, stoch, rssm.embed(action))
         stoch = rssm.sample(rssm.prior(deter), uniform)
         features.append(torch.cat([deter, stoch], -1))
