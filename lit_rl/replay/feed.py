@@ -342,6 +342,8 @@ class ReplayFeeds(dict[str, ReplayFeed]):
             prefix = f"{policy_id}/replay" if policy_id else "replay"
             if feed.buffer is not None:
                 found[f"{prefix}/transitions"] = float(len(feed.buffer))
+            if isinstance(feed.buffer, SequenceBuffer):
+                found[f"{prefix}/ratio"] = feed.buffer.ratio
             if feed.options.prioritized:
                 found[f"{prefix}/beta"] = feed.beta
         return found

@@ -41,12 +41,13 @@ class Replay:
         buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
             of each episode another.
         batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
-            sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC.
+            sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC, 1,024
+            for DreamerV3.
         learning_starts: env steps, over all learner processes, before the first update. None takes the algorithm's
             own: 256, or 1,024 for DreamerV3.
         random_warmup: whether actions are random until then, instead of the policy's.
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
-            algorithm's own: 0.125 for DQN, 1 for SAC.
+            algorithm's own: 0.125 for DQN, 1 for SAC, 0.5 for DreamerV3.
         n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
             the algorithm's own: 3 for DQN and Rainbow, 1 for SAC.
         prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes the

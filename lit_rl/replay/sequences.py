@@ -60,6 +60,12 @@ class SequenceBuffer(ReplayBuffer):
         self._due: dict[int, int] = {}
         self._queue: deque[int] = deque()  # rows after which a sequence begins that was not drawn yet
         self._last_begin = -capacity
+        self._added = self._drawn = 0  # transitions, and rows of sequences
+
+    @property
+    def ratio(self) -> float:
+        """Rows drawn for each transition that came: the author's train ratio, as it is."""
+        return self._drawn / max(self._added, 1)
 
     @property
     def can_draw(self) -> bool:
@@ -73,6 +79,7 @@ class SequenceBuffer(ReplayBuffer):
             return super().extend(rows, envs, rollout_length)
         before = {env: self._open[env][0] for env in envs if env in self._open}
         taken = super().extend(rows, envs, rollout_length)
+        self._added += taken
         counts = rows["reward"].shape[1] + (rows["final_step"] >= 0).sum(1)
         for env, count in zip(envs, counts.tolist()):
             chain = self._chain(self._open[env][0], count)
@@ -127,6 +134,7 @@ class SequenceBuffer(ReplayBuffer):
         begins = np.array([self._queue.popleft() for _ in range(min(num, len(self._queue)))], np.int64)
         begins = begins[self._is_there(begins)] % self.capacity
         begins = begins[self._begins(begins)]
+        self._drawn += num * self.length
         place = np.concatenate([begins, self._draw_begins(num - len(begins))])
         places = np.empty((num, self.length + 2), np.int64)
         for t in range(self.length + 2):
@@ -200,6 +208,7 @@ class SequenceBuffer(ReplayBuffer):
     def save(self, folder: Path) -> dict[str, Any]:
         newest = [[env, self._due[env], list(numbers)] for env, numbers in self._newest.items()]
         own = {"newest": newest, "queue": list(self._queue), "last_begin": self._last_begin}
+        own |= {"added": self._added, "drawn": self._drawn}
         return super().save(folder) | {"length": self.length, "sequences": own}
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -213,3 +222,4 @@ class SequenceBuffer(ReplayBuffer):
         self._newest = {env: deque(numbers) for env, _, numbers in own["newest"]}
         self._due = {env: due for env, due, _ in own["newest"]}
         self._queue, self._last_begin = deque(own["queue"]), own["last_begin"]
+        self._added, self._drawn = own["added"], own["drawn"]

@@ -375,6 +375,7 @@ def test_a_checkpoints_policy_acts_by_its_latents(env: str, tmp_path: Any) -> No
     data, trainer = ReplayDataModule(env, max_env_steps=120, **RUN), quiet_trainer()
     trainer.fit(algorithm, data)
     assert algorithm.updates_done == int(0.1 * (120 - 64)) and algorithm.env_steps_done == 120
+    assert trainer.callback_metrics["replay/ratio"] == pytest.approx(5 * 4 * L / 120)
     trainer.save_checkpoint(tmp_path / "dreamer.ckpt")
     policy = load_policy(tmp_path / "dreamer.ckpt")
     assert isinstance(policy, LatentPolicy)
