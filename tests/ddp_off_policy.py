@@ -116,7 +116,7 @@ def dreamer_gradients(rank: int, world_size: int, found: dict[str, torch.Tensor]
             if world_size > 1:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= world_size
-            found[f"DreamerV3: {name}"] = parameter.grad
+            found[f"DreamerV3, rows: {name}"] = parameter.grad
 
 
 def train(folder: Path, run: str) -> None:

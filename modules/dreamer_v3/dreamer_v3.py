@@ -193,8 +193,8 @@ class DreamerV3(OffPolicy):
         self.draw_noise(batch)
         taken, (latents, limits, terms) = self.gradient_step(batch)
         if taken is not False:
-            kept = limits if taken is True else torch.where(taken, limits, self.returns_range.limits)
-            self.returns_range.limits.copy_(kept)
+            kept = self.returns_range.limits
+            kept.copy_(torch.where(taken, limits, kept) if isinstance(taken, Tensor) else limits)
             batch["latents"] = latents
         self.follow(self.hp.slow_rate, taken)
         return dict(zip((*(f"loss/{name}" for name in self.weights), *TERMS), terms.unbind()))
