@@ -37,6 +37,7 @@ _PUBLIC = {
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
+    "Predictions": "lit_rl.callbacks",
     "QPolicy": "lit_rl.policy",
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Diagnostics as Diagnostics
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
     from lit_rl.callbacks import EpisodeWriter as EpisodeWriter
+    from lit_rl.callbacks import Predictions as Predictions
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.callbacks import Video as Video
     from lit_rl.datamodules import ReplayDataModule as ReplayDataModule

@@ -123,6 +123,7 @@ class RSSM(nn.Module):
     ):
         super().__init__()
         self.deter, self.stoch, self.classes, self.blocks, self.unimix = deter, stoch, classes, blocks, unimix
+        self._width = hidden
         self.num_features = deter + stoch * classes
         self.from_deter = normed(deter, hidden)
         self.from_stoch = normed(stoch * classes, hidden)
@@ -177,11 +178,11 @@ class RSSM(nn.Module):
             noise: uniform numbers, [B, L, S].
         """
         keep = (~is_first).float().unsqueeze(-1)
-        (first, norm), last = self.posterior[0], self.posterior[1]
+        posterior: Any = self.posterior
+        (first, norm), last = posterior
         of_deter, of_token = first.weight.split([self.deter, tokens.shape[-1]], 1)
         size = self.deter // self.blocks
-        width = self.from_action[0].out_features
-        own, shared, of_action = self.hidden.weight.split([size, 2 * width, width], 1)
+        own, shared, of_action = self.hidden.weight.split([size, 2 * self._width, self._width], 1)
         with torch.autocast(tokens.device.type, enabled=False):
             embedded = self.embed(action.float() * keep)
             of_tokens = nn.functional.linear(tokens.float(), of_token, first.bias)
@@ -192,7 +193,8 @@ class RSSM(nn.Module):
                 self.hidden_norm.scale, self.gates.weight, self.gates.bias,
                 of_deter, norm.scale, last.weight, last.bias,
             )  # fmt: skip
-        return tuple(x.transpose(0, 1) for x in found)  # type: ignore[return-value]
+        deters, stochs, logits = (x.transpose(0, 1) for x in found)
+        return deters, stochs, logits
 
     def observe_stepwise(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
@@ -211,9 +213,10 @@ class RSSM(nn.Module):
         return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1)
 
 
-def _of_layers(layers: nn.Sequential) -> tuple[Tensor, Tensor, Tensor]:
+def _of_layers(layers: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, bias and scale of a linear layer and the norm after it."""
-    return layers[0].weight, layers[0].bias, layers[1].scale
+    linear, norm = layers
+    return linear.weight, linear.bias, norm.scale
 
 
 def _beside(blocks: Tensor) -> Tensor:
@@ -294,11 +297,12 @@ class ObservationEncoder(nn.Module):
     def __init__(self, observation_space: gym.Space, *, units: int, depth: int, layers: int):
         super().__init__()
         self.images, self.vectors = split_observation(observation_space)
-        self.flat_inputs = nn.ModuleList(FlatInput(space) for space in self.vectors.values())
+        flat_inputs = [FlatInput(space) for space in self.vectors.values()]
+        self.flat_inputs = nn.ModuleList(flat_inputs)
         self.image_inputs = nn.ModuleList(ImageInput(space) for space in self.images.values())
         self.output_size = 0
         if self.vectors:
-            self.layers = normed(sum(int(flat.output_size) for flat in self.flat_inputs), *[units] * layers)
+            self.layers = normed(sum(flat.output_size for flat in flat_inputs), *[units] * layers)
             self.output_size += units
         if self.images:
             channels = sum(count_channels(image) for image in self.images.values())

@@ -76,35 +76,37 @@ class Scan(torch.autograd.Function):
         s01, norm_h, norm_d = torch.stack([s0, s1]), (hidden,), (blocks * size,)
         gate_bias = bg.view(blocks, 3, size).transpose(0, 1).reshape(3, -1).clone()
         gate_bias[2] += UPDATE_BIAS
-        h_in, z_in, a01, a2, gates, a3, deters, stochs, logits = ([] for _ in range(9))
+        rows: list[tuple[Tensor, ...]] = []
         for token, action, keep_t, uniform in zip(*(x.unbind(0) for x in (tokens, actions, keep, noise))):
             h, z = deter * keep_t, stoch * keep_t
             a = torch.stack([torch.addmm(b0, h, w0_t), torch.addmm(b1, z, w1_t)], 1)
             x = silu(rms_norm(a, norm_h, None, EPSILON) * s01)
-            y = torch.addmm(action, x.view(batch, -1), wx).add_(_blockwise(h, wd))
-            a2.append(y)
-            gate = _blockwise(silu(rms_norm(y, norm_d, s2, EPSILON)), wg)
+            y2 = torch.addmm(action, x.view(batch, -1), wx).add_(_blockwise(h, wd))
+            gate = _blockwise(silu(rms_norm(y2, norm_d, s2, EPSILON)), wg)
             if blocks > 1:
                 gate = gate.view(batch, blocks, 3, size).transpose(1, 2)
             gate = gate.reshape(batch, 3, -1) + gate_bias
             opened = torch.sigmoid(gate)  # of which the middle is not looked at
             candidate = torch.tanh(opened[:, 0] * gate[:, 1])
             deter = torch.lerp(h, candidate, opened[:, 2])
-            y = torch.addmm(token, deter, w3_t)
-            logit = torch.addmm(b4, silu(rms_norm(y, norm_h, s3, EPSILON)), w4_t)
+            y3 = torch.addmm(token, deter, w3_t)
+            logit = torch.addmm(b4, silu(rms_norm(y3, norm_h, s3, EPSILON)), w4_t)
             stoch = sample(logit.view(batch, num_latents, -1), uniform, unimix).view(batch, -1)
-            for kept, value in zip(
-                (h_in, z_in, a01, gates, a3, deters, stochs, logits), (h, z, a, gate, y, deter, stoch, logit)
-            ):
-                kept.append(value)
-        found = [torch.stack(values) for values in (h_in, z_in, a01, a2, gates, a3, deters, stochs, logits)]
+            rows.append((h, z, a, y2, gate, y3, deter, stoch, logit))
+        found = [torch.stack(values) for values in zip(*rows)]
         ctx.save_for_backward(keep, *found, *weights)
         ctx.unimix, ctx.num_latents = unimix, num_latents
         return found[6], found[7], found[8]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_deters: Tensor, d_stochs: Tensor, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return Scan.gradients(ctx, *grads)
+
+    @staticmethod
+    def gradients(ctx: Any, d_deters: Tensor, d_stochs: Tensor, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the arguments, for those of the results."""
         keep, h_in, z_in, a01, a2, gates, a3, deters, _, logits, *weights = ctx.saved_tensors
         w0, _, s0, w1, _, s1, wd, wx, s2, wg, _, w3, s3, w4, _ = weights
         blocks, size, _ = wd.shape
@@ -121,31 +123,27 @@ class Scan(torch.autograd.Function):
         forget = 1 - update
         wd_t, wg_t, wx_t = wd.transpose(1, 2), wg.transpose(1, 2), wx.t()
         d_h, d_z = torch.zeros_like(h_in[0]), torch.zeros_like(z_in[0])
-        d_logit, d_y3, d_gate, d_y2, d_x = ([None] * length for _ in range(5))
-        d_a3, d_a2, d_a01 = ([None] * length for _ in range(3))
+        rows: list[tuple[Tensor, ...]] = []
         for t in range(length - 1, -1, -1):
             d_z = (d_z + d_stochs[t]).view(soft[t].shape)
             d_z = (d_z - (d_z * soft[t]).sum(-1, keepdim=True)) * soft[t]
             d_l = torch.add(d_logits[t], d_z.view(batch, -1), alpha=1 - ctx.unimix)
-            d_y = d_l @ w4
-            d_a = norm3.backward(t, d_y)
-            d_logit[t], d_y3[t], d_a3[t] = d_l, d_y, d_a
-            d_h = torch.addmm(d_h + d_deters[t], d_a, w3)
-            d_g = per_unit[t] * d_h.unsqueeze(1)  # [B, 3, D]
+            d_y3 = d_l @ w4
+            d_a3 = norm3.backward(t, d_y3)
+            d_h = torch.addmm(d_h + d_deters[t], d_a3, w3)
+            d_gate = per_unit[t] * d_h.unsqueeze(1)  # [B, 3, D]
             if blocks > 1:
-                d_g = d_g.view(batch, 3, blocks, size).transpose(1, 2)
-            d_g = d_g.reshape(batch, -1)
-            d_y = _blockwise(d_g, wg_t)
-            d_a = norm2.backward(t, d_y)
-            d_gate[t], d_y2[t], d_a2[t] = d_g, d_y, d_a
-            d_y = (d_a @ wx_t).view(batch, 2, -1)
-            d_h = (d_h * forget[t]).add_(_blockwise(d_a, wd_t))
-            d_a = norm01.backward(t, d_y)
-            d_x[t], d_a01[t] = d_y, d_a
-            d_h = torch.addmm(d_h, d_a[:, 0], w0).mul_(keep[t])
-            d_z = (d_a[:, 1] @ w1).mul_(keep[t])
+                d_gate = d_gate.view(batch, 3, blocks, size).transpose(1, 2)
+            d_gate = d_gate.reshape(batch, -1)
+            d_y2 = _blockwise(d_gate, wg_t)
+            d_a2 = norm2.backward(t, d_y2)
+            d_x = (d_a2 @ wx_t).view(batch, 2, -1)
+            d_a01 = norm01.backward(t, d_x)
+            d_h = torch.addmm((d_h * forget[t]).add_(_blockwise(d_a2, wd_t)), d_a01[:, 0], w0).mul_(keep[t])
+            d_z = (d_a01[:, 1] @ w1).mul_(keep[t])
+            rows.append((d_l, d_y3, d_gate, d_y2, d_x, d_a3, d_a2, d_a01))
         d_logit, d_y3, d_gate, d_y2, d_x, d_a3, d_a2, d_a01 = (
-            torch.stack(found).flatten(0, 1) for found in (d_logit, d_y3, d_gate, d_y2, d_x, d_a3, d_a2, d_a01)
+            torch.stack(values[::-1]).flatten(0, 1) for values in zip(*rows)
         )
         h_in, z_in, deters = (x.flatten(0, 1) for x in (h_in, z_in, deters))
         d_s01 = norm01.of_scale(d_x)

@@ -135,7 +135,15 @@ class SequenceBuffer(ReplayBuffer):
         begins = begins[self._is_there(begins)] % self.capacity
         begins = begins[self._begins(begins)]
         self._drawn += num * self.length
-        place = np.concatenate([begins, self._draw_begins(num - len(begins))])
+        return self._gather(np.concatenate([begins, self._draw_begins(num - len(begins), self.rng)]))
+
+    def peek(self, num: int, rng: np.random.Generator) -> TensorDict:
+        """Sequences as `sample_across` gives them, drawn by another generator, so that what it draws stays the same."""
+        return self._gather(self._draw_begins(num, rng))
+
+    def _gather(self, place: np.ndarray) -> TensorDict:
+        """The sequences that begin after rows."""
+        num = len(place)
         places = np.empty((num, self.length + 2), np.int64)
         for t in range(self.length + 2):
             places[:, t] = place
@@ -162,21 +170,21 @@ class SequenceBuffer(ReplayBuffer):
         }
         return TensorDict(nest(columns), [num])
 
-    def _draw_begins(self, num: int) -> np.ndarray:
+    def _draw_begins(self, num: int, rng: np.random.Generator) -> np.ndarray:
         """The places of `num` rows after which a sequence begins."""
         size = min(self._written, self.capacity)
-        index = self.rng.integers(size, size=num)
+        index = rng.integers(size, size=num)
         for _ in range(TRIES):
             missed = ~self._begins(index)
             if not np.count_nonzero(missed):
                 return index
-            index[missed] = self.rng.integers(size, size=int(missed.sum()))
+            index[missed] = rng.integers(size, size=int(missed.sum()))
         begins = np.flatnonzero(self._begins(np.arange(size)))
         if not len(begins):
             raise ReplayError(
                 f"The replay buffer holds no sequence of {self.length} rows: nothing can be drawn from it."
             )
-        return begins[self.rng.integers(len(begins), size=num)]
+        return begins[rng.integers(len(begins), size=num)]
 
     def _begins(self, places: np.ndarray) -> np.ndarray:
         """After which of the rows [N] a sequence begins that is there.

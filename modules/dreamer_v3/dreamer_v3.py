@@ -231,6 +231,26 @@ class DreamerV3(OffPolicy):
         terms += [entropy.detach().mean(), targets.returns.mean(), targets.scale, imagined.discount.mean() / hp.gamma]
         return sum(weights[name] * means[name] for name in weights), (latents, targets.limits, torch.stack(terms))
 
+    @torch.no_grad()
+    def open_loop(self, batch: TensorDict, context: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """What sequences [B, L] show, by path, and what the world model predicts of that, [B, L, ...] each.
+
+        It sees the first `context` rows, and from then on the actions alone. Random numbers are always the same.
+        """
+        policy, rssm, state = self.policy, self.policy.encoder.rssm, batch["state"]
+        obs, action = policy.inputs(batch["observation"]), policy.as_numbers(batch["previous_action"])
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(*action.shape[:2], rssm.stoch, generator=generator).to(action.device)
+        seen = (policy.encoder.encoder(obs), action, batch["is_first"])
+        deter, stoch, _ = rssm.observe(
+            *(x[:, :context] for x in seen), state["deter"], state["stoch"], noise[:, :context]
+        )
+        deters, stochs = list(deter.unbind(1)), list(stoch.unbind(1))
+        for t in range(context, action.shape[1]):
+            deters.append(rssm.step(deters[-1], stochs[-1], rssm.embed(action[:, t])))
+            stochs.append(rssm.sample(rssm.prior(deters[-1]), noise[:, t]))
+        return self.model.compare(torch.stack(deters, 1), torch.stack(stochs, 1), obs)
+
     def draw_noise(self, batch: TensorDict) -> None:
         """Add what samples are made of, so that the loss is a function of the batch alone.
 

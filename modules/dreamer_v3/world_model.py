@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.errors import OptionError
-from lit_rl.losses import kl_losses, symexp_bins, symlog, two_hot_loss, two_hot_mean
+from lit_rl.losses import kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
 from lit_rl.networks.inputs import ImageInput
 from lit_rl.networks.rssm import (
     MULTIPLES,
@@ -26,6 +26,7 @@ from lit_rl.networks.rssm import (
     sides_after,
     split_observation,
 )
+from lit_rl.networks.rssm_scan import one_hot
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.spec import class_counts
 from lit_rl.trees import Tree, find
@@ -120,6 +121,15 @@ class WorldModel(nn.Module):
             terms.append(self.images.loss(deter, stoch, obs))
         return torch.stack(terms).sum(0)
 
+    def compare(self, deter: Tensor, stoch: Tensor, obs: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each part of observations by path, as it is and as it is predicted from latents."""
+        found = {}
+        if self.vectors is not None:
+            found |= self.vectors.compare(torch.cat([deter, stoch], -1), obs)
+        if self.images is not None:
+            found |= self.images.compare(deter, stoch, obs)
+        return found
+
     @torch.no_grad()
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The reward received on arriving at imagined states [*N, F], and gamma times their chance to go on; [*N]."""
@@ -151,6 +161,20 @@ class VectorDecoder(nn.Module):
         """Of each part by path the symlog of numbers, or logits of classes, [*N, size]."""
         return dict(zip(self._parts, self.outputs(self.layers(features)).float().split(self._sizes, -1)))
 
+    def compare(self, features: Tensor, obs: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each part by path is, and what it is predicted to be: numbers, or classes' probabilities; [*N, size]."""
+        found = {}
+        for path, predicted in self(features).items():
+            true, counts = find(obs, path).reshape(*features.shape[:-1], -1), self._counts[path]
+            if counts:
+                index = (true - self._first_classes(path, true.device)).split(1, -1)
+                true = torch.cat([one_hot(i, count) for i, count in zip(index, counts)], -1)
+                predicted = torch.cat([logits.softmax(-1) for logits in predicted.split(counts, -1)], -1)
+            else:
+                predicted = symexp(predicted)
+            found[path] = true.float(), predicted
+        return found
+
     def loss(self, features: Tensor, obs: Tree) -> Tensor:
         """The squared error of symlogs, or the cross entropy of classes, summed over all numbers: [*N]."""
         loss = torch.zeros(features.shape[:-1], device=features.device)
@@ -159,11 +183,14 @@ class VectorDecoder(nn.Module):
             if not counts:
                 loss = loss + (predicted - symlog(target.float())).square().sum(-1)
                 continue
-            start = getattr(self._parts[path], "start", 0)
-            first = torch.as_tensor(start, device=target.device).flatten()
-            for logits, index in zip(predicted.split(counts, -1), (target - first).unbind(-1)):
+            classes = target - self._first_classes(path, target.device)
+            for logits, index in zip(predicted.split(counts, -1), classes.unbind(-1)):
                 loss = loss - logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
         return loss
+
+    def _first_classes(self, path: str, device: torch.device) -> Tensor:
+        """The lowest of each whole number of a part."""
+        return torch.as_tensor(getattr(self._parts[path], "start", 0), device=device).flatten()
 
 
 class ImageDecoder(nn.Module):
@@ -203,10 +230,12 @@ class ImageDecoder(nn.Module):
         x = torch.sigmoid(self.outputs(doubled(self.layers(x.permute(0, 3, 1, 2)))).float())
         return {path: part.unflatten(0, batch) for path, part in zip(self._paths, x.split(self._channels, 1))}
 
+    def compare(self, deter: Tensor, stoch: Tensor, obs: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each image by path is, and what it is predicted to be, [*N, C, height, width]."""
+        pairs = zip(self(deter, stoch).items(), self.inputs)
+        return {path: (as_images(find(obs, path)).reshape(x.shape), x) for (path, x), as_images in pairs}
+
     def loss(self, deter: Tensor, stoch: Tensor, obs: Tree) -> Tensor:
         """The squared error, summed over all pixels: [*N]."""
-        loss = torch.zeros(deter.shape[:-1], device=deter.device)
-        for (path, predicted), as_images in zip(self(deter, stoch).items(), self.inputs):
-            target = as_images(find(obs, path)).reshape(predicted.shape)
-            loss = loss + (predicted - target).square().sum((-3, -2, -1))
-        return loss
+        terms = [(x - true).square().sum((-3, -2, -1)) for true, x in self.compare(deter, stoch, obs).values()]
+        return torch.stack(terms).sum(0)

@@ -107,7 +107,7 @@ def test_sequences_are_drawn_equally_often() -> None:
     buffer = make_buffer(runner)
     fill(buffer, runner, 8)
     buffer._queue.clear()
-    begins = np.concatenate([buffer._draw_begins(500) for _ in range(40)])
+    begins = np.concatenate([buffer._draw_begins(500, buffer.rng) for _ in range(40)])
     counts = np.bincount(begins)[np.flatnonzero(np.bincount(begins))]
     expected = 20_000 / len(counts)
     assert counts.min() > 0.7 * expected and counts.max() < 1.3 * expected

@@ -12,15 +12,18 @@ from helpers import greedy_return, quiet_trainer
 from tensordict import TensorDict
 
 from lit_rl import (
+    DQN,
     PPO,
     DreamerV3,
     Evaluation,
     LatentPolicy,
     LSTMNetwork,
+    Predictions,
     ReplayDataModule,
     RolloutDataModule,
     load_policy,
 )
+from lit_rl.callbacks.predictions import draw_images
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.modules.dreamer_v3 import SIZES
 from lit_rl.modules.dreamer_v3.behaviour import Imagined, imagine, policy_loss, replay_value_loss, targets_of
@@ -358,7 +361,30 @@ def test_bf16_gives_the_losses_of_float32() -> None:
     assert half.dtype == torch.float32 and latents["deter"].shape == (B, L, 32)
     torch.testing.assert_close(half, whole, rtol=0.05, atol=0.0)
     torch.testing.assert_close(terms[:5], expected[:5], rtol=0.1, atol=0.05)
-    half.backward()
+    with torch.autocast("cpu", torch.bfloat16):  # as a Trainer with bf16-mixed does
+        half.backward()
+    assert all(
+        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in algorithm.parameters()
+    )
+
+
+def test_an_open_loop_sees_the_first_rows_alone() -> None:
+    space = spaces.Dict({"box": VECTOR, "one": spaces.Discrete(4, start=2)})
+    algorithm = make(space)
+    batch = minibatch(make(VECTOR))
+    batch["observation"] = {"box": batch["observation"].clone(), "one": torch.randint(2, 6, (B, L))}
+    compared = algorithm.open_loop(batch, context=2)
+    assert {path: true.shape[2:] for path, (true, _) in compared.items()} == {"box": (3,), "one": (4,)}
+    assert torch.equal(compared["box"][0], batch["observation", "box"])
+    assert torch.equal(compared["one"][0].argmax(-1) + 2, batch["observation", "one"])
+    torch.testing.assert_close(compared["one"][1].sum(-1), torch.ones(B, L))
+    later, earlier = batch.clone(), batch.clone()
+    later["observation", "box"][:, 2:] += 5.0
+    earlier["previous_action"][:, 3] = (earlier["previous_action"][:, 3] + 1) % 3
+    for other, same in ((later, L), (earlier, 3)):
+        predicted = algorithm.open_loop(other, context=2)["box"][1]
+        assert torch.equal(predicted[:, :same], compared["box"][1][:, :same])
+        assert same == L or not torch.equal(predicted[:, same:], compared["box"][1][:, same:])
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
@@ -391,6 +417,52 @@ def test_a_checkpoints_policy_acts_by_its_latents(env: str, tmp_path: Any) -> No
     assert (state["deter"] != 0).any() and state["action"].shape == (1, policy.encoder.num_actions)
     again, _ = policy.act(obs[-1], None)
     assert policy.act(obs[-1], policy.reset_state(state, [True]))[0] == pytest.approx(again)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_runners_in_other_processes_send_their_latents_with_the_rows() -> None:
+    algorithm = DreamerV3(size="nano", sequence_length=L, horizon=H)
+    data = ReplayDataModule("CartPole-v1", max_env_steps=160, num_env_runners=2, rollout_length=4, **RUN)
+    quiet_trainer().fit(algorithm, data)
+    assert algorithm.updates_done > 0
+    batch = data.buffer.peek(64, np.random.default_rng(0))
+    goes_on = ~batch["is_first"][:, 0]
+    action = algorithm.policy.as_numbers(batch["previous_action"][:, 0])
+    torch.testing.assert_close(batch["state", "action"][goes_on], action[goes_on])
+
+
+def test_predictions_are_drawn_and_training_goes_on_as_without_them(tmp_path: Any) -> None:
+    def fit(*callbacks: Any) -> Any:
+        algorithm = DreamerV3(size="nano", sequence_length=L, horizon=H)
+        data = ReplayDataModule("CartPole-v1", max_env_steps=120, **RUN | {"batches_per_epoch": 1})
+        quiet_trainer(default_root_dir=tmp_path, callbacks=list(callbacks)).fit(algorithm, data)
+        return algorithm
+
+    drawn, plain = fit(Predictions(every_n_evaluations=1, sequences=2, context=2)), fit()
+    assert [path.name for path in sorted((tmp_path / "predictions").iterdir())] == ["000000080.png", "000000120.png"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(drawn.state_dict()[name], value), name
+
+
+def test_images_are_drawn_with_what_is_predicted_and_the_difference(tmp_path: Any) -> None:
+    import imageio.v2 as imageio
+
+    true, predicted = torch.zeros(2, 6, 3, 8, 8), torch.ones(2, 6, 3, 8, 8)
+    draw_images(true, predicted, 2, tmp_path / "a.gif")
+    frames = np.stack(imageio.mimread(tmp_path / "a.gif"))
+    assert frames.shape[:3] == (6, 4 + 3 * 8, 2 * 8)
+    assert [frames[0, row, 3, 0] // 100 for row in (8, 16, 24)] == [0, 2, 2]
+    assert frames[0, 1, 3, 1] > 200 > frames[5, 1, 3, 1] and frames[5, 1, 3, 0] > 200
+
+
+def test_predictions_are_refused_without_a_world_model() -> None:
+    with pytest.raises(OptionError, match="Predictions: expected DreamerV3, got DQN"):
+        quiet_trainer(callbacks=[Predictions()]).fit(DQN(), ReplayDataModule("CartPole-v1", max_env_steps=300))
+    data = ReplayDataModule("CartPole-v1", max_env_steps=200, **RUN)
+    with pytest.raises(OptionError, match="context=6: expected less than sequence_length=6"):
+        quiet_trainer(callbacks=[Predictions(context=6)]).fit(DreamerV3(size="nano", sequence_length=L), data)
 
 
 def test_actions_that_exploration_chose_are_the_ones_that_are_remembered() -> None:
