@@ -50,7 +50,7 @@ class Predictions(TakesOptions, L.Callback):
                 raise OptionError(f"Predictions needs {module}: pip install 'lit-rl[{extra}]'.")
         self._evaluations = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not hasattr(pl_module, "open_loop"):
             raise OptionError(f"Predictions: expected DreamerV3, got {type(pl_module).__name__}. Leave it out.")
         length = pl_module.hparams.sequence_length
@@ -88,7 +88,8 @@ class Predictions(TakesOptions, L.Callback):
             _hand_over(trainer, path, env_steps)
         if images:
             path = folder / f"{env_steps:09d}.gif"
-            draw_images(*(torch.cat([each.cpu() for each in part], -2) for part in zip(*images)), self.context, path)
+            true, predicted = (torch.cat([each.cpu() for each in part], -2) for part in zip(*images))
+            draw_images(true, predicted, self.context, path)
             _hand_over(trainer, path, env_steps)
 
 
