@@ -299,21 +299,24 @@ def test_the_replayed_values_bootstrap_from_imagined_returns_and_leave_last_rows
     torch.manual_seed(0)
     critic, slow = (TwoHotHead(2, units=4, layers=1, bins=5) for _ in range(2))
     torch.nn.init.normal_(critic.logits.weight)
-    features = torch.randn(1, 4, 2, requires_grad=True)
+    features = torch.randn(2, 4, 2, requires_grad=True)
+    # Row 2 of the first sequence is an end by termination, row 1 of the second by truncation.
+    is_last = torch.tensor([[False, False, True, False], [False, True, False, False]])
     batch = {
-        "reward": torch.tensor([[5.0, 1.0, 2.0, 0.0]]), "is_last": torch.tensor([[False, False, True, False]]),
-        "is_terminal": torch.tensor([[False, False, True, False]]),
+        "reward": torch.tensor([[5.0, 1.0, 2.0, 0.0]]).repeat(2, 1), "is_last": is_last,
+        "is_terminal": is_last & torch.tensor([[True], [False]]),
     }  # fmt: skip
-    bootstrap = torch.tensor([[70.0, 40.0, 90.0, 90.0]])
-    loss = replay_value_loss(critic, slow, features, TensorDict(batch, [1]), bootstrap, gamma=0.5, lambda_=0.5)
-    row1 = 2.0  # what follows a termination is nothing
-    row0 = 1 + 0.5 * (0.5 * 40 + 0.5 * row1)
-    log_probs = critic(features)
-    expected = [critic.loss(log_probs[0, t], torch.tensor(x)) for t, x in enumerate((row0, row1))]
-    to_slow = critic.loss(log_probs[0, :2], torch.zeros(2))  # of a critic that knows nothing yet
-    torch.testing.assert_close(loss, torch.stack([*(torch.stack(expected) + to_slow), torch.tensor(0.0)])[None])
-    gradient = torch.autograd.grad(loss.sum(), features)[0]
-    assert (gradient[0, :2] != 0).any(-1).all() and (gradient[0, 2:] == 0).all()  # it shapes the latents
+    bootstrap = torch.tensor([[70.0, 40.0, 90.0, 90.0]]).repeat(2, 1)
+    loss = replay_value_loss(critic, slow, features, TensorDict(batch, [2]), bootstrap, gamma=0.5, lambda_=0.5)
+    terminated = 2.0  # nothing follows
+    before = 1 + 0.5 * (0.5 * 40 + 0.5 * terminated)
+    truncated, after = 1 + 0.5 * 40, 0.5 * 90
+    log_probs = critic(features)[:, :-1]
+    target = torch.tensor([[before, terminated, 0.0], [truncated, 0.0, after]])
+    to_slow = critic.loss(log_probs, torch.zeros(2, 3))  # of a critic that knows nothing yet
+    torch.testing.assert_close(loss, (critic.loss(log_probs, target) + to_slow) * ~is_last[:, :-1])
+    gradient = torch.autograd.grad(loss.sum(), features)[0]  # it shapes the latents
+    assert torch.equal((gradient != 0).any(-1), torch.nn.functional.pad(~is_last[:, :-1], (0, 1)))
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
