@@ -172,6 +172,7 @@ class ReturnRange(nn.Module):
     """
 
     limits: Tensor
+    _percentiles: Tensor
 
     def __init__(self, rate: float):
         super().__init__()

@@ -63,7 +63,7 @@ class LatentPolicy(Policy):
         own = functools.partial(LatentNetwork, num_actions=count, encoder=network, size=self._size, unimix=unimix)
         super().__init__(spec, network=own)
         self._network = network
-        self._arguments = {"size": self._size, "unimix": unimix}
+        self._arguments: dict[str, Any] = {"size": self._size, "unimix": unimix}
         self.is_discrete = isinstance(action_space, spaces.Discrete)
         if isinstance(action_space, spaces.Box):
             self.distribution = BoundedGaussian(action_space)
@@ -91,6 +91,7 @@ class LatentPolicy(Policy):
         out = self.head(features).float()
         if self.is_discrete:
             return sample(out, noise.squeeze(-1), self._unimix)
+        assert isinstance(self.distribution, BoundedGaussian)
         mean, log_std = self.distribution.bounded(out).chunk(2, -1)
         return torch.addcmul(mean, log_std.exp(), noise)
 

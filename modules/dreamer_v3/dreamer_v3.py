@@ -226,10 +226,10 @@ class DreamerV3(OffPolicy):
         )
 
         assert losses.keys() == weights.keys()
-        means = {name: loss.mean() for name, loss in losses.items()}
-        terms = [means[name].detach() for name in weights]
-        terms += [entropy.detach().mean(), targets.returns.mean(), targets.scale, imagined.discount.mean() / hp.gamma]
-        return sum(weights[name] * means[name] for name in weights), (latents, targets.limits, torch.stack(terms))
+        means = {name: losses[name].mean() for name in weights}
+        loss = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
+        others = [entropy.mean(), targets.returns.mean(), targets.scale, imagined.discount.mean() / hp.gamma]
+        return loss, (latents, targets.limits, torch.stack([*means.values(), *others]).detach())
 
     @torch.no_grad()
     def open_loop(self, batch: TensorDict, context: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -241,10 +241,9 @@ class DreamerV3(OffPolicy):
         obs, action = policy.inputs(batch["observation"]), policy.as_numbers(batch["previous_action"])
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(*action.shape[:2], rssm.stoch, generator=generator).to(action.device)
-        seen = (policy.encoder.encoder(obs), action, batch["is_first"])
-        deter, stoch, _ = rssm.observe(
-            *(x[:, :context] for x in seen), state["deter"], state["stoch"], noise[:, :context]
-        )
+        seen = (x[:, :context] for x in (policy.encoder.encoder(obs), action, batch["is_first"], noise))
+        tokens, before, is_first, uniform = seen
+        deter, stoch, _ = rssm.observe(tokens, before, is_first, state["deter"], state["stoch"], uniform)
         deters, stochs = list(deter.unbind(1)), list(stoch.unbind(1))
         for t in range(context, action.shape[1]):
             deters.append(rssm.step(deters[-1], stochs[-1], rssm.embed(action[:, t])))

@@ -123,7 +123,7 @@ class WorldModel(nn.Module):
 
     def compare(self, deter: Tensor, stoch: Tensor, obs: Tree) -> dict[str, tuple[Tensor, Tensor]]:
         """Each part of observations by path, as it is and as it is predicted from latents."""
-        found = {}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         if self.vectors is not None:
             found |= self.vectors.compare(torch.cat([deter, stoch], -1), obs)
         if self.images is not None:
