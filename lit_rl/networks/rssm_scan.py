@@ -1,6 +1,6 @@
 """The posterior's recurrence over whole sequences in one autograd node, with its gradient written out.
 
-Step by step through autograd a small model's recurrence takes four times as long: what a step costs is the number of
+Step by step through autograd a small model's recurrence takes more than twice as long: a step costs the number of its
 operations, not their size. Here every matrix's gradient is one product over all rows, and what needs no earlier step is
 done for all rows at once. Checked against `RSSM.observe_stepwise` in the tests.
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-EPSILON = 1e-4  # of RMSNorm
+from lit_rl.networks.normed import EPSILON
+
 UPDATE_BIAS = -1.0  # of the recurrent state's update gate: it forgets slowly at first
 
 

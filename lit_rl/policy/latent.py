@@ -13,7 +13,8 @@ from lit_rl.distributions import BoundedGaussian
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.masks import split_mask
 from lit_rl.networks import NetworkFactory
-from lit_rl.networks.rssm import LatentNetwork, Linear, normed
+from lit_rl.networks.latent import LatentNetwork
+from lit_rl.networks.normed import Linear, normed
 from lit_rl.networks.rssm_scan import one_hot, sample
 from lit_rl.policy.base import Policy, State, built_in
 from lit_rl.spec import EnvSpec

@@ -13,19 +13,8 @@ from torch import Tensor, nn
 from lit_rl.errors import OptionError
 from lit_rl.losses import kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
 from lit_rl.networks.inputs import ImageInput
-from lit_rl.networks.rssm import (
-    MULTIPLES,
-    BlockLinear,
-    ConvLayer,
-    Linear,
-    NormedSiLU,
-    convolution,
-    count_channels,
-    doubled,
-    normed,
-    sides_after,
-    split_observation,
-)
+from lit_rl.networks.latent import MULTIPLES, count_channels, sides_after, split_observation
+from lit_rl.networks.normed import BlockLinear, ConvLayer, Linear, NormedSiLU, convolution, doubled, normed
 from lit_rl.networks.rssm_scan import one_hot
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.spec import class_counts

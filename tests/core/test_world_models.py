@@ -12,7 +12,8 @@ from lit_rl.errors import SpaceError
 from lit_rl.learner.laprop import LaProp
 from lit_rl.learner.rules import rule_of
 from lit_rl.losses import categorical_kl, kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
-from lit_rl.networks.rssm import RSSM, BlockLinear, Linear, NormedSiLU, straight_through
+from lit_rl.networks.normed import BlockLinear, Linear, NormedSiLU
+from lit_rl.networks.rssm import RSSM, straight_through
 from lit_rl.networks.rssm_scan import sample
 from lit_rl.normalizer import ReturnRange
 from lit_rl.returns import lambda_returns
