@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from envs import IdentityEnv, MaskedEnv
+from envs import IdentityEnv, MaskedEnv, TurningEnv
 from gymnasium import spaces
 from helpers import greedy_return, quiet_trainer
 from tensordict import TensorDict
@@ -486,6 +486,26 @@ def test_it_learns_to_name_what_it_sees() -> None:
         buffer_size=4000, env_steps_per_batch=500, update_to_data=0.25, seed=0, evaluation=Evaluation(episodes=20),
     )  # fmt: skip
     assert greedy_return(algorithm, data) >= 0.9  # at random 0.25
+
+
+def test_it_predicts_what_comes_of_actions_and_that_a_time_limit_ends_nothing() -> None:
+    algorithm = DreamerV3(size="nano", deter=48, sequence_length=20, horizon=2, lr=3e-3, warmup=20)
+    data = ReplayDataModule(
+        TurningEnv, max_env_steps=1000, num_envs_per_env_runner=4, learning_starts=400, batch_size=160,
+        env_steps_per_batch=200, update_to_data=0.4, seed=0,
+    )  # fmt: skip
+    quiet_trainer(limit_val_batches=0).fit(algorithm, data)
+    batch = data.buffer.peek(200, np.random.default_rng(0))
+    within = batch[batch["is_first"][:, 1:].sum(1) == 0]  # sequences of one episode
+    true, predicted = algorithm.open_loop(within, context=5)[""]
+    assert len(within) > 20
+    error, of_copies = ((x - true).square().mean((0, 2)).sqrt() for x in (predicted, true[:, 4:5]))
+    assert (error[7:] < of_copies[7:]).all()
+    assert error[19] < 0.7 * of_copies[19]  # the fifteenth row that it does not see
+    algorithm.draw_noise(batch)
+    features = algorithm.model.losses(algorithm.policy, batch, gamma=algorithm.gamma, free_bits=1.0)[2]
+    chance = torch.sigmoid(algorithm.model.continues(features)).squeeze(-1)
+    assert batch["is_last"].any() and chance[batch["is_last"]].mean() > 0.99 * algorithm.gamma
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
