@@ -86,6 +86,8 @@ class SequenceBuffer(ReplayBuffer):
             if env not in self._newest or chain[0] != before.get(env):
                 self._newest[env], self._due[env] = deque(), 0
             self._follow_rows(env, chain)
+        while self._queue and not self._is_there(self._queue[0]):  # more rows come than are drawn
+            self._queue.popleft()
         return taken
 
     def _chain(self, head: int, count: int) -> list[int]:
