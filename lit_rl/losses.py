@@ -171,20 +171,20 @@ def two_hot_mean(log_probs: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_loss(log_probs: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Cross entropy [*N] of log-probabilities [*N, Z] of bins and of numbers [*N].
+    """Cross entropy [*N] of log-probabilities [*N, Z] of bins and of numbers [*N, J], summed over these.
 
     A number's probability is shared out between the bins beside it, such that the mean is the number: eq. 8 to 10 of
     Hafner et al. 2023, arXiv:2301.04104. A number beyond the last bin counts as that bin.
 
-    >>> two_hot_loss(torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor(0.0), torch.tensor([-1.0, 1.0, 3.0]))
+    >>> two_hot_loss(torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.0]), torch.tensor([-1.0, 1.0, 3.0]))
     tensor(1.0397)
     """
     target = target.detach().clamp(bins[0], bins[-1])
     below = (torch.bucketize(target, bins, right=True) - 1).clamp(max=len(bins) - 2)
     above_share = (target - bins[below]) / (bins[below + 1] - bins[below])
-    pair = torch.stack([below, below + 1], -1)
-    share = torch.stack([1 - above_share, above_share], -1)
-    return -(log_probs.gather(-1, pair) * share).sum(-1)
+    pairs = torch.cat([below, below + 1], -1)
+    shares = torch.cat([1 - above_share, above_share], -1)
+    return -(log_probs.gather(-1, pairs) * shares).sum(-1)
 
 
 def categorical_kl(log_probs: Tensor, other: Tensor) -> Tensor:

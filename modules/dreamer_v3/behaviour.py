@@ -111,7 +111,7 @@ def value_loss(critic: TwoHotHead, slow: TwoHotHead, log_probs: Tensor, features
     """
     with torch.no_grad():
         slow_value = slow.mean(slow(features))
-    return critic.loss(log_probs, target) + critic.loss(log_probs, slow_value)
+    return critic.loss(log_probs, target, slow_value)
 
 
 def replay_value_loss(

@@ -45,9 +45,9 @@ class TwoHotHead(nn.Module):
         """The distribution's mean, [*N]."""
         return two_hot_mean(log_probs, self.bins)
 
-    def loss(self, log_probs: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy to numbers [*N]."""
-        return two_hot_loss(log_probs, target, self.bins)
+    def loss(self, log_probs: Tensor, *targets: Tensor) -> Tensor:
+        """Cross entropy to numbers [*N], summed over several of them."""
+        return two_hot_loss(log_probs, torch.stack(targets, -1), self.bins)
 
 
 class WorldModel(nn.Module):

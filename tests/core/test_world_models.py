@@ -57,7 +57,9 @@ def test_bins_are_symmetric_and_equal_probabilities_have_the_mean_zero() -> None
 def test_a_number_is_shared_out_between_the_two_bins_beside_it(target: float, shares: list[float]) -> None:
     bins, log_probs = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.2, 0.3, 0.5]).log()
     expected = -(torch.tensor(shares) * log_probs).sum()
-    torch.testing.assert_close(two_hot_loss(log_probs, torch.tensor(target), bins), expected)
+    torch.testing.assert_close(two_hot_loss(log_probs, torch.tensor([target]), bins), expected)
+    both = two_hot_loss(log_probs, torch.tensor([target, 0.0]), bins)
+    torch.testing.assert_close(both, expected - log_probs[1])
 
 
 def test_two_hot_losses_and_means_are_torchrls() -> None:
@@ -69,7 +71,7 @@ def test_two_hot_losses_and_means_are_torchrls() -> None:
     target = 1e3 * target
     log_probs = logits.log_softmax(-1)
     theirs = -(two_hot_encode(target, bins) * log_probs).sum(-1)
-    torch.testing.assert_close(two_hot_loss(log_probs, target, bins), theirs)
+    torch.testing.assert_close(two_hot_loss(log_probs, target.unsqueeze(-1), bins), theirs)
     torch.testing.assert_close(two_hot_mean(log_probs, bins), two_hot_decode(logits, bins))
     best = two_hot_encode(target, bins).clamp(min=1e-30).log()  # the distribution with the least loss
     torch.testing.assert_close(two_hot_mean(best, bins), target)
