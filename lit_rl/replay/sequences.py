@@ -110,6 +110,7 @@ class SequenceBuffer(ReplayBuffer):
             ends, next_ends = (self._flags[n % self.capacity] & DONE != 0 for n in (begin, newest[0]))
             if not ends and self._is_there(begin):
                 self._flags[begin % self.capacity] |= BEGINS
+                self._snapshots.touch(np.array([begin % self.capacity]))
                 self._last_begin = begin
                 if self._due[env] <= 0 or (self._due[env] == 1 and next_ends):  # else the final observation is left out
                     self._queue.append(begin)

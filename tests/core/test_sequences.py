@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from lit_rl import LatentPolicy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import OptionError, ReplayError
+from lit_rl.files import snapshots
 from lit_rl.replay.buffer import DONE
 from lit_rl.replay.sequences import SequenceBuffer
 from lit_rl.runners.env_runner import EnvRunner
@@ -197,6 +198,19 @@ def test_a_buffer_that_is_saved_and_loaded_draws_the_same(tmp_path: Path) -> Non
             assert torch.equal(mine[key], theirs[key]), key
     with pytest.raises(ReplayError, match="sequence_length=5: the checkpoint's replay buffer has sequences of 6 rows"):
         make_buffer(runner, 60, length=5).load(tmp_path, buffer.save(tmp_path))
+
+
+def test_snapshots_hold_where_sequences_begin_in_rows_that_were_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_ROWS", 4)
+    runner = make_runner(length=1)
+    buffer, other = make_buffer(runner, 60), make_buffer(runner, 60)
+    for _ in range(3 * LENGTH):
+        fill(buffer, runner, 1)
+        state = buffer.save(tmp_path)
+    other.load(tmp_path, state)
+    np.testing.assert_array_equal(other._flags, buffer._flags)
 
 
 def test_sequences_longer_than_the_buffer_are_refused() -> None:
