@@ -12,6 +12,10 @@ without training it again. `bars.yaml` has each recipe's bar: what a seed is exp
 
 counts the seeds below the bars anew, from the written files, without training.
 
+Recipes that learn from recorded data count updates in the place of env steps. Their data sets are made by
+
+    .venv/bin/python benchmarks/offline_data.py
+
 A policy that plays a game against itself has a return of 0 whatever it has learned. Recipes of games, those in `GAMES`,
 are judged by games against random legal actions (`--episodes 500`), of one player, or of each team. In the place of
 `return_mean` they have the percentage of games that are not lost, or won: the least of all teams'.
@@ -93,9 +97,11 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
         returns = [episode.return_ for episode in play(env, load_policy(checkpoint), seeds)]
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
+    clock = clock_of(data)
     curve = {
-        name: [[float(row["env_steps"]), float(row[name])] for row in rows if row.get(name)]
+        name: points
         for name in curve_names(recipe)
+        if (points := [[float(row[clock]), float(row[name])] for row in rows if row.get(name)])
     }
     return {
         "seed": seed,
@@ -103,8 +109,8 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
         "return_std": round(statistics.pstdev(returns), 3),
         "return_min": min(returns),
         **({"games": games} if games else {}),
-        "env_steps": int(max(float(row["env_steps"]) for row in rows)),
-        "training_return_mean": curve[curve_names(recipe)[0]][-1][1],
+        clock: int(max(float(row[clock]) for row in rows if row[clock])),
+        **({} if clock == "updates" else {"training_return_mean": curve[curve_names(recipe)[0]][-1][1]}),
         **json.loads(trained.read_text()),
         "curve": {name: _thin(points) for name, points in curve.items()},
     }
@@ -134,10 +140,16 @@ def player_of(recipe: str) -> str:
     return matches[0].agent if len(matches) == 1 else ""
 
 
+def clock_of(data: dict[str, Any]) -> str:
+    """What a recipe's datamodule counts: "env_steps", or "updates" where it reads recorded data."""
+    return "updates" if "max_updates" in data else "env_steps"
+
+
 def env_config(data: dict[str, Any]) -> EnvConfig:
     """The environment of a recipe's datamodule."""
     wrappers, vectorization = tuple(data.get("wrappers") or ()), data.get("vectorization", "sync")
-    return EnvConfig(data["env"], data.get("env_kwargs") or {}, wrappers, vectorization)
+    where = data["evaluation"] if clock_of(data) == "updates" else data
+    return EnvConfig(where["env"], where.get("env_kwargs") or {}, wrappers, vectorization)
 
 
 def play_randomly(env: EnvConfig) -> dict[str, Any]:
@@ -188,6 +200,7 @@ def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
 
 
 def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, random: dict[str, Any] | None) -> None:
+    clock = "updates" if "updates" in runs[0] else "env_steps"
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,11 +208,11 @@ def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, rando
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, run in enumerate(runs):
-        points = np.array(run["curve"][curve_names(recipe)[0]])
+        points = np.array(next(iter(run["curve"].values())))
         axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
         if recipe not in GAMES:  # of another kind than the curve
-            axes.plot(run["env_steps"], run["return_mean"], "o", color=f"C{i}")
-    axes.set(xlabel="env steps", ylabel="return", title=title)
+            axes.plot(run[clock], run["return_mean"], "o", color=f"C{i}")
+    axes.set(xlabel=clock.replace("_", " "), ylabel="return", title=title)
     if random is not None:
         axes.axhline(random["return_mean"], color="grey", linestyle=":", label="random actions")
     if recipe not in GAMES:
@@ -224,16 +237,18 @@ def main() -> None:
     if args.recipe not in BARS:
         parser.error(f"expected a recipe with a bar in benchmarks/bars.yaml, got {args.recipe}")
     recipe = yaml.safe_load((ROOT / "recipes" / f"{args.recipe}.yaml").read_text())
-    random = None
+    data = recipe["data"]["init_args"]
+    env, clock, random = env_config(data), clock_of(data), None
     if args.random:
-        random = play_randomly(env_config(recipe["data"]["init_args"]))
+        random = play_randomly(env)
         print(f"random actions: {random['return_mean']} +- {random['return_std']}", flush=True)
     runs = []
     with contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             runs.append(run_seed(args.recipe, seed, Path(folder) / args.recipe, args.episodes))
             last = runs[-1]
-            print(f"seed {seed}: {last['return_mean']} after {last['env_steps']} steps, {last['wall_s']} s", flush=True)
+            steps = f"{last[clock]} {clock.removeprefix('env_')}"
+            print(f"seed {seed}: {last['return_mean']} after {steps}, {last['wall_s']} s", flush=True)
     judged = f"greedy, {args.episodes} episodes, last checkpoint"
     if args.recipe in GAMES:
         counts, matches = GAMES[args.recipe]
@@ -241,7 +256,7 @@ def main() -> None:
         judged = f"% {counts} of {args.episodes} games of {agents} against random actions, greedy, last checkpoint"
     result = {
         "recipe": args.recipe,
-        "env": recipe["data"]["init_args"]["env"],
+        "env": (data["evaluation"] if clock == "updates" else data)["env"],
         "command": f".venv/bin/python benchmarks/results.py {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
         + (" --random" if args.random else "")
         + (f" --episodes {args.episodes}" if args.episodes != 100 else ""),
@@ -257,8 +272,8 @@ def main() -> None:
         result["random"] = random
     write(result, OUT / f"{args.recipe}.json")
     player = player_of(args.recipe)
-    of_player = f" of {player}" if player else ""
-    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: training return{of_player}", judged, random)
+    of_player, what = f" of {player}" if player else "", "greedy" if clock == "updates" else "training"
+    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: {what} return{of_player}", judged, random)
     below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}{below}: {OUT / args.recipe}.json, .png")
 

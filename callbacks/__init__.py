@@ -1,10 +1,10 @@
 """Optional behaviour of a run."""
 
 from lit_rl.callbacks.diagnostics import Diagnostics
-from lit_rl.callbacks.episode_writer import EpisodeWriter
 from lit_rl.callbacks.predictions import Predictions
 from lit_rl.callbacks.progress import EnvStepsProgressBar
+from lit_rl.callbacks.record import EpisodeWriter, Record
 from lit_rl.callbacks.scale import ScaleEnvRunners
 from lit_rl.callbacks.video import Video
 
-__all__ = ["Diagnostics", "EnvStepsProgressBar", "EpisodeWriter", "Predictions", "ScaleEnvRunners", "Video"]
+__all__ = ["Diagnostics", "EnvStepsProgressBar", "EpisodeWriter", "Predictions", "Record", "ScaleEnvRunners", "Video"]

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from lit_rl.distributions import SquashedGaussian
 from lit_rl.options import Count, Positive, TakesOptions, UnitInterval, Within
+from lit_rl.source import source_of
 from lit_rl.trees import space_leaves
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ class Diagnostics(TakesOptions, L.Callback):
             elif kind not in self._wrong:
                 self._wrong.add(kind)
                 if trainer.is_global_zero:
-                    log.warning("After %d env steps: %s", pl_module.env_steps_done, ADVICE[kind].format(**numbers))
+                    clock = source_of(trainer).clock.replace("_", " ")
+                    log.warning("After %d %s: %s", pl_module.clock, clock, ADVICE[kind].format(**numbers))
 
     def state_dict(self) -> dict[str, Any]:
         recent = {name: list(values) for name, values in self._recent.items()}

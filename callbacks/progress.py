@@ -1,4 +1,4 @@
-"""A progress bar in env steps."""
+"""A progress bar in env steps, or in updates where there is no environment."""
 
 from typing import Any
 
@@ -10,17 +10,25 @@ from lit_rl.source import source_of
 
 
 class EnvStepsProgressBar(TQDMProgressBar):
-    """One bar for the whole run: env steps of `max_env_steps`, training return, evaluation return, env steps/s."""
+    """One bar for the whole run: env steps of `max_env_steps`, training return, evaluation return, env steps/s.
 
-    SHOWN = {"rollout/return_mean": "return", "eval/return_mean": "eval", "time/env_steps_per_s": "steps/s"}
+    Of recorded data: updates of `max_updates`, evaluation return, updates/s.
+    """
+
+    SHOWN = {
+        "rollout/return_mean": "return",
+        "eval/return_mean": "eval",
+        "time/env_steps_per_s": "steps/s",
+        "time/updates_per_s": "updates/s",
+    }
 
     @property
     def train_description(self) -> str:
-        return "env steps"
+        return source_of(self.trainer).clock.replace("_", " ")
 
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
-        bar.unit = " steps"
+        bar.unit = " updates" if self.train_description == "updates" else " steps"
         bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         bar.unit_scale = True
         return bar

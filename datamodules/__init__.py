@@ -1,6 +1,7 @@
 """Where batches come from."""
 
+from lit_rl.datamodules.offline import OfflineDataModule
 from lit_rl.datamodules.replay import ReplayDataModule
 from lit_rl.datamodules.rollout import RolloutDataModule
 
-__all__ = ["ReplayDataModule", "RolloutDataModule"]
+__all__ = ["OfflineDataModule", "ReplayDataModule", "RolloutDataModule"]

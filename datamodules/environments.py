@@ -1,54 +1,39 @@
-"""What every datamodule with environments does: make them, run them, evaluate in them."""
+"""What every datamodule with env runners does: make environments and run them."""
 
-import contextlib
 import functools
 import logging
-import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import gymnasium as gym
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl import distributed
-from lit_rl.algorithm import Algorithm
+from lit_rl.datamodules.evaluating import REPLAY_BUFFERS, RUNNERS, EvaluatingDataModule
 from lit_rl.envs.make import Env, EnvConfig, Vectorization, Wrapper
-from lit_rl.errors import EnvError, EnvFailure, OptionError
-from lit_rl.evaluation.evaluator import Evaluator
-from lit_rl.evaluation.options import Evaluation
-from lit_rl.evaluation.summary import EvaluationResult
+from lit_rl.errors import OptionError
 from lit_rl.files.checkpoint import files_beside
-from lit_rl.learner.transfer import Transfer
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Count, CountOrZero, Names, Positive, TakesOptions, check
+from lit_rl.options import Count, CountOrZero, Positive, check
 from lit_rl.policy import PolicySet
 from lit_rl.replay.feed import ReplayFeeds
 from lit_rl.replay.options import Replay
-from lit_rl.runners.faults import FaultTolerance, time_limit
 from lit_rl.runners.fragment import Episode, Epsilons, Fragment
 from lit_rl.runners.ledger import Ledger
 from lit_rl.runners.making import make_pool
-from lit_rl.runners.placement import Placement
 from lit_rl.runners.pool import Pool
 from lit_rl.runners.ray_pool import RunnerPool
-from lit_rl.source import Source
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 log = logging.getLogger(__name__)
-TRY_OUTS = 3  # of an environment that raises, before training
-SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
-# What a seed is for: the first number of every SeedSequence's spawn key.
-RUNNERS, EVALUATION, REPLAY_BUFFERS = 0, 1, 2
 EVALUATION_OPTIONS = ("episodes", "deterministic", "timeout_s", "env_kwargs", "parallel")  # with eval_ before, once
 
 
-class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
+class EnvDataModule(EvaluatingDataModule):
     """Env runners, evaluation, seeds and budget. A subclass gives `train_dataloader` and what it makes of fragments.
 
     Args:
@@ -68,23 +53,16 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             environment's own.
         reward_clip: rewards, as scaled, are clipped to plus or minus this before the learner sees them; 1.0 is usual
             for Atari. None leaves them.
-        evaluation: how episodes are played for evaluation, see `Evaluation`.
         return_window: finished episodes over which `rollout/return_mean` and its like are averaged.
-        info_metrics: keys of the environment's `info` to log, read at each episode's last step.
-        seed: of everything random here. None: the resumed run's, or what `seed_everything` set, or a random one.
-        ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
-        placement: what Ray reserves for an env runner and where it puts it, see `Placement`.
-        fault_tolerance: which failures of env runners and environments are survived, see `FaultTolerance`.
-        torch_threads: of the learner process; None takes 1 for a small network, else what the runners leave.
     """
 
+    BUDGET = "max_env_steps"
     RENAMED = {
         "num_eval_env_runners": "evaluation=Evaluation(num_env_runners=...)",
         **{f"eval_{name}": f"evaluation=Evaluation({name}=...)" for name in EVALUATION_OPTIONS},
     }
 
     env: EnvConfig
-    evaluation: Evaluation
     num_env_runners: int
     num_envs_per_env_runner: int
     rollout_length: int
@@ -92,12 +70,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     prefetch: int
     reward_scale: float
     reward_clip: float | None
-    info_metrics: tuple[str, ...]
-    seed: int | None
-    ray_address: str | None
-    placement: Placement
-    fault_tolerance: FaultTolerance
-    torch_threads: int | None
+    # Told of the fragments that came, and of the env steps of each environment before: what records training episodes.
+    fragment_watcher: Callable[[Sequence[tuple[int, Fragment]], int], None] | None = None
 
     def __init__(
         self,
@@ -113,35 +87,24 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         prefetch: CountOrZero = 0,
         reward_scale: Positive = 1.0,
         reward_clip: Positive | None = None,
-        evaluation: Evaluation = Evaluation(),  # noqa: B008 - it is frozen
         return_window: Count = 100,
-        info_metrics: Names = (),
-        seed: CountOrZero | None = None,
-        ray_address: str | None = None,
-        placement: Placement = Placement(),  # noqa: B008
-        fault_tolerance: FaultTolerance = FaultTolerance(),  # noqa: B008
-        torch_threads: Count | None = None,
+        **options: Any,
     ):
-        super().__init__()
+        super().__init__(**options)
         self.take_options()
         if prefetch and not num_env_runners:
             raise OptionError(
                 f"prefetch={prefetch}: collecting while the learner updates needs num_env_runners of at least 1, got 0."
             )
         self.env = EnvConfig(env, env_kwargs or {}, wrappers, vectorization)
-        self._seed_given = seed is not None
-        self.spec: EnvSpec | MultiAgentSpec | None = None
         self.sample_s = 0.0  # seconds the learner waited for the last batch's env steps
         self.ledger = Ledger()
         self.feeds = ReplayFeeds()  # of what learns from replay buffers
-        self._transfer = Transfer()
-        self._evaluator: Evaluator | None = None
         self._pool: Pool | None = None
         self._acting: Any = None  # the policies by which its runners act
         self._runner_states: list[dict[str, Any]] = []
         self._collected = 0  # times `rollout_length` env steps came, over resumes: part of the runners' seeds
         self._episodes: deque[Episode] = deque(maxlen=return_window)
-        self._minimum: tuple[int | None, int | None] | None = None  # the Trainer's, while it is set aside
         self._saved_runners: list[dict[str, Any]] | None = None  # of a checkpoint, which the next pool goes on from
 
     def keep_options(self, options: dict[str, Any], caller: FrameType) -> None:
@@ -151,28 +114,12 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
     # --- Lightning's hooks --------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if not self._seed_given:
-            self.seed = self.attached_trainer.strategy.broadcast(_global_seed(self.seed))
-        self.spec = self.spec or self._try_out(self.env)
+        super().setup(stage)
+        assert self.spec is not None
         if self.eval_env != self.env:
-            self._check_eval_env(self.spec)
+            self._check_eval_env(self._try_out(self.eval_env), self.spec)
         if stage == "fit":
             self._check_budget()
-
-    def val_dataloader(self) -> "EpisodeLoader":
-        return EpisodeLoader(self)
-
-    def test_dataloader(self) -> "EpisodeLoader":
-        return EpisodeLoader(self)
-
-    def predict_dataloader(self) -> "EpisodeLoader":
-        return EpisodeLoader(self, record=True)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self._transfer(batch, device)
-
-    def on_exception(self, exception: BaseException) -> None:
-        self.teardown("exception")
 
     def teardown(self, stage: str) -> None:
         if self._pool is not None:
@@ -180,12 +127,17 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self._runner_states = pool.get_state()  # a checkpoint may still be written
             self._pool.close()
             self._pool = None
-        if self._evaluator is not None:
-            self._evaluator.close()
         self.feeds.close()
-        self._restore_minimum()
+        super().teardown(stage)
 
-    # --- what runners and evaluation need ------------------------------------------------------------------------
+    # --- what evaluation needs -----------------------------------------------------------------------------------
+
+    def find_spec(self) -> EnvSpec | MultiAgentSpec:
+        return self._try_out(self.env)
+
+    @property
+    def num_runners(self) -> int:
+        return self.num_env_runners + super().num_runners
 
     @property
     def eval_env(self) -> EnvConfig:
@@ -193,64 +145,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         found = self.evaluation.environment(self.env)
         # It has training's agents and spaces, see `setup`.
         return found if self.spec is None else found.known_to_be(isinstance(self.spec, MultiAgentSpec))
-
-    def eval_seed(self, episode: int) -> int:
-        """With which evaluation resets the environment for its `episode`-th episode."""
-        return int(self._seed_sequence(EVALUATION, episode).generate_state(1)[0])
-
-    def eval_seeds(self) -> list[int]:
-        """Those of this rank's share of the episodes."""
-        trainer, episodes = self.attached_trainer, self.evaluation.episodes
-        return [self.eval_seed(episode) for episode in range(trainer.global_rank, episodes, trainer.world_size)]
-
-    # --- evaluation: Source ---------------------------------------------------------------------------------------
-
-    @property
-    def evaluator(self) -> Evaluator:
-        if self._evaluator is None:
-            self._evaluator = Evaluator(
-                self.eval_env,
-                self.evaluation,
-                info_metrics=self.info_metrics,
-                faults=self.fault_tolerance,
-                placement=self.placement,
-                connect=self._connect_ray,
-            )
-        return self._evaluator
-
-    def evaluate(self, record: bool = False) -> Iterator[Episode]:
-        """This rank's share of an evaluation, episode by episode.
-
-        In process it is that of the policy as it is now. While training goes on beside eval runners, it is the
-        evaluation they were at, and the next one is begun.
-        """
-        trainer, algorithm = self.attached_trainer, self.algorithm
-        evaluator, seeds, at = self.evaluator, self.eval_seeds(), algorithm.env_steps_done
-        if not self.evaluation.num_env_runners:
-            yield from evaluator.play(algorithm.policy, seeds, at, record=record)
-            return
-        if not evaluator.is_under_way:
-            evaluator.begin(algorithm.policy, seeds, at, record=record)
-        result = distributed.together(evaluator.end, algorithm.device)
-        if self.evaluation.parallel and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            evaluator.begin(algorithm.policy, seeds, at)
-            if trainer.should_stop:  # no other evaluation follows
-                result = distributed.together(evaluator.end, algorithm.device)
-        yield from result.episodes
-
-    def begin_evaluation(self) -> None:
-        if self.evaluation.parallel:
-            algorithm = self.algorithm
-            self.evaluator.begin(algorithm.policy, self.eval_seeds(), algorithm.env_steps_done)
-
-    def evaluations(self) -> list[EvaluationResult]:
-        return self.evaluator.take_results()
-
-    def end_evaluation(self) -> list[EvaluationResult]:
-        if not self.evaluator.is_under_way:
-            return []
-        distributed.together(self.evaluator.end, self.algorithm.device)
-        return self.evaluator.take_results()
 
     # --- the run: Source ------------------------------------------------------------------------------------------
 
@@ -325,7 +219,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             self.load_rank_state(states[rank])
         else:
             nothing = {"ledger": Ledger().state(), "episodes": [], "runners": []}
-            others = {key: x for key, x in states[0].items() if key not in ("replay", "replays")}
+            others = {key: x for key, x in states[0].items() if key not in ("replay", "replays", "recorded")}
             self.load_rank_state(others | nothing)
         self.feeds.share_out(len(states), world_size)
         if rank == 0:
@@ -362,6 +256,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         """
         budget, trainer = self.max_env_steps, self.attached_trainer
         for policy_id, algorithm in algorithms.items():
+            self._check_room(algorithm, replays[policy_id])
             starts = replays[policy_id].completed(algorithm.REPLAY).learning_starts
             if budget is not None and starts >= budget:
                 raise OptionError(
@@ -376,10 +271,16 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             log_folder=lambda: Path(trainer.log_dir or trainer.default_root_dir),
         )
 
-    def has_reached_max_steps(self) -> bool:
-        """Whether the Trainer's `max_steps` are taken."""
-        trainer = self.attached_trainer
-        return 0 <= trainer.max_steps <= trainer.global_step
+    def _check_room(self, algorithm: OffPolicy, replay: Replay) -> None:
+        """Refuse a buffer in which no environment's rows make a sequence before they are overwritten."""
+        if not algorithm.ACROSS_EPISODES:
+            return
+        length, (num_envs, _) = algorithm.hp.sequence_length, self.rollout_shape
+        if replay.buffer_size < 2 * num_envs * (length + 1):
+            raise OptionError(
+                f"sequence_length={length}: expected sequences that fit into buffer_size={replay.buffer_size}: for "
+                f"{num_envs} environments at least {2 * num_envs * (length + 1)} rows. Lower it, or raise buffer_size."
+            )
 
     def start_runners(self, epsilons: Epsilons = (0.0,)) -> None:
         """Have the runners that wait begin to collect, with the weights the policy has now.
@@ -410,6 +311,8 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
 
     def took(self, fragments: Sequence[tuple[int, Fragment]], times: int = 1) -> None:
         """Count what runners collected, `times` their `rollout_length`, and say what they survived."""
+        if self.fragment_watcher is not None:
+            self.fragment_watcher(fragments, self._collected * self.rollout_length)
         self._collected += times
         for runner, fragment in fragments:
             self._episodes.extend(fragment.episodes)
@@ -447,47 +350,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             )
             self.stop_at_budget()
 
-    def stop_at_budget(self) -> None:
-        """The budget is spent: training ends after this batch, whatever minimum the Trainer has.
-
-        Called before the last batch ends: Lightning then still validates and saves after it.
-        """
-        trainer = self.attached_trainer
-        loop = trainer.fit_loop
-        if self._minimum is None:
-            self._minimum = loop.min_epochs, loop.min_steps
-            loop.min_epochs, loop.epoch_loop.min_steps = None, None  # Lightning would go on until they are reached
-        trainer.should_stop = True
-
-    def _restore_minimum(self) -> None:
-        """Give the Trainer its minimum back, and say so if the budget ended the run before it."""
-        if self._minimum is None:
-            return
-        trainer = self.attached_trainer
-        loop, (epochs, steps), self._minimum = trainer.fit_loop, self._minimum, None
-        loop.min_epochs, loop.epoch_loop.min_steps = epochs, steps
-        for name, minimum, done in (
-            ("min_epochs", epochs, trainer.current_epoch),
-            ("min_steps", steps, trainer.global_step),
-        ):
-            if done < (minimum or 0):
-                rank_zero_warn(
-                    f"Training ended at max_env_steps={self.max_env_steps}, after {done} of Trainer({name}={minimum}): "
-                    f"the budget is never exceeded. Raise max_env_steps, or lower {name}."
-                )
-
-    @property
-    def attached_trainer(self) -> L.Trainer:
-        assert self.trainer is not None, "the datamodule is not attached to a Trainer"
-        return self.trainer
-
-    @property
-    def algorithm(self) -> Algorithm:
-        algorithm = self.attached_trainer.lightning_module
-        if not isinstance(algorithm, Algorithm):
-            raise OptionError(f"model={type(algorithm).__name__}: {type(self).__name__} feeds a lit_rl Algorithm.")
-        return algorithm
-
     @property
     def rollout_shape(self) -> tuple[int, int]:
         """B and T of what this rank's runners collect at a time."""
@@ -520,12 +382,6 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
         """The env steps of a Lightning epoch."""
         raise NotImplementedError(f"{type(self).__name__} must define _rows_per_epoch.")
 
-    def _budget_left(self, env_steps: int) -> float:
-        return float("inf") if self.max_env_steps is None else self.max_env_steps - env_steps
-
-    def _seed_sequence(self, *key: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence(self.seed, spawn_key=key)
-
     def _make_pool(self) -> Pool:
         algorithm = self.algorithm
         if self.num_env_runners:
@@ -552,43 +408,7 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
             reward_clip=self.reward_clip,
         )
 
-    def _try_out(self, env: EnvConfig) -> EnvSpec | MultiAgentSpec:
-        """An environment's spaces, also of one that fails sometimes."""
-        limit = self.fault_tolerance.init_timeout_s
-        error = EnvError(
-            f"env={env.env_id} was not made, reset and stepped once within fault_tolerance.init_timeout_s={limit:g} "
-            "seconds. Mend the environment, or raise it."
-        )
-        with time_limit(limit, error):
-            for _ in range(TRY_OUTS - 1 if self.fault_tolerance.max_restarts else 0):
-                with contextlib.suppress(EnvFailure):
-                    return env.try_out()
-            return env.try_out()
-
-    def _check_eval_env(self, spec: EnvSpec | MultiAgentSpec) -> None:
-        found, name = self._try_out(self.eval_env), "env_kwargs" if self.evaluation.env is None else "env"
-        option = f"evaluation.{name}={getattr(self.evaluation, name)!r}: the environment {found.env_id}"
-        if isinstance(found, MultiAgentSpec) or isinstance(spec, MultiAgentSpec):
-            if _agents(found) != _agents(spec):
-                raise OptionError(f"{option} has other agents, or other spaces of theirs: expected those of training.")
-        elif (found.observation_space, found.action_space) != (spec.observation_space, spec.action_space):
-            raise OptionError(
-                f"{option} has observation {found.observation_space}, action {found.action_space}: expected those of "
-                f"training, {spec.observation_space} and {spec.action_space}."
-            )
-
-    def _connect_ray(self) -> None:
-        """Rank 0 starts or joins Ray, the others join the same one."""
-        from lit_rl.runners import ray_session
-
-        strategy = self.attached_trainer.strategy
-        address = ray_session.connect(self.ray_address) if self.attached_trainer.global_rank == 0 else None
-        address = strategy.broadcast(address)
-        if self.attached_trainer.global_rank:
-            ray_session.connect(address)
-
     def _check_budget(self) -> None:
-        trainer = self.attached_trainer
         if self.max_env_steps is None:
             return
         if self.max_env_steps < self._max_rows:
@@ -597,60 +417,4 @@ class EnvDataModule(TakesOptions, L.LightningDataModule, Source):
                 "at a time (runners x num_envs_per_env_runner x rollout_length x ranks). Raise it, or shorten "
                 "rollout_length."
             )
-        epochs = trainer.max_epochs
-        reach = (epochs or 0) * self._rows_per_epoch
-        if epochs is not None and epochs >= 0 and reach < self.max_env_steps:
-            rank_zero_warn(
-                f"Training ends at {reach} of max_env_steps={self.max_env_steps} env steps, after max_epochs={epochs}. "
-                "Pass Trainer(max_epochs=-1) to spend the whole budget."
-            )
-
-    def set_threads(self) -> None:
-        """Small networks learn faster on one thread, and far faster on a machine that others use too."""
-        if self.torch_threads is not None:
-            torch.set_num_threads(self.torch_threads)
-            return
-        num_runners = self.num_env_runners + (self.evaluation.num_env_runners if self.evaluation.parallel else 0)
-        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - num_runners
-        small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
-        torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
-
-
-class EpisodeLoader:
-    """A sized iterable over this rank's share of the evaluation episodes, one item per episode.
-
-    Every rank yields equally many items, since each is a collective under DDP: a smaller share ends with an empty one.
-    """
-
-    def __init__(self, data: EnvDataModule, *, record: bool = False):
-        self._data = data
-        self._record = record
-
-    def __len__(self) -> int:
-        return -(-self._data.evaluation.episodes // self._data.attached_trainer.world_size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        played = 0
-        for episode in self._data.evaluate(self._record):
-            played += 1
-            yield episode._asdict()
-        for _ in range(len(self) - played):
-            yield {}
-
-
-def _agents(spec: EnvSpec | MultiAgentSpec) -> dict[str, tuple[gym.Space, gym.Space]]:
-    """The spaces of every agent; none of an environment that has one alone."""
-    agents = spec.agents if isinstance(spec, MultiAgentSpec) else {}
-    return {name: (each.observation_space, each.action_space) for name, each in agents.items()}
-
-
-def _global_seed(previous: int | None) -> int:
-    """What `seed_everything` set, or the previous seed, or a random one, which is logged."""
-    from_lightning = os.environ.get("PL_GLOBAL_SEED")
-    if from_lightning is not None:
-        return int(from_lightning)
-    if previous is not None:
-        return previous
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    rank_zero_info(f"No seed was given: seed={seed}")
-    return seed
+        self._say_if_epochs_end_it(self._rows_per_epoch)

@@ -6,19 +6,26 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensordict import TensorDict
 
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.datamodules.evaluating import RECORDED, check_same_spaces
+from lit_rl.datamodules.streams import StreamLoader
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
+from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Count, taken, with_fields_of
+from lit_rl.options import Count, OpenFraction, Paths, taken, with_fields_of
+from lit_rl.policy import PolicySet
+from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayBuffer, ReplayStream
 from lit_rl.replay.feed import ALONE, ROUNDING
 from lit_rl.replay.options import Replay
+from lit_rl.replay.recorded_feed import Draws, RecordedFeed, episodes_of, rows_of_rank
 from lit_rl.runners.ray_pool import RunnerPool
 
 MOST_AT_ONCE = 128  # env steps per environment of a fragment, unless `rollout_length` is more
@@ -33,10 +40,15 @@ class ReplayDataModule(EnvDataModule):
         rollout_length: T, env steps per environment between updates.
         env_steps_per_batch: env steps of each learner process per Lightning batch: how often metrics are logged.
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
+        offline_paths: recorded episodes that stay in every minibatch, beside those that env runners collect: see
+            `OfflineDataModule`. None: there are none.
+        offline_fraction: of a minibatch, that is recorded.
     """
 
     env_steps_per_batch: int
     batches_per_epoch: int
+    offline_paths: tuple[str, ...] | None
+    offline_fraction: float
 
     @with_fields_of(Replay)
     def __init__(
@@ -47,6 +59,8 @@ class ReplayDataModule(EnvDataModule):
         rollout_length: Count = 1,
         env_steps_per_batch: Count = 1000,
         batches_per_epoch: Count = 10,
+        offline_paths: Paths | None = None,
+        offline_fraction: OpenFraction = 0.5,
         **options: Any,
     ):
         self.replay = taken(Replay, options)
@@ -60,6 +74,7 @@ class ReplayDataModule(EnvDataModule):
                 f"buffer_size={self.replay.buffer_size}: expected at least {2 * batch * (length + 1)} rows, for "
                 f"{batch} environments and rollout_length={length}. Raise it."
             )
+        self._recorded: Recorded | None = None
         self._env_steps = 0  # of all ranks so far, with those of the stream under way
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -81,21 +96,16 @@ class ReplayDataModule(EnvDataModule):
                 f"model={type(algorithm).__name__}: ReplayDataModule feeds off-policy algorithms such as DQN and "
                 "SAC. Use RolloutDataModule."
             )
-        for off_policy in found.values():
-            self.check_room(off_policy)
+        for policy_id, one in found.items():
+            self.check_policy(policy_id, one)
+        if self.offline_paths is not None:
+            self.feeds.mix_in(self._recorded_feed, self.offline_fraction)
+            if self._recorded is None:
+                assert self.spec is not None
+                self._recorded, spec = read_recorded(self.offline_paths, spec=self.spec)
+                check_same_spaces(f"offline_paths={list(self.offline_paths)!r}: the data", spec, self.spec)
+                rank_zero_info(f"{', '.join(self.offline_paths)}: {self._recorded.summary}.")
         self.feed(found, dict.fromkeys(found, self.replay), added)
-
-    def check_room(self, algorithm: OffPolicy) -> None:
-        """Refuse a buffer in which no environment's rows make a sequence before they are overwritten."""
-        if not algorithm.ACROSS_EPISODES:
-            return
-        length, (num_envs, _) = algorithm.hp.sequence_length, self.rollout_shape
-        if self.replay.buffer_size < 2 * num_envs * (length + 1):
-            raise OptionError(
-                f"sequence_length={length}: expected sequences that fit into buffer_size={self.replay.buffer_size}: "
-                f"for {num_envs} environments at least {2 * num_envs * (length + 1)} rows. Lower it, or raise "
-                "buffer_size."
-            )
 
     def check_policy(self, policy_id: str, algorithm: Algorithm) -> None:
         if not isinstance(algorithm, OffPolicy):
@@ -103,14 +113,45 @@ class ReplayDataModule(EnvDataModule):
                 f"policies[{policy_id!r}]={type(algorithm).__name__}(...): ReplayDataModule feeds off-policy "
                 "algorithms such as DQN and SAC alone. Use RolloutDataModule(replay=Replay(...)), which feeds both."
             )
+        if algorithm.wants_returns_to_go and self.offline_paths is None:
+            raise OptionError(
+                f"model={type(algorithm).__name__}: it learns from the returns of recorded episodes: expected an "
+                "OfflineDataModule, or offline_paths beside the environment."
+            )
+        if self.offline_paths is not None:
+            algorithm.check_learns_from_recorded()
 
     def add_policy(self, policy_id: str, algorithm: Any, number: int) -> None:
         self.feeds.add(policy_id, algorithm, self.replay, number)
 
-    def train_dataloader(self) -> "ReplayLoader":
+    def train_dataloader(self) -> StreamLoader:
         self.set_threads()
         self.say_if_done()
-        return ReplayLoader(self)
+        return StreamLoader(self)
+
+    def _recorded_feed(self, policy_id: str) -> RecordedFeed:
+        """Minibatches of recorded episodes for a policy's algorithm; its networks are there."""
+        trainer, recorded, policy = self.attached_trainer, self._recorded, self.algorithm.policy
+        assert recorded is not None
+        feed = self.feeds[policy_id]
+        mapping = policy.mapping if isinstance(policy, PolicySet) else None
+        rows = rows_of_rank(
+            recorded, episodes_of(recorded, policy_id, mapping), trainer.global_rank, trainer.world_size
+        )
+        if not len(rows):
+            raise OptionError(
+                f"offline_paths={list(self.offline_paths or ())!r}: too few transitions for {trainer.world_size} "
+                "learner processes. Give more data."
+            )
+        options, length = feed.options, feed.algorithm.sequence_length or 1
+        if options.batch_size < 2 * length:
+            raise OptionError(
+                f"batch_size={options.batch_size}: expected at least {2 * length} rows, of which a part is recorded. "
+                "Raise it."
+            )
+        draws = Draws(options.batch_size, options.num_steps, options.priority_alpha if options.prioritized else None)
+        seed = self._seed_sequence(RECORDED, trainer.global_rank, *feed.key)
+        return RecordedFeed(feed.algorithm, recorded, rows=rows, held_out=rows[:0], draws=draws, seed=seed)
 
     # --- minibatches --------------------------------------------------------------------------------------------
 
@@ -197,25 +238,3 @@ class ReplayDataModule(EnvDataModule):
     @property
     def _rows_per_epoch(self) -> int:
         return self.batches_per_epoch * self.env_steps_per_batch * self.attached_trainer.world_size
-
-
-class ReplayLoader:
-    """A sized, stateful iterable over one epoch's streams of minibatches."""
-
-    def __init__(self, data: ReplayDataModule):
-        self._data = data
-
-    def __len__(self) -> int:
-        return self._data.batches_per_epoch
-
-    def __iter__(self) -> Iterator[ReplayStream]:
-        first = self._data.attached_trainer.fit_loop.batch_idx + 1  # not 0 in an epoch that is resumed in its middle
-        for _ in range(first, len(self)):
-            yield self._data.stream()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, since Lightning's batch index says where in the epoch we are; its presence says that we resume."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lit_rl import distributed
 from lit_rl.algorithm import Algorithm
 from lit_rl.datamodules.environments import EnvDataModule
+from lit_rl.datamodules.evaluating import FRAGMENTS
 from lit_rl.envs.make import Env
 from lit_rl.errors import OptionError
 from lit_rl.multi_agent import MultiAgent
@@ -26,7 +27,6 @@ from lit_rl.runners.gathering import evened, nothing_like, to_rollout, to_rollou
 from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.runners.reuse import CircularBuffer, FragmentReplay
 
-REPLAY = 3  # what a seed is for: see datamodules.environments
 OLD = 30  # gradient steps of lag from which on learning suffers: Petrenko et al. 2020, arXiv:2006.11751, section 3.4
 IDLE = 0.2  # share of the time from which on something is idle
 
@@ -331,7 +331,7 @@ class RolloutDataModule(EnvDataModule):
         if not self.replay_fraction:
             return self._joined(new, copy=bool(self.num_env_runners))
         if self._replay is None:
-            seed = self._seed_sequence(REPLAY, self.attached_trainer.global_rank, self._collected)
+            seed = self._seed_sequence(FRAGMENTS, self.attached_trainer.global_rank, self._collected)
             self._replay = FragmentReplay(self.replay_fraction, self.replay_buffer_fragments, seed)
         oldest = 0 if self.max_policy_lag is None else self.algorithm.updates_done - self.max_policy_lag
         past = self._replay.draw(len(new), oldest)

@@ -7,8 +7,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm
-from lit_rl.errors import OptionError
-from lit_rl.learner.refusals import check_critic, check_memory
+from lit_rl.learner.refusals import check_critic
 from lit_rl.networks import (
     CentralCritic,
     NetworkFactory,
@@ -55,21 +54,7 @@ class ActorCritic(Algorithm):
 
     def build(self, spec: EnvSpec) -> None:
         hp = self.hp
-        self.policy = self.make_policy(
-            spec,
-            normalize_observations=hp.normalize_observations,
-            state_dependent_std=hp.state_dependent_std,
-            squash=hp.squash_actions,
-            log_std_init=hp.log_std_init,
-        )
-        check_same_in_training(self.policy)
-        check_memory(self)
-        if not self.policy.distribution.num_scales:
-            for name in ("squash_actions", "log_std_init"):
-                if hp[name]:
-                    raise OptionError(
-                        f"{name}={hp[name]}: expected a Box action, got {spec.action_space}. Leave it out."
-                    )
+        self.build_actor(spec)
         check_critic(self, spec)
         self.critic = self.make_critic(spec)
         check_same_in_training(self.critic)

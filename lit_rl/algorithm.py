@@ -30,12 +30,12 @@ from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
 from lit_rl.files.fits import check_fits, init_from
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.learner.host import Host, make_host
-from lit_rl.learner.refusals import check_trainer
+from lit_rl.learner.refusals import check_box_options, check_memory, check_trainer
 from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
 from lit_rl.learner.steps import MOST_UNREAD
 from lit_rl.learner.weight_averaging import keepers
-from lit_rl.networks import NetworkFactory, check_nameable, describe_network
+from lit_rl.networks import NetworkFactory, check_nameable, check_same_in_training, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy
 from lit_rl.rollout import Rollout, mask_of
@@ -169,6 +169,23 @@ class Algorithm(TakesOptions, L.LightningModule):
     def make_policy(self, spec: EnvSpec, **arguments: Any) -> Policy:
         """A new policy of the class and with the network the user asked for."""
         return self.policy_class(spec, network=self.network or self.default_network(spec), **arguments)
+
+    def build_actor(self, spec: EnvSpec) -> None:
+        """Make `self.policy` as these options ask, which are alike wherever one run may go on with another's policy.
+
+        They are `normalize_observations, state_dependent_std, squash_actions, log_std_init`.
+        """
+        hp = self.hp
+        self.policy = self.make_policy(
+            spec,
+            normalize_observations=hp.normalize_observations,
+            state_dependent_std=hp.state_dependent_std,
+            squash=hp.squash_actions,
+            log_std_init=hp.log_std_init,
+        )
+        check_same_in_training(self.policy)
+        check_memory(self)
+        check_box_options(self)
 
     def gradient_step(self, batch: TensorDict) -> tuple[bool | Tensor, Any]:
         """One gradient step on `self.loss(batch)`: whether it was taken, and what `loss` gave beside the loss.
@@ -443,14 +460,13 @@ class Algorithm(TakesOptions, L.LightningModule):
                 set_rng_state(ranks[self.global_rank]["rng"])
                 self.load_resume_state(ranks[self.global_rank])
             else:
-                shared = ranks[0]["algorithm"].items()
-                self.load_rank_state({name: value for name, value in shared if name not in self.OF_ONE_RANK})
+                self.load_state_of_first(ranks[0]["algorithm"])
             self.resume_skipped(skipped)
         self.follow_schedules()
         self._interruption = Interruption(self.trainer)
         if self.trainer.enable_validation:
             self.source.begin_evaluation()
-        self._reporter = Reporter(self.trainer)
+        self._reporter = Reporter(self.trainer, self.source.clock)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._obey_signals()
@@ -468,7 +484,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             self.reporter.evaluation(self.summarized(distributed.gather(result), "eval"), result.at)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        started, env_steps = time.perf_counter(), self.env_steps_done
+        started, before = time.perf_counter(), self.clock
         metrics = self.metrics_of(batch)
         self.follow_schedules()
         self.reporter.update(
@@ -476,8 +492,7 @@ class Algorithm(TakesOptions, L.LightningModule):
             started=started,
             waited_s=getattr(batch, "waited_s", 0.0),
             step=self.clock,
-            env_steps=self.env_steps_done,
-            new=self.env_steps_done - env_steps,
+            new=self.clock - before,
         )
 
     def metrics_of(self, batch: Any) -> dict[str, Tensor | float]:
@@ -573,6 +588,10 @@ class Algorithm(TakesOptions, L.LightningModule):
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `rank_state` returned."""
 
+    def load_state_of_first(self, state: Mapping[str, Any]) -> None:
+        """On a rank that the run did not have before, go on from the first one's `rank_state`, without what is its."""
+        self.load_rank_state({name: value for name, value in state.items() if name not in self.OF_ONE_RANK})
+
     # ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -619,15 +638,19 @@ class Algorithm(TakesOptions, L.LightningModule):
         trainer, results = self.trainer, self.source.evaluations()
         for result in results[:-1]:
             self.reporter.evaluation(self.summarized(distributed.gather(result), prefix), result.at)
-        for result in results[-1:]:
-            values, in_fit = self.summarized(distributed.gather(result), prefix), trainer.state.fn == "fit"
+        now, judged = self.clock, self.source.judged(prefix)
+        last = [(self.summarized(distributed.gather(result), prefix), result.at) for result in results[-1:]]
+        if judged:
+            last = [(last[0][0] | judged, now)] if last and last[0][1] == now else [*last, (judged, now)]
+        for values, at in last:
+            in_fit = trainer.state.fn == "fit"
             with warnings.catch_warnings():
                 # `trainer.validate` returns what was logged, whether there is a logger or not.
                 warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
                 # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
                 self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
             if in_fit and not trainer.sanity_checking:
-                self.reporter.evaluation(values, result.at)
+                self.reporter.evaluation(values, at)
 
 
 @contextlib.contextmanager

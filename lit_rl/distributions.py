@@ -68,6 +68,9 @@ class ActionDistribution(Protocol):
     def to_env(self, action: Tree) -> Tree:
         """The action as the environment takes it: inside the space's bounds, with tuples where it has them."""
 
+    def from_env(self, action: Tree) -> Tree:
+        """Actions of the space [*B, *action_shape], in arrays by the keys of a tree, as they are recorded."""
+
 
 class Categorical:
     """For Discrete spaces; the parameters are unnormalised log-probabilities ("logits") of the n actions."""
@@ -109,6 +112,9 @@ class Categorical:
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return action + self._start if self._start else action
 
+    def from_env(self, action: np.ndarray) -> np.ndarray:
+        return action - self._start if self._start else action
+
 
 class MultiCategorical:
     """For MultiDiscrete spaces: independent categorical choices, their logits one after the other."""
@@ -148,6 +154,9 @@ class MultiCategorical:
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return (action + self._space.start).astype(self._space.dtype)
 
+    def from_env(self, action: np.ndarray) -> np.ndarray:
+        return action - self._space.start
+
     def _shaped(self, action: np.ndarray) -> np.ndarray:
         return action.reshape(*action.shape[:-1], *self._space.shape)
 
@@ -186,6 +195,9 @@ class Bernoulli:
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return action.astype(self._space.dtype)
+
+    def from_env(self, action: np.ndarray) -> np.ndarray:
+        return action.astype(np.uint8, copy=False)
 
     def _shaped(self, ones: np.ndarray) -> np.ndarray:
         return ones.astype(np.uint8).reshape(*ones.shape[:-1], *self._space.shape)
@@ -232,6 +244,9 @@ class DiagonalGaussian:
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         return np.clip(action, self._low, self._high).astype(self._dtype, copy=False)
+
+    def from_env(self, action: np.ndarray) -> np.ndarray:
+        return action.astype(np.float32, copy=False)
 
     def _shaped(self, action: np.ndarray) -> np.ndarray:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
@@ -312,6 +327,10 @@ class SquashedGaussian:
     def to_env(self, action: np.ndarray) -> np.ndarray:
         scaled = self._center + self._half * action  # which may round to a number outside
         return np.clip(scaled, self._low, self._high).astype(self._dtype, copy=False)
+
+    def from_env(self, action: np.ndarray) -> np.ndarray:
+        scaled = (action - self._center) / np.where(self._half > 0, self._half, 1.0)
+        return np.clip(scaled, -1, 1).astype(np.float32)
 
     def _shaped(self, action: Any) -> Any:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
@@ -412,6 +431,9 @@ class Joint:
     def to_env(self, action: Tree) -> Tree:
         values = {key: part.to_env(action[key]) for key, part in self.parts.items()}
         return tuple(values.values()) if self._tuple else values
+
+    def from_env(self, action: Tree) -> Tree:
+        return {key: part.from_env(action[key]) for key, part in self.parts.items()}
 
     def _of(self, parameters: Any, key: str) -> Any:
         """A part's own parameters, of arrays or tensors."""

@@ -60,3 +60,7 @@ class DivergedError(LitRLError, RuntimeError):
 
 class CheckpointError(LitRLError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class DataError(LitRLError, RuntimeError):
+    """Recorded episodes cannot be written or read."""

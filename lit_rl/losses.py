@@ -70,6 +70,18 @@ def td_loss(value: Tensor, target: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.huber_loss(value, target, reduction="none")
 
 
+def expectile_loss(error: Tensor, expectile: float) -> Tensor:
+    """|expectile - 1{u < 0}| u^2 of errors u = target - value; shape [*N].
+
+    Its minimum is the expectile of the targets: their mean for 0.5, towards their greatest for 1. Eq. 4 of Kostrikov et
+    al. 2021, arXiv:2110.06169.
+
+    >>> expectile_loss(torch.tensor([2.0, -2.0]), expectile=0.75)
+    tensor([3., 1.])
+    """
+    return torch.where(error < 0, 1 - expectile, expectile) * error.square()
+
+
 def project(probability: Tensor, support: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
     """A categorical distribution of returns, after a reward and a discount, put back onto its support, [M, Z].
 

@@ -15,6 +15,7 @@ from lit_rl.files.loading import SECTION
 from lit_rl.learner.host import make_host
 from lit_rl.learner.joining import check_callbacks, join, leave, wrapped
 from lit_rl.learner.refusals import check_streams, check_trainer
+from lit_rl.learner.reporting import forget
 from lit_rl.learner.turns import Turns
 from lit_rl.off_policy import OffPolicy
 from lit_rl.parts import Part, check_apart, check_spaces, class_name, made_again, made_of
@@ -247,6 +248,7 @@ class Membership(Algorithm):
                 leave(self.trainer, self.algorithms[policy_id].host.steps.optimizers)
                 del self._num_optimizers[policy_id]
                 self.source.remove_policy(policy_id)
+            forget(self.trainer, f"{policy_id}/")
             for rank in self._resume["ranks"] if self._resume is not None else ():
                 rank["algorithm"].pop(policy_id, None)
 

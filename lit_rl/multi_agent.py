@@ -284,14 +284,16 @@ class MultiAgent(Membership):
 
     def _learned_from_stream(self, stream: ReplayStream) -> dict[str, dict[str, Tensor | float]]:
         """The metrics of each algorithm that learns now; all of them are off-policy."""
-        learning = self.learning
+        learning, by_updates = self.learning, self.source.clock == "updates"
         algorithms = {policy_id: x for policy_id, x in self.off_policy.items() if policy_id in learning}
+        first = next(iter(algorithms), None)
         for algorithm in algorithms.values():
             algorithm.begin_batch()
         for policy_id, minibatch in stream.by_policy():
             self._count_env_steps(stream.take_env_steps())
             algorithms[policy_id].learn_from_minibatch(minibatch)
-            self.count("updates", 1)
+            if policy_id == first or not by_updates:  # recorded data has a minibatch for each: one update of all
+                self.count("updates", 1)
         self._count_env_steps(stream.take_env_steps())
         return {policy_id: algorithm.end_batch(algorithm.learned()) for policy_id, algorithm in algorithms.items()}
 
@@ -308,7 +310,8 @@ class MultiAgent(Membership):
 
     def summarized(self, results: Sequence[EvaluationResult], prefix: str) -> dict[str, float]:
         found, returns = super().summarized(results, prefix), policy_returns(results)
-        return found | {f"{policy_id}/{prefix}/return_mean": value for policy_id, value in returns.items()}
+        there = [policy_id for policy_id in returns if policy_id in self.ids]  # others were removed meanwhile
+        return found | {f"{policy_id}/{prefix}/return_mean": returns[policy_id] for policy_id in there}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -359,6 +362,13 @@ class MultiAgent(Membership):
             if policy_id in state:  # else it was added since
                 algorithm = self.algorithms[policy_id]
                 algorithm.load_resume_state(state[policy_id])
+                algorithm.resume_skipped(state[policy_id]["skipped_updates"])
+
+    def load_state_of_first(self, state: Mapping[str, Any]) -> None:
+        for policy_id in self.trained:
+            if policy_id in state:
+                algorithm = self.algorithms[policy_id]
+                algorithm.load_state_of_first(state[policy_id]["algorithm"])
                 algorithm.resume_skipped(state[policy_id]["skipped_updates"])
 
     def resume_skipped(self, skipped: int) -> None:

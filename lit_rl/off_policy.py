@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm, Update
+from lit_rl.errors import OptionError
 from lit_rl.learner.refusals import check_streams
 from lit_rl.options import CountOrZero, TwoOrMore, UnitInterval
 
@@ -62,9 +63,37 @@ class OffPolicy(Algorithm):
         """Steps before each sequence."""
         return self.hp.burn_in
 
+    @property
+    def wants_returns_to_go(self) -> bool:
+        """Whether minibatches must have `return_to_go`, `to_go_discount` and `to_go_observation`: recorded data has."""
+        return False
+
+    def check_learns_from_recorded(self) -> None:
+        """Refuse recorded episodes, if the algorithm cannot learn from them.
+
+        Raises:
+            OptionError: which says why.
+        """
+        if self.ACROSS_EPISODES:
+            raise OptionError(
+                f"model={type(self).__name__}: it learns from sequences with the states that its policy had, which "
+                "recorded episodes lack. Use ReplayDataModule without offline_paths."
+            )
+
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""
         return 0.0
+
+    def judge(self, batch: TensorDict) -> dict[str, Tensor]:
+        """What is to be known of held-out rows, by name: a value for each row that it applies to, 1-D.
+
+        `td_error`, absolute; `initial_value`, of the rows that begin an episode; `action_difference` of the greedy
+        actions from the recorded ones, see `transitions.action_difference`; `log_prob` of the recorded actions.
+
+        Args:
+            batch: as `update` is given it, with `is_init` also where there is no memory. Keys may be added to it.
+        """
+        return {}
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
         check_streams(self.trainer, self)

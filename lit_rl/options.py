@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -164,10 +164,25 @@ class ListOfGroups(Limit):
         return "a list of groups, such as [['a', 'b']]"
 
 
+class SeveralPaths(Limit):
+    """A path or several, as texts or `Path`s."""
+
+    def accepts(self, value: Any) -> bool:
+        paths = [value] if isinstance(value, str | Path) else value
+        return isinstance(paths, list | tuple) and len(paths) > 0 and all(isinstance(x, str | Path) for x in paths)
+
+    def kept(self, value: Any) -> tuple[str, ...]:
+        return tuple(str(path) for path in ([value] if isinstance(value, str | Path) else value))
+
+    def __repr__(self) -> str:
+        return "a path, or a list of paths"
+
+
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
 Fraction = Annotated[float, Within(0.0, 1.0, open_high=True)]
+OpenFraction = Annotated[float, Within(0.0, 1.0, open_low=True, open_high=True)]
 PositiveFraction = Annotated[float, Within(0.0, 1.0, open_low=True)]
 Count = Annotated[int, Within(1, whole=True)]
 CountOrZero = Annotated[int, Within(0, whole=True)]
@@ -176,6 +191,7 @@ Counts = Annotated[Sequence[int], ListOfCounts()]
 Names = Annotated[Sequence[str], ListOfNames()]
 Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
+Paths = Annotated[Sequence[str] | str, SeveralPaths()]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
 # The limits of types that are written without one.
@@ -197,6 +213,11 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     """
     limit, is_optional = _limit_of(annotation)
     return value if limit is None or (value is None and is_optional) else limit(name, value)
+
+
+def limit_of(annotation: Any) -> Limit | None:
+    """The limit in an annotation, None if there is none."""
+    return _limit_of(annotation)[0]
 
 
 @functools.cache
@@ -238,10 +259,7 @@ class TakesOptions:
     RENAMED: Mapping[str, str] = {}
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        known = options_of(cls)
-        for name in options:
-            if known is not None and name not in known:
-                raise OptionError(f"{cls.__name__}({name}=...): there is no such option.{hint(cls, name)}")
+        _check_known(cls, options)
         return super().__new__(cls)
 
     def take_options(self) -> None:
@@ -276,6 +294,14 @@ class TakesOptions:
         """
         for name, value in options.items():
             setattr(self, name, value)
+
+
+def _check_known(cls: type, names: Iterable[str]) -> None:
+    """Refuse options that a class does not have."""
+    known = options_of(cls)
+    for name in names:
+        if known is not None and name not in known:
+            raise OptionError(f"{cls.__name__}({name}=...): there is no such option.{hint(cls, name)}")
 
 
 def options_of(cls: type) -> dict[str, inspect.Parameter] | None:
@@ -321,6 +347,15 @@ def hint_on_points(cls: type, name: str) -> str:
 
 
 # --- options that are a dataclass -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionFields:
+    """Base of frozen dataclasses whose fields are options. An unknown option is refused, with a hint."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        _check_known(cls, options)
+        return super().__new__(cls)
 
 
 def check_fields(options: Any, prefix: str = "") -> None:

@@ -84,8 +84,8 @@ class Scheduled(nn.Module):
         if isinstance(schedule, str):
             if budget is None:
                 raise OptionError(
-                    f"{self._name}_schedule={schedule!r}: expected a budget to end at: set max_env_steps on the "
-                    "datamodule."
+                    f"{self._name}_schedule={schedule!r}: expected a budget to end at: set max_env_steps, or "
+                    "max_updates of recorded data, on the datamodule."
                 )
             left = max(0.0, 1.0 - env_steps / budget)
             return start * (left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)

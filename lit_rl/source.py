@@ -100,6 +100,14 @@ class Source(Protocol):
         """What was evaluated since this was asked last; the last one is that of the validation under way."""
         return []
 
+    def judged(self, prefix: str) -> dict[str, float]:
+        """What rows that are not learned from say of the algorithm, in the validation under way; every rank calls it.
+
+        Args:
+            prefix: of the metrics.
+        """
+        return {}
+
     def end_evaluation(self) -> list[EvaluationResult]:
         """Training is over: the evaluation still under way beside it, if there is one, as soon as it has ended."""
         return []

@@ -108,6 +108,15 @@ class MultiAgentSpec:
         return cls(data["env_id"], agents, data["max_agents"], _space_if_any(data, "state_space"))
 
 
+def single(spec: EnvSpec | MultiAgentSpec) -> EnvSpec:
+    """The spaces of one agent, or those that all agents have.
+
+    Raises:
+        OptionError: if agents have different ones.
+    """
+    return spec.shared() if isinstance(spec, MultiAgentSpec) else spec
+
+
 def _optional(name: str, space: gym.Space | None) -> dict[str, Any]:
     """A space in plain data under a name, if there is one."""
     return {} if space is None else {name: space_to_dict(space)}

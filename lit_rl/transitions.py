@@ -3,13 +3,15 @@
 Shapes: M rows or, with memory, S sequences, L steps of each; F features, A actions, Z atoms.
 """
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.policy import Policy
 from lit_rl.rollout import mask_of, mean_of_rows
-from lit_rl.trees import Tree, map_tree
+from lit_rl.trees import Tree, find, from_env, leaves, map_tree, space_leaves, to_numpy, to_torch
 
 MAX_SHARE = 0.9  # of a sequence's priority that is its greatest TD error's; the rest is the mean's (R2D2, section 2.3)
 
@@ -68,6 +70,45 @@ def set_priority(batch: TensorDict, td_error: Tensor) -> None:
         mean = size.sum(1) / mask.sum(1).clamp(min=1)
         size = MAX_SHARE * size.amax(1) + (1 - MAX_SHARE) * mean
     batch["priority"] = size
+
+
+# --- held-out rows --------------------------------------------------------------------------------------------------
+
+
+def judged(batch: TensorDict, **values: Tensor) -> dict[str, Tensor]:
+    """What `OffPolicy.judge` returns, of values [M] or [S, L]: of real rows, `initial_value` where episodes begin."""
+    mask = mask_of(batch)
+    real = torch.ones_like(batch["is_init"]) if mask is None else mask
+    return {name: x[real & batch["is_init"] if name == "initial_value" else real] for name, x in values.items()}
+
+
+def greedy_actions(policy: Policy, features: Tensor, obs: Tree) -> Tree:
+    """The most probable actions [*N, *action], as recorded, for features [*N, F] of observations [*N, *obs]."""
+    shape = features.shape[:-1]
+    flat = map_tree(lambda x: x.flatten(0, len(shape) - 1), obs)
+    action, _ = policy.choose(features.flatten(0, -2), flat, deterministic=True)
+    return map_tree(lambda x: x.unflatten(0, shape), to_torch(action, features.device))
+
+
+def action_difference(policy: Policy, action: Tree, other: Tree) -> Tensor:
+    """How far recorded actions [*N, *action] are from others, [*N]; the mean over the parts of an action.
+
+    Of a Box that is the mean absolute difference of what the environment gets, with its bounds scaled to [-1, 1]
+    (numbers without bounds as they are); of anything else the share that differs.
+    """
+    action_space, parts = policy.spec.action_space, []
+    here, there = (from_env(action_space, policy.to_env(to_numpy(tree))) for tree in (action, other))
+    num_batch = leaves(action)[0].ndim - len(next(iter(space_leaves(action_space).values())).shape or ())
+    for path, space in space_leaves(action_space).items():
+        a, b = (np.asarray(find(tree, path)) for tree in (here, there))
+        if isinstance(space, spaces.Box):
+            half = (space.high.astype(np.float64) - space.low) / 2
+            difference = np.abs(a.astype(np.float64) - b) / np.where(np.isfinite(half) & (half > 0), half, 1.0)
+        else:
+            difference = (a != b).astype(np.float64)
+        parts.append(difference.reshape(*difference.shape[:num_batch], -1).mean(-1))
+    device = leaves(action)[0].device
+    return torch.as_tensor(np.mean(parts, 0), dtype=torch.float32, device=device)
 
 
 def _with_last(batch: TensorDict) -> Tree:

@@ -23,12 +23,21 @@ from lit_rl.policy.q import DISTRIBUTIONAL, QPolicy
 from lit_rl.rollout import means_of_rows
 from lit_rl.schedules import Schedule, Scheduled, UnitSchedule
 from lit_rl.spec import EnvSpec, has_images
-from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
+from lit_rl.transitions import (
+    action_difference,
+    bootstrap_observation,
+    features,
+    greedy_actions,
+    judged,
+    next_features,
+    of_action,
+    set_priority,
+    weighted_mean,
+)
 
 EPSILON = [[0, 1.0], [10_000, 0.05]]  # its schedule where neither it nor one is set
 Loss = Annotated[str, OneOf("huber", "mse")]
 Distributional = Annotated[str | None, OneOf(*DISTRIBUTIONAL)]
-TERMS = ("loss/value", "value/td_error", "value/q_mean")
 
 
 class DQN(OffPolicy):
@@ -77,6 +86,7 @@ class DQN(OffPolicy):
 
     POLICY: type[Policy] = QPolicy
     REPLAY = {**OffPolicy.REPLAY, "batch_size": 128, "update_to_data": 0.125, "n_step": 3}
+    TERMS: tuple[str, ...] = ("loss/value", "value/td_error", "value/q_mean")
 
     policy: QPolicy
     target: QPolicy
@@ -156,7 +166,23 @@ class DQN(OffPolicy):
         set_priority(batch, td_error)
         if (self.updates_done + 1) % hp.target_update_interval == 0:
             self.follow(hp.tau, taken)
-        return dict(zip(TERMS, terms.unbind()))
+        return dict(zip(self.TERMS, terms.unbind()))
+
+    @torch.no_grad()
+    def judge(self, batch: TensorDict) -> dict[str, Tensor]:
+        policy, obs = self.policy, batch["observation"]
+        for network in (policy, self.target):
+            set_noise(network, None)
+        _, (td_error, _) = self.loss(batch)
+        feature = policy.features(batch)
+        value = policy.rule_out(policy.expectation(policy.distributions(feature)), obs).amax(-1)
+        chosen = greedy_actions(policy, feature, obs)
+        return judged(
+            batch,
+            td_error=td_error.abs(),
+            initial_value=value,
+            action_difference=action_difference(policy, chosen, batch["action"]),
+        )
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of a minibatch, each row's TD error [*N], and the means named by `TERMS`."""

@@ -4,37 +4,38 @@ Shapes: *N rows, [M] or sequences [S, L]; F features, A discrete actions, K crit
 an action, J numbers that the target has.
 """
 
-import functools
 import math
 from typing import Annotated, Any
 
 import torch
-from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.distributions import SquashedGaussian
-from lit_rl.errors import OptionError, SpaceError
-from lit_rl.learner.refusals import check_memory
-from lit_rl.learner.targets import Follower, target_of
+from lit_rl.errors import OptionError
 from lit_rl.losses import quantile_huber_loss
-from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
-from lit_rl.networks.inputs import FlatInput
-from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Count, CountOrZero, Counts, NumberOr, Positive, PositiveFraction
+from lit_rl.options import Count, CountOrZero, NumberOr, Positive
+from lit_rl.q_actor_critic import QActorCritic
 from lit_rl.rollout import mean_of_rows, means_of_rows
-from lit_rl.schedules import Schedule
-from lit_rl.spec import EnvSpec, has_images
-from lit_rl.transitions import bootstrap_observation, features, next_features, of_action, set_priority, weighted_mean
+from lit_rl.spec import EnvSpec
+from lit_rl.transitions import (
+    action_difference,
+    bootstrap_observation,
+    features,
+    greedy_actions,
+    judged,
+    next_features,
+    set_priority,
+    weighted_mean,
+)
 from lit_rl.trees import Tree
 
 Entropy = Annotated[float | str, NumberOr("auto")]
-TERMS = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
 AUTO_ENTROPY = 0.98  # share of a uniform policy's entropy that a discrete one is held at
 
 
-class SAC(OffPolicy):
+class SAC(QActorCritic):
     """Soft Actor-Critic with twin critics and automatic temperature: Haarnoja et al. 2018, arXiv:1812.05905.
 
     For Discrete actions the expectations over actions are exact sums: Christodoulou 2019, arXiv:1910.07207.
@@ -46,90 +47,37 @@ class SAC(OffPolicy):
     Reads minibatches as `DQN` does.
 
     Args:
-        lr: Adam's learning rate, of everything that has none of its own.
-        lr_schedule: "constant"; "linear" or "cosine", to 0 at the datamodule's `max_env_steps`; or points
-            `[[env_step, lr], ...]`, which replace `lr`. The other learning rates keep their ratio to it.
-        adam_eps: what Adam adds to the root of the squared gradient.
-        actor_lr: the policy's; None takes `lr`.
-        critic_lr: the critics'; None takes `lr`.
-        alpha_lr: the temperature's; None takes `lr`.
-        tau: how far the target critics move to the critics after every update.
+        alpha_lr: the temperature's learning rate; None takes `lr`.
         initial_alpha: the temperature, the weight of the entropy, when training begins.
         learn_alpha: whether the temperature is learned; else it stays.
         target_entropy: what the policy's entropy (nats) is held at by it. "auto" is minus the number of action
             dimensions; for discrete actions 0.98 log n, where n counts the legal ones.
-        num_critics: critics (K), whose minimum counts.
-        critic_hidden_sizes: layers (with ReLU) of each critic, after the observation's features.
-        critic_network: callable `(observation_space) -> nn.Module` with an `output_size`, the critics' own encoder of
-            observations; None takes vectors as they are, and the default network for images.
-        network: the policy's encoder; None is two hidden layers of 256 ReLU units, or the default network for images.
-        share_encoder: whether the critics read the policy's encoder. It is then trained by the critics alone, at
-            `critic_lr` (Yarats et al. 2021, arXiv:1910.01741). None shares one with memory.
-        compile: compile each gradient step as one function, see `CompiledStep`: for runs long enough to pay for
-            ten seconds to a minute of compilation.
+        critic_warmup: updates in which the critics alone learn, before policy and temperature do: for a policy that is
+            another run's, with critics that are new or were learned from other data.
     """
 
-    NETWORKS = ("network", "critic_network")
-
-    critics: Critics
-    target: Critics
+    TERMS: tuple[str, ...] = ("loss/value", "loss/policy", "policy/entropy", "value/q_mean", "value/td_error")
 
     def __init__(
         self,
         *,
-        lr: Positive = 3e-4,
-        lr_schedule: Schedule = "constant",
-        adam_eps: Positive = 1e-8,
-        actor_lr: Positive | None = None,
-        critic_lr: Positive | None = None,
         alpha_lr: Positive | None = None,
-        tau: PositiveFraction = 0.005,
         initial_alpha: Positive = 1.0,
         learn_alpha: bool = True,
         target_entropy: Entropy = "auto",
-        num_critics: Count = 2,
-        critic_hidden_sizes: Counts = (256, 256),
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
-        network: NetworkFactory | dict[str, Any] | None = None,
-        share_encoder: bool | None = None,
-        compile: bool = False,
+        critic_warmup: CountOrZero = 0,
         **options: Any,
     ):
-        super().__init__(network=network, **options)
+        super().__init__(**options)
         self.take_options()
-        self.lr = self.scheduled("lr")
-        self.critic_network = critic_network
-
-    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
-        if has_images(spec.observation_space):
-            return None
-        return functools.partial(MLP, hidden_sizes=[256, 256], activation="relu")
+        if critic_warmup and self.hp.compile:
+            raise OptionError(
+                f"critic_warmup={critic_warmup}: expected 0 with compile=True, whose step moves all parameters."
+            )
 
     def build(self, spec: EnvSpec) -> None:
-        hp, action_space = self.hp, spec.action_space
-        self.is_discrete = isinstance(action_space, spaces.Discrete)
-        if self.is_discrete:
-            self.policy = self.make_policy(spec)
-        elif isinstance(action_space, spaces.Box):
-            self.policy = self.make_policy(spec, squash=True, state_dependent_std=True)
-        else:
-            raise SpaceError(
-                f"{type(self).__name__} needs a Box or Discrete action space, got {action_space} from env "
-                f"{spec.env_id!r}. Use PPO."
-            )
-        check_memory(self)
-        shares = self.policy.has_memory if hp.share_encoder is None else hp.share_encoder
-        if shares and self.critic_network is not None:
-            raise OptionError("critic_network: expected none, since the critics share the policy's network.")
-        self.critics = self.make_critics(None if shares else self.make_critic_encoder())
-        for network in (self.policy, self.critics):
-            check_same_in_training(network)
-        self.target = target_of(self.critics)
-        # What the target critics read, if that is not an encoder of their own.
-        self.target_policy = target_of(self.policy) if shares else None
-        self.followers = [Follower(self.target, self.critics)]
-        if self.target_policy is not None:
-            self.followers.append(Follower(self.target_policy.encoder, self.policy.encoder))
+        super().build(spec)
+        hp = self.hp
         log_alpha = torch.tensor(math.log(hp.initial_alpha))
         if hp.learn_alpha:
             self.log_alpha = nn.Parameter(log_alpha)
@@ -139,36 +87,8 @@ class SAC(OffPolicy):
         auto = AUTO_ENTROPY * math.log(size) if self.is_discrete else -float(size)
         self.target_entropy = auto if hp.target_entropy == "auto" else hp.target_entropy
 
-    def make_critic_encoder(self) -> nn.Module:
-        """The critics' own encoder of observations."""
-        space = self.policy.input_space
-        if self.critic_network is None and not has_images(space):
-            return FlatInput(space)
-        encoder = build_network(self.critic_network, space, "critic_network")
-        if has_memory(encoder):
-            raise OptionError(
-                f"critic_network={type(encoder).__name__}: expected a network without memory. Give it to "
-                "network=, which the critics then share."
-            )
-        return encoder
-
-    def make_critics(self, encoder: nn.Module | None, num_outputs: int = 1) -> Critics:
-        """Critics that give `num_outputs` numbers for an action."""
-        size = self.policy.distribution.num_outputs
-        return Critics(
-            encoder,
-            num=self.hp.num_critics,
-            num_features=output_size(self.policy.encoder if encoder is None else encoder),
-            num_actions=0 if self.is_discrete else size,
-            hidden_sizes=self.hp.critic_hidden_sizes,
-            output_size=(size if self.is_discrete else 1) * num_outputs,
-        )
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        hp = self.hp
-        shared = set() if self.critics.encoder is not None else {*self.policy.encoder.parameters()}
-        learned = [(hp.critic_lr if p in shared else hp.actor_lr, [p]) for p in self.policy.parameters()]
-        learned.append((hp.critic_lr, [*self.critics.parameters()]))
+        hp, learned = self.hp, self.parameters_by_lr()
         if hp.learn_alpha:
             learned.append((hp.alpha_lr, [self.log_alpha]))
         # One for each learning rate: a step costs by the group. The policy's is the first.
@@ -186,7 +106,12 @@ class SAC(OffPolicy):
         set_priority(batch, td_error)
         for follow in self.followers:
             follow(self.hp.tau, taken)
-        return {**dict(zip(TERMS, terms.unbind())), "policy/alpha": alpha}
+        return {**dict(zip(self.TERMS, terms.unbind())), "policy/alpha": alpha}
+
+    @property
+    def critics_alone(self) -> bool:
+        """Whether the critics alone learn now."""
+        return self.hp.critic_warmup > 0 and self.updates_done < self.hp.critic_warmup
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The losses of critics, policy and temperature, each row's TD error [*N], and the means named by `TERMS`."""
@@ -198,14 +123,14 @@ class SAC(OffPolicy):
             feature = feature.detach()  # the critics alone train what they share with the policy
         with torch.no_grad():
             target = self.value_target(batch, next_feature, alpha)  # [*N, J]
-        q = self.q_of(critics(critic_feature, None if self.is_discrete else batch["action"]), batch["action"])
+        q = self.q_values(critics, critic_feature, batch["action"])
         assert q.shape[1:-1] == target.shape[:-1] == batch["next", "reward"].shape  # q [K, *N, Z]
         critic_loss = self.critic_loss(q, target)
         actor_loss, log_prob = self.actor_loss(batch, feature, critic_feature.detach(), alpha)
         assert critic_loss.shape == actor_loss.shape == log_prob.shape == target.shape[:-1]
-        loss = weighted_mean(critic_loss, batch) + mean_of_rows(actor_loss, batch)
-        if self.hp.learn_alpha:
-            loss = loss + mean_of_rows(self.alpha_loss(log_prob, self.entropy_target(obs)), batch)
+        loss = weighted_mean(critic_loss, batch)
+        if not self.critics_alone:
+            loss = loss + self.policy_losses(batch, actor_loss, log_prob)
         with torch.no_grad():
             q_mean = q.mean((0, -1))
             td_error = (q_mean - target.mean(-1)).abs()
@@ -243,6 +168,13 @@ class SAC(OffPolicy):
         q = self.q_value(self.critics(critic_feature, action, frozen=True))
         return alpha * log_prob - q, log_prob.detach()
 
+    def policy_losses(self, batch: TensorDict, actor_loss: Tensor, log_prob: Tensor) -> Tensor:
+        """The means of the policy's losses and the temperature's, added up."""
+        loss = mean_of_rows(actor_loss, batch)
+        if not self.hp.learn_alpha:
+            return loss
+        return loss + mean_of_rows(self.alpha_loss(log_prob, self.entropy_target(batch["observation"])), batch)
+
     def alpha_loss(self, log_prob: Tensor, target_entropy: Tensor | float) -> Tensor:
         """-log(alpha) (log pi(a|s) + target entropy), [*N]: eq. 17, with log(alpha) in alpha's place.
 
@@ -255,6 +187,23 @@ class SAC(OffPolicy):
         if not (self.is_discrete and self.policy.has_masks and self.hp.target_entropy == "auto"):
             return self.target_entropy
         return AUTO_ENTROPY * self.policy.legal(obs).sum(-1).clamp(min=1).log()
+
+    @torch.no_grad()
+    def judge(self, batch: TensorDict) -> dict[str, Tensor]:
+        obs, action = batch["observation"], batch["action"]
+        if not self.is_discrete:
+            self.draw_noise(batch, torch.Generator().manual_seed(0))
+        feature, next_feature = features(self.policy, batch)
+        critic_feature = self.critics.features(self.policy.inputs(obs), feature)
+        target = self.value_target(batch, next_feature, self.log_alpha.exp()).mean(-1)
+        q = self.q_values(self.critics, critic_feature, action).mean((0, -1))
+        chosen = greedy_actions(self.policy, feature, obs)
+        return judged(
+            batch,
+            td_error=(q - target).abs(),
+            initial_value=self.q_value(self.q_values(self.critics, critic_feature, chosen)),
+            action_difference=action_difference(self.policy, chosen, action),
+        )
 
     # --- what a variant overrides -------------------------------------------------------------------------------
 
@@ -272,11 +221,11 @@ class SAC(OffPolicy):
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def draw_noise(self, batch: TensorDict) -> None:
+    def draw_noise(self, batch: TensorDict, generator: torch.Generator | None = None) -> None:
         """Add what actions are made of, [*N, d] each: `next_noise` those of the target, `noise` those of the policy."""
         shape = (*batch["discount"].shape, self.policy.distribution.num_noise)
         for key in ("next_noise", "noise"):
-            noise = torch.randn(shape, generator=self.generator)
+            noise = torch.randn(shape, generator=generator or self.generator)
             batch[key] = noise.to(batch["discount"].device, non_blocking=True)
 
     def sample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,16 +233,6 @@ class SAC(OffPolicy):
         distribution = self.policy.distribution
         assert isinstance(distribution, SquashedGaussian)
         return distribution.rsample(parameters, noise)
-
-    def split(self, q: Tensor) -> Tensor:
-        """Discrete actions' outputs [K, *N, A * Z] as [K, *N, A, Z]."""
-        return q.unflatten(-1, (self.policy.distribution.num_outputs, -1))
-
-    def q_of(self, q: Tensor, action: Tensor) -> Tensor:
-        """The outputs for the action taken, [K, *N, Z]."""
-        if not self.is_discrete:
-            return q
-        return of_action(self.split(q), action.expand(len(q), *action.shape))
 
 
 class TQC(SAC):

@@ -18,7 +18,22 @@ from gymnasium import spaces
 from helpers import quiet_trainer
 from tensordict import TensorDict
 
-from lit_rl import DQN, MLP, SAC, TQC, DreamerV3, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule
+from lit_rl import (
+    BC,
+    CQL,
+    DQN,
+    IQL,
+    MARWIL,
+    MLP,
+    SAC,
+    TQC,
+    DiscreteCQL,
+    DreamerV3,
+    Evaluation,
+    LSTMNetwork,
+    Rainbow,
+    ReplayDataModule,
+)
 from lit_rl.off_policy import OffPolicy
 from lit_rl.rollout import mask_of
 from lit_rl.spec import EnvSpec
@@ -27,9 +42,11 @@ from lit_rl.trees import iterate, nest
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 DISCRETE = EnvSpec("Test", OBS, spaces.Discrete(3)).to_dict()
 BOX = EnvSpec("Test", OBS, spaces.Box(-1, 1, (2,), np.float32)).to_dict()
-CASES: dict[str, tuple[type[OffPolicy], dict]] = {
+CASES: dict[str, tuple[Any, dict]] = {
     "DQN": (DQN, DISCRETE), "Rainbow": (Rainbow, DISCRETE), "SAC": (SAC, BOX), "SAC discrete": (SAC, DISCRETE),
-    "TQC": (TQC, BOX), "TQC discrete": (TQC, DISCRETE),
+    "TQC": (TQC, BOX), "TQC discrete": (TQC, DISCRETE), "BC": (BC, BOX), "MARWIL": (MARWIL, DISCRETE),
+    "CQL": (functools.partial(CQL, lagrangian=True), BOX), "DiscreteCQL": (DiscreteCQL, DISCRETE), "IQL": (IQL, BOX),
+    "IQL discrete": (IQL, DISCRETE),
 }  # fmt: skip
 
 
@@ -43,7 +60,13 @@ def minibatch(algorithm: OffPolicy, spec: dict, memory: bool) -> TensorDict:
         "weight": torch.rand(4, generator=g),
         "next": {"reward": torch.randn(n, generator=g), "terminated": torch.rand(n, generator=g) < 0.2},
     }  # fmt: skip
+    if isinstance(algorithm, MARWIL):
+        del batch["weight"]
     if not memory:
+        batch |= {
+            "return_to_go": torch.randn(n, generator=g), "to_go_discount": torch.rand(n, generator=g),
+            "to_go_observation": torch.randn(*n, 3, generator=g),
+        }  # fmt: skip
         batch["next"]["observation"] = torch.randn(*n, 3, generator=g)
         return TensorDict(batch, [4])
     state = nest({path: torch.from_numpy(x) for path, x in iterate(algorithm.policy.initial_state(4), "state")})
@@ -54,12 +77,21 @@ def minibatch(algorithm: OffPolicy, spec: dict, memory: bool) -> TensorDict:
     return TensorDict(batch, [4])
 
 
+def draw_by_row(algorithm: CQL, batch: TensorDict) -> None:
+    """What `CQL.draw_noise` adds, with uniform actions that depend on the row alone."""
+    CQL.draw_noise(algorithm, batch)
+    several = torch.arange(1, algorithm.hp.num_actions + 1).unsqueeze(-1)
+    batch["uniform_action"] = (batch["observation"][..., None, :2] * several * 100).sin()
+
+
 def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
     if world_size > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     found = {}
     for name, (kind, spec) in CASES.items():
         for memory, alone in itertools.product((False, True), repeat=2):
+            if memory and kind is MARWIL:
+                continue
             torch.manual_seed(0)
             algorithm: Any = kind(spec=spec, network=LSTMNetwork if memory else None)
             algorithm.configure_model()
@@ -67,6 +99,8 @@ def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
                 algorithm.sample = lambda p, noise, a=algorithm: a.policy.distribution.rsample(
                     p, (p[..., :2] * 1e3).sin().detach()
                 )
+            if isinstance(algorithm, CQL):
+                algorithm.draw_noise = functools.partial(draw_by_row, algorithm)
             share = 4 // world_size
             batch = minibatch(algorithm, spec, memory)
             if not alone:

@@ -1,7 +1,6 @@
-"""One rank of a DDP run, or one process alone: `python ddp_script.py <case> <out folder>`.
+"""One rank of DDP runs, or one process alone: `python ddp_script.py <out folder> <case> ...`, one after the other.
 
-Started by test_ddp.py. `gradients <folder> <subfolder>:<shares>:<network>:<algorithm>[:compile] ...` makes several
-runs.
+Started by test_ddp.py. The case `gradients:<subfolder>:<shares>:<network>:<algorithm>[:compile]` has options.
 """
 
 import logging
@@ -9,6 +8,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -23,11 +24,14 @@ from lit_rl import (
     PPO,
     Algorithm,
     Evaluation,
+    LSTMNetwork,
+    MultiAgent,
     ReplayDataModule,
     RolloutDataModule,
     distributed,
     networks,
 )
+from lit_rl.envs.multi_agent import ReplicatedEnv
 from lit_rl.errors import DivergedError
 from lit_rl.rollout import Rollout, mask_of
 
@@ -53,6 +57,8 @@ class Recorded(RolloutDataModule):
 
 
 ALGORITHMS = {"PPO": PPO, "IMPALA": IMPALA, "APPO": APPO}
+
+RESUMED = ("PPO", "DQN", "MultiAgent")  # runs that go on with another number of ranks
 
 
 def gradients(
@@ -105,8 +111,6 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
         reduced.append(x.numel())
         return all_reduce(x, *op)
 
-    distributed.all_reduce = counted
-
     class Watch(PPO):
         def update(self, batch: TensorDict) -> dict:
             first.append(batch["observation"][:, 0].clone())
@@ -114,7 +118,8 @@ def train(world_size: int, out: Path, num_env_runners: int) -> None:
 
     target_kl = None if num_env_runners else 5e-4  # which the ranks do not exceed at the same time
     algorithm = Watch(minibatch_size=32, num_epochs=2, lr=1e-3, target_kl=target_kl)
-    trainer = fit(algorithm, data, world_size)
+    with mock.patch.object(distributed, "all_reduce", counted):
+        trainer = fit(algorithm, data, world_size)
     trainer.save_checkpoint(out / "ddp.ckpt")
     torch.save(
         {
@@ -188,20 +193,41 @@ def small_run(name: str, max_env_steps: int) -> tuple[Algorithm, RolloutDataModu
     if name == "PPO":
         algorithm = PPO(minibatch_size=16, num_epochs=1, normalize_observations=True, normalize_returns=True)
         return algorithm, RolloutDataModule(rollout_length=16, rollouts_per_epoch=2, **shared)
+    if name == "MultiAgent":
+        ppo = {"minibatch_size": 16, "num_epochs": 1, "kl_coef": 0.5, "critic_network": LSTMNetwork}
+        shared |= {"env": ReplicatedEnv, "env_kwargs": {"env": "CartPole-v1", "num_agents": 2}}
+        algorithms = {"agent_0": PPO(**ppo), "agent_1": PPO(**ppo)}
+        return MultiAgent(algorithms), RolloutDataModule(rollout_length=16, rollouts_per_epoch=2, **shared)
     return DQN(), ReplayDataModule(
         rollout_length=2, env_steps_per_batch=32, batches_per_epoch=2, learning_starts=32, batch_size=32,
         buffer_size=500, update_to_data=0.3, **shared,
     )  # fmt: skip
 
 
+class Begun(L.Callback):
+    """Keeps what each algorithm begins with on this rank, beside the weights."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        if not self.states:
+            self.states = [learner.resume_state() for learner in module.learners]
+
+
 def resume(out: Path) -> None:
-    """Two ranks go on from what one has left, and note what each of them has at the end."""
-    for name in ("PPO", "DQN"):
+    """Two ranks go on from what one has left, and note what each of them has at first and at the end."""
+    for name in RESUMED:
         algorithm, data = small_run(name, 512)
-        trainer = fit(algorithm, data, 2, ckpt_path=out / f"{name}-1.ckpt", default_root_dir=out)
+        begun = Begun()
+        trainer = fit(algorithm, data, 2, ckpt_path=out / f"{name}-1.ckpt", default_root_dir=out, callbacks=[begun])
         trainer.save_checkpoint(out / f"{name}-2.ckpt")
         found = {"weights": algorithm.state_dict(), "seed": data.seed, "ledger": data.ledger.state()}
-        found |= {"metrics": dict(trainer.callback_metrics), "rows": len(getattr(data, "buffer", None) or ())}
+        found |= {
+            "begun": begun.states,
+            "metrics": dict(trainer.callback_metrics),
+            "rows": len(getattr(data, "buffer", None) or ()),
+        }
         torch.save(found, out / f"resumed-{name}-{trainer.global_rank}.pt")
 
 
@@ -245,19 +271,19 @@ def fit(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    case, out = sys.argv[1], Path(sys.argv[2])
-    if case == "gradients":
-        for run in sys.argv[3:]:
-            folder, shares, network, algorithm_name, *compile = run.split(":")
+    out = Path(sys.argv[1])
+    for case, *options in (argument.split(":") for argument in sys.argv[2:]):
+        if case == "gradients":
+            folder, shares, network, algorithm_name, *compile = options
             gradients(2, out / folder, shares, network, algorithm_name, compile=bool(compile))
-    elif case == "nan":
-        nan(out)
-    elif case == "resume":
-        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-        resume(out)
-    elif case == "streams":
-        streamed(2, out)
-    elif case == "signal":
-        signalled(out)
-    else:
-        train(2, out, num_env_runners=int(case == "ray"))
+        elif case == "nan":
+            nan(out)
+        elif case == "resume":
+            logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+            resume(out)
+        elif case == "streams":
+            streamed(2, out)
+        elif case == "signal":
+            signalled(out)
+        else:
+            train(2, out, num_env_runners=int(case == "ray"))

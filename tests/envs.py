@@ -1,7 +1,13 @@
-"""Environments with known answers."""
+"""Environments with known answers.
+
+Env runners of their own process import this file alone: of Lightning and pytest it knows nothing.
+"""
 
 import contextlib
+import ctypes
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -322,3 +328,96 @@ class DawdlingEnv(gym.Wrapper):
     def step(self, action: Any) -> Any:
         time.sleep(self._seconds)
         return self.env.step(action)
+
+
+class DyingEnv(CounterEnv):
+    """Takes its process with it at its second step (the first is when the environment is tried out)."""
+
+    steps = 0
+
+    def step(self, action: int) -> tuple:
+        self.steps += 1
+        if self.steps == 2:
+            os._exit(1)
+        return super().step(action)
+
+
+class StallingEnv(CounterEnv):
+    """Never comes back from its third step, or from its second reset; "spin" holds the interpreter meanwhile."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self._where, self._count = where, 0
+
+    def reset(self, **kwargs: Any) -> tuple:
+        if self._where == "reset" and self._episode == 0:
+            time.sleep(3600)
+        return super().reset(**kwargs)
+
+    def step(self, action: int) -> tuple:
+        self._count += 1
+        if self._count == 3 and self._where == "step":
+            time.sleep(3600)
+        if self._count == 3 and self._where == "spin":
+            ctypes.PyDLL(None).sleep(3600)  # a PyDLL does not let go of the interpreter
+        return super().step(action)
+
+
+class WideEnv(CounterEnv):
+    """An observation of one MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(0, 1, (250_000,), np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return np.zeros(250_000, np.float32)
+
+
+class Paid(CounterEnv):
+    """A CounterEnv whose rewards are 100."""
+
+    def __init__(self, steps: int = 1, offset: int = 0):
+        super().__init__(offset)
+        self._steps = steps
+
+    def step(self, action: Any) -> Any:
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, 100.0, terminated or self._t == self._steps, truncated, info
+
+
+def halve(reward: float) -> float:
+    return 0.5 * reward
+
+
+class SlowElsewhere(CounterEnv):
+    """Takes its time outside of the process `home`."""
+
+    def __init__(self, home: int, step_s: float):
+        super().__init__()
+        self._step_s = 0.0 if os.getpid() == home else step_s
+
+    def step(self, action: int) -> tuple:
+        time.sleep(self._step_s)
+        return super().step(action)
+
+
+class SlowCycleEnv(CycleEnv):
+    """Takes its time, in processes that ask for it."""
+
+    def step(self, action: Any) -> tuple:
+        time.sleep(float(os.environ.get("STEP_S", "0")))
+        return super().step(action)
+
+
+class StuckCycleEnv(CycleEnv):
+    """Its eighth step, in the second batch, takes a minute; a file says that it has begun."""
+
+    steps = 0
+
+    def step(self, action: Any) -> tuple:
+        self.steps += 1
+        if self.steps == 8:
+            Path(os.environ["RUN_OF_TEST"], "stuck").touch()
+            time.sleep(60)
+        return super().step(action)

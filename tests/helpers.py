@@ -1,6 +1,7 @@
 """What several tests do: runners, trainers, processes, comparisons."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -99,17 +100,19 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
 
 
 COMMAND_SERVER = """
-import json, os, sys
+import gc, json, os, sys
 sys.path = [folder for folder in sys.path if folder]  # as in a console script that pip writes
+import lit_rl.cli.program
 from lit_rl.cli import main
 
+gc.freeze()  # else each fork copies what the collector looks at
 for request in sys.stdin:
-    folder, log, command = json.loads(request)
+    folder, log, command, only_errors = json.loads(request)
     pid = os.fork()
     if not pid:
         os.chdir(folder)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if only_errors else output, 1)
         os.dup2(output, 2)
         if command[0] == "python":
             os.execv(sys.executable, command)
@@ -124,21 +127,62 @@ class CommandServer:
     """lit_rl's command line, imported once in a process of its own; every command runs in a fork of that."""
 
     def __init__(self) -> None:
+        path = [str(ROOT), *filter(None, os.environ["PYTHONPATH"].split(os.pathsep))]  # "" would be the working folder
         self._process = subprocess.Popen(
             [sys.executable, "-c", COMMAND_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},  # an empty part of it would be the working folder
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
 
-    def run(self, folder: Path, command: Sequence[str]) -> tuple[int, str]:
-        """The exit code and the output of a `lit-rl` or `python` command."""
+    def run(self, folder: Path, command: Sequence[str], only_errors: bool = False) -> tuple[int, str]:
+        """The exit code and the output, or what is on stderr alone, of a `lit-rl` or `python` command."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.NamedTemporaryFile("r") as log:
-            self._process.stdin.write(json.dumps([str(folder), log.name, list(command)]) + "\n")
+            self._process.stdin.write(json.dumps([str(folder), log.name, list(command), only_errors]) + "\n")
             self._process.stdin.flush()
             return int(self._process.stdout.readline()), log.read()
 
     def close(self) -> None:
         self._process.communicate()
+
+
+class Forked:
+    """`lit-rl` beside the test, forked from a process that has imported everything, which takes longer than a run.
+
+    Args:
+        folder: the working folder, which is there.
+        arguments: of `lit-rl`.
+        variables: added to the environment after the start.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], **variables: str):
+        self._errors = folder / "stderr.txt"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lightning", "lit_rl.cli.program", "helpers", "envs"])
+        self._process = context.Process(target=_command, args=(folder, self._errors, list(arguments), variables))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self, timeout_s: float = 60.0) -> tuple[int | None, str]:
+        """Its exit code, and what it wrote to stderr."""
+        self._process.join(timeout_s)
+        return self._process.exitcode, self._errors.read_text()
+
+
+def _command(folder: Path, errors: Path, arguments: list[str], variables: dict[str, str]) -> None:
+    from lit_rl import cli
+
+    os.chdir(folder)
+    os.environ |= variables
+    torch.set_num_threads(1)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    cli.main(arguments)
 
 
 def assert_same(found: Any, expected: Any, at: str = "") -> None:

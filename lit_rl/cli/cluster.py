@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lit_rl.errors import LitRLError, OptionError, RunnerError
-from lit_rl.options import Count, CountOrZero, Positive, Within, check_fields
+from lit_rl.options import Count, CountOrZero, OptionFields, Positive, Within, check_fields
 
 KEPT = 2  # checkpoints of a run that Ray Train keeps
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(OptionFields):
     """`fit` on learners that Ray Train places, restarts and keeps the checkpoints of.
 
     Attributes:

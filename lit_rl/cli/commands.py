@@ -1,4 +1,4 @@
-"""The commands that train nothing: `lit-rl recipes`, `lit-rl play` and `lit-rl plot`."""
+"""The commands that train nothing: `lit-rl recipes`, `lit-rl play`, `lit-rl plot` and `lit-rl data`."""
 
 import sys
 import textwrap
@@ -9,6 +9,7 @@ import jsonargparse
 import numpy as np
 
 from lit_rl.cli import recipe_index
+from lit_rl.cli.data import data
 from lit_rl.envs.make import EnvConfig
 from lit_rl.options import Count, CountOrZero, check
 from lit_rl.viewing.curves import draw
@@ -54,6 +55,18 @@ def play(args: Sequence[str]) -> None:
     parser.add_argument("--wrappers", type=list | None, default=None, help="in place of the checkpoint's")
     parser.add_argument("--network", type=str | None, default=None, help="package.module:Class, if it is your own")
     parser.add_argument("--policy_class", type=str | None, default=None, help="package.module:Class, if it is your own")
+    parser.add_argument(
+        "--policies",
+        type=dict | None,
+        default=None,
+        help="of several policies your own scripts, as in '{other: package.module:Class}'",
+    )
+    parser.add_argument(
+        "--policy_mapping",
+        type=dict | str | None,
+        default=None,
+        help="package.module:function, if the mapping of several policies is your own",
+    )
     options = parser.parse_args(args)
     check("episodes", options.episodes, Count)
     check("seed", options.seed, CountOrZero)
@@ -61,7 +74,8 @@ def play(args: Sequence[str]) -> None:
     if options.video is not None:
         check_format("video", options.video)
     env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)
-    policy = load_player(options.checkpoint, options.seed, options.network, options.policy_class)
+    own = {name: options[name] for name in ("network", "policy_class", "policies", "policy_mapping")}
+    policy = load_player(options.checkpoint, options.seed, **own)
     window = options.video is None and _window(env)
     timeline = Timeline(options.timeline_steps) if options.timeline else None
     returns, lengths = [], []
@@ -135,4 +149,4 @@ def _parser(name: str, description: str) -> jsonargparse.ArgumentParser:
     )
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot, "data": data}

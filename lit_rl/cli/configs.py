@@ -55,7 +55,7 @@ def suggestion(message: str) -> str:
     """
     owner: type | None = None
     for class_path in re.findall(r"class_path '([\w.]+)'", message)[-1:]:
-        owner = _class(class_path)
+        owner = class_of(class_path)
     found = re.search(r"(?:Group '([\w.]+)' does not accept )?(?i:option) '([\w.]+)'|--([\w.]+)", message)
     if found is None:
         key, _, rest = message.rpartition('key "')[2].partition('"')
@@ -78,7 +78,7 @@ def check_groups(name: str, config: Any) -> None:
     Raises:
         OptionError: naming the option and its value.
     """
-    cls = _class(config.class_path)
+    cls = class_of(config.class_path)
     options = (options_of(cls) if cls is not None else None) or {}
     for option, value in config.get("init_args", {}).items():
         kind = options[option].annotation if option in options else None
@@ -87,7 +87,8 @@ def check_groups(name: str, config: Any) -> None:
             raise OptionError(f"{name}.{option}={value!r}: expected a dict of {fields}. Leave it out for the defaults.")
 
 
-def _class(class_path: str) -> type | None:
+def class_of(class_path: str) -> type | None:
+    """The class of a path in a config; None if it is a function."""
     module, _, attribute = class_path.rpartition(".")
     found = getattr(importlib.import_module(module), attribute, None)
     return found if isinstance(found, type) else None  # it may be a function that returns an object

@@ -4,16 +4,20 @@ import ast
 import difflib
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_rl.cli.configs import suggestion
+from lit_rl.cli.configs import class_of, suggestion
 from lit_rl.errors import LitRLError
 from lit_rl.networks import NETWORKS
+from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
 
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
     "checkpoint": "Give a checkpoint file: lit-rl play runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
+    "what": "Give what to do and where: lit-rl data info runs/ppo_cartpole/version_0/episodes",
+    "episodes": "Give their folder: lit-rl data info runs/ppo_cartpole/version_0/episodes",
     "runs": "Give the folder of a run, or of several: lit-rl plot runs/ppo_cartpole",
 }
 TYPES = {
@@ -57,10 +61,14 @@ def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequen
     named = re.findall(r"Expected a dot import path string: (\S+)", text)[-1:]
     not_found = re.findall(r"expects a function or a callable class: (.*\S)", text)[-1:]
     unknown = re.findall(r"Option '(\w+)' is not accepted", text)[-1:]
+    if key.startswith("replay."):
+        unknown = unknown or re.findall(r"unrecognized arguments: --(?:\w+\.)*(\w+)=", text)[-1:]
     if unknown and key.startswith(("policies", "replay")):  # of what else they may be jsonargparse goes on to speak
         complaint = f"there is no option {unknown[0]!r}"
         if key.startswith("replay"):
             given, text = "", text[text.rindex("Problem with given class_path") :]
+    elif listed := _list_of(key, text):
+        complaint, given = f"expected {listed}.", (re.findall(r"Given value: (\S.*)", after_key) or [given])[0]
     elif named:  # jsonargparse says no more, also where the class is there and its init_args are wrong
         complaint = _no_class(key, named[0])
     elif not_found:
@@ -84,6 +92,18 @@ def _expected(lines: Sequence[str]) -> str:
             break
         words.insert(0, TYPES.get(found[1], f"a {found[1].rpartition('.')[2]}"))
     return f"expected {' or '.join(dict.fromkeys(words))}."
+
+
+def _list_of(key: str, text: str) -> str:
+    """What is expected of an option that takes a list, in its own words; "" of another option."""
+    for class_path in re.findall(r"class_path '([\w.]+)'", text)[-1:]:
+        owner = class_of(class_path)
+        option = (options_of(owner) or {}).get(key.rpartition(".")[2]) if owner is not None else None
+        for kind in () if option is None else (option.annotation, *get_args(option.annotation)):
+            limit = kind if isinstance(kind, Limit) else limit_of(kind)
+            if isinstance(limit, ListOfCounts | ListOfNames | ListOfGroups):
+                return repr(limit)
+    return ""
 
 
 def _no_class(key: str, name: str) -> str:

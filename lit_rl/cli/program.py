@@ -22,7 +22,7 @@ import lit_rl.datamodules
 import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
-from lit_rl.callbacks import EnvStepsProgressBar, EpisodeWriter
+from lit_rl.callbacks import EnvStepsProgressBar, Record
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.commands import COMMANDS
 from lit_rl.cli.configs import check_config, check_groups
@@ -31,9 +31,10 @@ from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
+from lit_rl.source import Source
 
 DEFAULTS = {
-    "max_epochs": -1,  # the budget is data.max_env_steps
+    "max_epochs": -1,  # the budget is data.max_env_steps, or data.max_updates
     "log_every_n_steps": 1,  # one batch is one rollout
     "num_sanity_val_steps": 0,
 }
@@ -72,6 +73,14 @@ class CLI(LightningCLI):
         )
         parser.add_class_arguments(Cluster, "cluster")  # a config with it is also evaluated, in one process
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--out", type=str | None, default=None, help="write the episodes here, not into the run's folder"
+            )
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
 
@@ -80,8 +89,13 @@ class CLI(LightningCLI):
         if trainer.progress_bar_callback is not None:
             own = EnvStepsProgressBar()
             trainer.callbacks[trainer.callbacks.index(trainer.progress_bar_callback)] = own  # type: ignore[attr-defined]
-        if self.subcommand == "predict" and not any(isinstance(c, EpisodeWriter) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(EpisodeWriter())  # type: ignore[attr-defined]
+        if self.subcommand == "predict":
+            recording = [c for c in trainer.callbacks if isinstance(c, Record)]  # type: ignore[attr-defined]
+            if not recording:
+                recording = [Record()]
+                trainer.callbacks += recording  # type: ignore[attr-defined]
+            if self.config.predict.out is not None:
+                recording[0].folder = self.config.predict.out
         return trainer
 
     def before_instantiate_classes(self) -> None:
@@ -127,7 +141,8 @@ class CLI(LightningCLI):
             self.model.init_from = self.config_init.fit.init_from
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
-                logger.experiment.define_metric("*", step_metric="env_steps")
+                clock = self.datamodule.clock if isinstance(self.datamodule, Source) else "env_steps"
+                logger.experiment.define_metric("*", step_metric=clock)
 
 
 class LearnerCLI(CLI):
@@ -259,9 +274,10 @@ def _resolve_recipes(args: Sequence[str]) -> list[str]:
 def _check_budget(config: Any) -> None:
     trainer, data = config.trainer, config.data.get("init_args", {})
     bounded = (trainer.max_epochs or -1) > -1 or (trainer.max_steps or -1) > -1 or trainer.max_time is not None
-    if not bounded and not trainer.fast_dev_run and data.get("max_env_steps", 0) is None:
+    budget = "max_updates" if "max_updates" in data else "max_env_steps"
+    if not bounded and not trainer.fast_dev_run and data.get(budget, 0) is None:
         raise OptionError(
-            "The run has no end: set data.max_env_steps (or trainer.max_time, trainer.max_epochs, trainer.max_steps)."
+            f"The run has no end: set data.{budget} (or trainer.max_time, trainer.max_epochs, trainer.max_steps)."
         )
 
 
@@ -295,12 +311,19 @@ def main(args: Sequence[str] | None = None) -> None:
             _check_order(arguments)
             _run(CLI, _resolve_recipes(arguments))
     except Exception as error:
-        own = own_error(error)
-        if debug or (own is None and not isinstance(error, jsonargparse.ArgumentError)):
+        if debug:
             raise
-        if own is None or isinstance(own, OptionError | MisconfigurationException):
-            sys.exit(_fail(sentence(error, arguments, SUBCOMMANDS) if own is None else str(own), 2))
-        sys.exit(_fail(str(own), 1))
+        fail(error, arguments)
+
+
+def fail(error: Exception, arguments: Sequence[str]) -> None:
+    """Exit with one sentence on what was raised, if a user can mend it; else raise it."""
+    own = own_error(error)
+    if own is None and not isinstance(error, jsonargparse.ArgumentError):
+        raise error
+    if own is None or isinstance(own, OptionError | MisconfigurationException):
+        sys.exit(_fail(sentence(error, arguments, SUBCOMMANDS) if own is None else str(own), 2))
+    sys.exit(_fail(str(own), 1))
 
 
 def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
@@ -320,8 +343,8 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
             "allow_abbrev": False,
             "version": lit_rl.__version__,
             "prog": "lit-rl",
-            "epilog": "lit-rl recipes|play|plot: the recipes and their results; watch a checkpoint; draw curves. "
-            "Each has its own --help.",
+            "epilog": "lit-rl recipes|play|plot|data: the recipes and their results; watch a checkpoint; draw curves; "
+            "look at recorded episodes. Each has its own --help.",
         },
         args=args,
     )

@@ -15,7 +15,7 @@ MEASURED = re.compile(
     r"median (?P<median>-?[\d.]+)\."
 )
 NOT_MEASURED = "# Not measured over seeds yet."
-ENV_STEPS = re.compile(r"([\d,]+) env steps")
+ENV_STEPS = re.compile(r"([\d,]+) (env steps|updates)")  # updates if it learns from recorded data
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Recipe:
     Attributes:
         name: what `--config` takes.
         algorithm, env: the class and the environment, without their modules.
-        env_steps: of one run: those it took where it was measured, its budget where not.
+        env_steps: of one run: those it took where it was measured, its budget where not; or `updates`.
+        updates: of one run that learns from recorded data, and takes no env steps.
         episodes, seeds: of the measurement; 0 and "" where there is none.
         median: over the seeds, of the mean return of the greedy episodes; None where it is not measured.
         is_share: whether it is that of the percentage of games that are won, or not lost, against random actions.
@@ -39,6 +40,7 @@ class Recipe:
     seeds: str
     median: float | None
     is_share: bool = False
+    updates: int = 0
 
 
 def recipe_files() -> dict[str, Path]:
@@ -54,16 +56,26 @@ def read_recipe(path: Path) -> Recipe:
     data = config["data"]["init_args"]
     head = text.split("\nseed_everything")[0]
     measured, steps = MEASURED.search(head), ENV_STEPS.search(head)
+    is_offline = "max_updates" in data
+    budget = data["max_updates" if is_offline else "max_env_steps"]
+    length = int(steps[1].replace(",", "")) if measured and steps else budget
     return Recipe(
         name=path.stem,
         algorithm=config["model"]["class_path"].rpartition(".")[2],
-        env=data["env"].rpartition(":")[2],
-        env_steps=int(steps[1].replace(",", "")) if measured and steps else data["max_env_steps"],
+        env=_short(data.get("env") or data["evaluation"]["env"]),
+        env_steps=0 if is_offline else length,
+        updates=length if is_offline else 0,
         episodes=int(measured["episodes"]) if measured else 0,
         seeds=measured["seeds"] if measured else "",
         median=float(measured["median"]) if measured else None,
         is_share=measured is not None and measured["what"] != "return",
     )
+
+
+def _short(env: str) -> str:
+    """An environment's name without the packages it lies in; a class by its name alone."""
+    name = env.rpartition(":")[2]
+    return name if name[:1].isupper() else env.rpartition(".")[2]
 
 
 def table() -> str:
@@ -77,7 +89,7 @@ def table() -> str:
                 recipe.name,
                 recipe.algorithm,
                 recipe.env,
-                f"{recipe.env_steps:,}",
+                f"{recipe.updates:,} updates" if recipe.updates else f"{recipe.env_steps:,}",
                 f"{recipe.median:.1f}{' %' if recipe.is_share else ''}" if measured else "not measured",
                 f"{recipe.seeds.split(maxsplit=1)[1]}, {recipe.episodes}" if measured else "",
             )

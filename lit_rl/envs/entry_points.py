@@ -1,5 +1,6 @@
 """What the names of environments and wrappers mean: "package.module:Class"."""
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -32,6 +33,9 @@ def wrapper_of(wrapper: Wrapper) -> tuple[Callable[..., Any], dict[str, Any]]:
 
     Args:
         wrapper: a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
+
+    Raises:
+        OptionError: if it is none of these.
     """
     kwargs: dict[str, Any] = {}
     if isinstance(wrapper, dict):
@@ -47,14 +51,50 @@ def wrapper_of(wrapper: Wrapper) -> tuple[Callable[..., Any], dict[str, Any]]:
         raise OptionError(
             f"wrappers: {wrapper!r}: expected a callable, 'package.module:Class', or a dict of one and its kwargs."
         )
-    return wrapper, _with_tuples(wrapper, kwargs or {})
+    kwargs = {} if kwargs is None else kwargs
+    if not isinstance(kwargs, dict):
+        raise OptionError(f"wrappers: {_name(wrapper)}: {kwargs!r}: expected a dict of its options by name.")
+    return wrapper, _with_tuples(wrapper, kwargs)
+
+
+def check_arguments(wrapper: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that a wrapper does not take, and that there is one too few.
+
+    Raises:
+        OptionError: naming the first.
+    """
+    taken = _parameters(wrapper)
+    if not taken:
+        return
+    parameters = taken[1:]  # without the environment
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = [option for option in kwargs if option not in named]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken):
+        close = difflib.get_close_matches(unknown[0], named, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"wrappers: {_name(wrapper)}({unknown[0]}=...): there is no such option.{hint}")
+    missing = [option for option, p in named.items() if p.default is p.empty and option not in kwargs]
+    if missing:
+        options = ", ".join(f"{option!r}: ..." for option in missing)
+        raise OptionError(
+            f"wrappers: {_name(wrapper)} needs {missing[0]}=. Give it a dict of its options, "
+            f"{{'package.module:{_name(wrapper)}': {{{options}}}}}."
+        )
+
+
+def _name(wrapper: Callable[..., Any]) -> str:
+    return getattr(wrapper, "__name__", repr(wrapper))
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a callable; none if it does not say."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def _with_tuples(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments with tuples where they are declared: a YAML file has lists alone, which gymnasium's wrappers refuse."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a callable that does not say
-        return kwargs
-    declared = {name for name, p in parameters.items() if str(p.annotation).lower().startswith("tuple")}
+    declared = {p.name for p in _parameters(function) if str(p.annotation).lower().startswith("tuple")}
     return {k: tuple(v) if k in declared and isinstance(v, list) else v for k, v in kwargs.items()}

@@ -12,13 +12,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lit_rl.envs.async_vector import AsyncVectorEnv
 from lit_rl.envs.check import check_env, check_spaces, hidden_statistics
-from lit_rl.envs.entry_points import Wrapper, entry_point, wrapper_of
+from lit_rl.envs.entry_points import Wrapper, check_arguments, entry_point, wrapper_of
 from lit_rl.envs.multi_agent import ActionMasksFromInfo, MultiAgentEnv, MultiAgentWrapper, has_agents, has_masks_in_info
 from lit_rl.envs.multi_agent_check import check_multi_agent_env
 from lit_rl.envs.pettingzoo import adapted
 from lit_rl.envs.vector import SyncVectorEnv
 from lit_rl.errors import EnvError, OptionError, env_error
-from lit_rl.options import Arguments, Limit, OneOf, check_fields
+from lit_rl.options import Arguments, Limit, OneOf, OptionFields, check_fields
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 
@@ -40,7 +40,7 @@ Vectorization = Annotated[str, OneOf("sync", "async", "native")]
 
 
 @dataclass(frozen=True)
-class EnvConfig:
+class EnvConfig(OptionFields):
     """How to make an environment, one at a time or vectorised.
 
     Attributes:
@@ -250,6 +250,7 @@ class EnvConfig:
                 env = _call(self.env_id, adapted, env)
             if isinstance(wrapper, type) and has_agents(env) != issubclass(wrapper, MultiAgentWrapper):
                 self._check_wrapper(wrapper, has_agents(env))
+            check_arguments(wrapper, kwargs)
             env = _call(self.env_id, wrapper, env, **kwargs)
         return _call(self.env_id, adapted, env)
 

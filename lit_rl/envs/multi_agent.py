@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.envs.entry_points import Wrapper, wrapper_of
+from lit_rl.envs.entry_points import Wrapper, check_arguments, wrapper_of
 from lit_rl.errors import EnvError
 from lit_rl.masks import ACTION_MASK
 from lit_rl.roster import Roster
@@ -181,6 +181,7 @@ class ReplicatedEnv(MultiAgentEnv):
         make = env if callable(env) else lambda **kwargs: gym.make(env, **kwargs)
         self._envs: dict[str, gym.Env] = {f"agent_{i}": make(**env_kwargs) for i in range(num_agents)}
         for wrapper, kwargs in map(wrapper_of, wrappers):
+            check_arguments(wrapper, kwargs)
             self._envs = {agent: wrapper(made, **kwargs) for agent, made in self._envs.items()}
         self.possible_agents = list(self._envs)
         first = next(iter(self._envs.values()), None)

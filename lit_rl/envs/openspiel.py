@@ -1,6 +1,7 @@
 """OpenSpiel's games as environments of several agents. Needs lit-rl[openspiel]."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,16 +113,27 @@ def _loaded(pyspiel: Any, game: str, parameters: dict[str, Any]) -> Any:
     name = game.partition("(")[0] if isinstance(game, str) else game
     known = pyspiel.registered_names()
     if name not in known:
-        alike = difflib.get_close_matches(str(name), known)
-        hint = f", such as {' or '.join(map(repr, alike))}" if alike else ""
-        raise OptionError(f"game={short(game)}: expected one of the {len(known)} games of OpenSpiel{hint}.")
+        hint = _hint(name, known)
+        raise OptionError(f"game={short(game)}: expected one of the {len(known)} games of OpenSpiel.{hint}")
     try:
         return pyspiel.load_game(game, parameters) if parameters else pyspiel.load_game(game)
     except (pyspiel.SpielError, TypeError, ValueError, LookupError) as error:
         message = " ".join(str(error).split())
+        listed = re.match(r"Unknown (game|parameter) '(.*?)'\. Available \w+ are: (.*)", message)
+        if listed:  # also a game inside of the name
+            kind, unknown, there = listed.groups()
+            message = f"there is no {kind} {unknown!r}.{_hint(unknown, re.split(r'[ ,]+', there))}"
         raise OptionError(
             f"game={short(game)} cannot be made with parameters={short(parameters)}: {message}"
         ) from error
+
+
+def _hint(name: Any, known: Sequence[str]) -> str:
+    """A sentence, after a space, with the name that may be meant; "" if none is like it."""
+    if not isinstance(name, str):
+        return ""
+    alike = difflib.get_close_matches(name, known, n=1) or [x for x in known if name.lower() in x]
+    return f" Did you mean {alike[0]!r}?" if alike else ""
 
 
 def _tensor_of(game: str, kind: Any, observation: str | None) -> str:

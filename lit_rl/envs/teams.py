@@ -1,7 +1,6 @@
 """Wrappers for teams: agents that share their rewards, and agents that act as one."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +11,7 @@ from lit_rl.envs.groups import Group
 from lit_rl.envs.multi_agent import ActionMasksFromInfo, MultiAgentEnv, MultiAgentWrapper, has_masks_in_info
 from lit_rl.errors import OptionError
 from lit_rl.observations import short
-from lit_rl.roster import is_pattern
+from lit_rl.roster import is_pattern, may_match
 
 ENDS = ("together", "first", "last")
 Patterns = str | Sequence[str]
@@ -44,7 +43,7 @@ class TeamReward(MultiAgentWrapper):
         self._teams = {name: _patterns(f"TeamReward: team={short(team)}", given) for name, given in teams.items()}
         names = list(self.possible_agents)
         for pattern in (pattern for patterns in self._teams.values() for pattern in patterns):
-            if not any(_may_match(pattern, name) for name in names):
+            if not any(may_match(pattern, name) for name in names):
                 raise OptionError(f"TeamReward: the pattern {pattern!r} matches none of the agents {short(names)}.")
         for name in names:
             self._team_of(name)
@@ -195,19 +194,11 @@ def _patterns(option: str, given: Any) -> list[str]:
     return list(patterns)
 
 
-def _may_match(pattern: str, name: str) -> bool:
-    """Whether an agent of an entry of `possible_agents` may match a pattern."""
-    if not is_pattern(name):
-        return fnmatchcase(name, pattern)
-    beginning, other = (re.split(r"[*?[]", text)[0] for text in (pattern, name))
-    return beginning.startswith(other) or other.startswith(beginning)
-
-
 def _members(group: str, given: Any, names: Sequence[str]) -> list[str]:
     """The agents of a group, in the order of its patterns, each once."""
     found: dict[str, None] = {}
     for pattern in _patterns(f"GroupAgents: groups[{group!r}]={short(given)}", given):
-        unknown = [x for x in names if is_pattern(x) and (fnmatchcase(x, pattern) or fnmatchcase(pattern, x))]
+        unknown = [x for x in names if is_pattern(x) and may_match(pattern, x)]
         if unknown:
             raise OptionError(
                 f"GroupAgents: {pattern!r} of the group {group!r} matches agents of {unknown[0]!r}: expected agents "

@@ -10,12 +10,13 @@ from gymnasium.vector import AutoresetMode
 
 from lit_rl.envs.async_vector import close
 from lit_rl.envs.make import EnvConfig, autoreset_mode
-from lit_rl.errors import EnvError, OptionError
+from lit_rl.errors import EnvError
 from lit_rl.evaluation.agent_episodes import play_agents
+from lit_rl.evaluation.agent_recorder import AgentRecorder
 from lit_rl.policy import Policy
 from lit_rl.runners.fragment import Episode
-from lit_rl.runners.stepping import check_obs, check_spaces, read_info, reset, step
-from lit_rl.trees import from_env, iterate, map_tree
+from lit_rl.runners.stepping import check_obs, check_spaces, final_obs, read_info, reset, step
+from lit_rl.trees import Tree, iterate, map_tree, row_converter
 
 log = logging.getLogger(__name__)
 LONG_EPISODE = 100_000  # env steps after which a user is told that an episode does not end
@@ -44,8 +45,8 @@ def play(
         seeds: one for each episode.
         deterministic: the most probable action, or a random one.
         info_metrics: keys of `info` to report for each episode.
-        record: keep the transitions in `Episode.steps`; the action as the environment was given it, its log-probability
-            0 where there was no choice.
+        record: keep the transitions in `Episode.steps`, or `agent_steps`; the action as the environment was given it,
+            its log-probability 0 where there was no choice.
         num_envs: the most environments at a time.
         timeout_s: seconds after which the episodes under way are yielded as they are (`cut`), and no more begun. Those
             without a step were not begun.
@@ -54,12 +55,8 @@ def play(
         EnvError: if the environment raises.
     """
     if env.is_multi_agent:
-        if record:
-            raise OptionError(
-                f"env={env.env_id} has several agents, whose episodes cannot be recorded yet. To see "
-                "what they do: lit-rl play CKPT --timeline."
-            )
-        yield from play_agents(
+        recorder_of_agents = AgentRecorder() if record else None
+        for episode in play_agents(
             env,
             policy,
             seeds,
@@ -67,7 +64,11 @@ def play(
             info_metrics=info_metrics,
             num_envs=num_envs,
             timeout_s=timeout_s,
-        )
+            watcher=recorder_of_agents,
+        ):
+            if recorder_of_agents is not None and not episode.cut:
+                episode = episode._replace(agent_steps=recorder_of_agents.next_episode())
+            yield episode
         return
     num_envs = min(num_envs, len(seeds))
     if not num_envs:
@@ -84,7 +85,7 @@ def play(
         playing, left = np.ones(num_envs, np.bool_), len(seeds)
         resetting, is_init = np.zeros(num_envs, np.bool_), np.ones(num_envs, np.bool_)
         returns, lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        recorder = _Recorder(num_envs) if record else None
+        recorder, as_action_rows = _Recorder(num_envs) if record else None, row_converter(policy.spec.action_space)
         warned = False
         while left:
             if state is not None and is_init.any():
@@ -112,7 +113,7 @@ def play(
             done = terminated | truncated
             if recorder is not None:
                 columns = dict(iterate(obs, "observation"))
-                columns |= iterate(from_env(policy.spec.action_space, action), "action")
+                columns |= iterate(as_action_rows(action), "action")
                 columns |= {"reward": reward, "terminated": terminated, "truncated": truncated}
                 recorder.add(real, columns | {"action_log_prob": log_prob})
             is_init = done
@@ -121,7 +122,9 @@ def play(
             if done.any():
                 last_info = info.get("final_info", info) if mode is AutoresetMode.SAME_STEP else info
                 for b in np.flatnonzero(done).tolist():
-                    steps = recorder.take(b) if recorder is not None else None
+                    steps = None
+                    if recorder is not None:
+                        steps = recorder.take(b) | _final(policy, mode, next_obs, info, b)
                     if playing[b]:
                         left -= 1
                         infos = read_info(last_info, info_metrics, b)
@@ -157,6 +160,13 @@ def _check_finite(
                     f"env={env_id}: {name}={array[b].tolist()} at step {steps[b]} of the evaluation episode with seed "
                     f"{seeds[b]}: expected finite numbers. Mend the environment."
                 )
+
+
+def _final(policy: Policy, mode: AutoresetMode, next_obs: Tree, info: dict[str, Any], b: int) -> dict[str, np.ndarray]:
+    """The final observation of environment b, whose episode ended in the step that gave `next_obs` and `info`."""
+    same_step = mode is AutoresetMode.SAME_STEP  # next_obs is then the next episode's first
+    found = final_obs(policy, info, b) if same_step else map_tree(lambda x: x[b], next_obs)
+    return {path: np.array(array) for path, array in iterate(found, "final_observation")}
 
 
 class _Recorder:

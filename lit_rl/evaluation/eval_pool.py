@@ -47,7 +47,7 @@ class EvalPool:
         self._ray = ray
         self._env = env
         self._make_policy = make_policy
-        self._update: Callable[[], Policy] | None = None  # makes the policy, if actors were made with another
+        self._behind: set[int] = set()  # the actors that have another policy than `make_policy` makes
         self._faults = faults
         self._actor_class: Any = ray.remote(**placement.options())(_EvalActor)
         self._actors: list[Any] = [self._actor_class.remote(make_policy) for _ in range(num_runners)]
@@ -55,7 +55,8 @@ class EvalPool:
 
     def follow(self, make_policy: Callable[[], Policy]) -> None:
         """Have other policies play in the evaluations that are begun from now on."""
-        self._make_policy = self._update = make_policy
+        self._make_policy = make_policy
+        self._behind = set(range(len(self._actors)))
 
     def start(self, policy: Policy, seeds: Sequence[int], timeout_s: float, **options: Any) -> None:
         """Begin an evaluation of the policy as it is now.
@@ -96,7 +97,7 @@ class EvalPool:
                     raise type(cause)(f"Eval runner {runner}: {cause}") from None
                 self._again(runner, seeds, f"failed: {cause}")
             except exceptions.RayError as error:
-                self._actors[runner] = self._actor_class.remote(self._make_policy)
+                self._replace(runner)
                 self._again(runner, seeds, f"died: {' '.join(str(error).split())[:200]}")
         return episodes
 
@@ -112,8 +113,10 @@ class EvalPool:
     def _begin(self, runner: int, seeds: list[int]) -> None:
         if seeds:
             timeout_s = max(self._deadline - time.monotonic(), 0.0)
+            update = self._make_policy if runner in self._behind else None
+            self._behind.discard(runner)
             reference = self._actors[runner].play.remote(
-                self._weights, self._env, seeds, timeout_s, self._options, self._update
+                self._weights, self._env, seeds, timeout_s, self._options, update
             )
             self._under_way[reference] = runner, seeds
 
@@ -132,7 +135,11 @@ class EvalPool:
             runner, seeds = self._under_way.pop(reference)
             log.warning("Eval runner %d is stuck and was ended. Its %d episodes are missing.", runner, len(seeds))
             self._ray.kill(self._actors[runner])
-            self._actors[runner] = self._actor_class.remote(self._make_policy)
+            self._replace(runner)
+
+    def _replace(self, runner: int) -> None:
+        self._behind.discard(runner)
+        self._actors[runner] = self._actor_class.remote(self._make_policy)
 
 
 class _EvalActor:

@@ -34,6 +34,9 @@ class Evaluator:
         faults: how often what fails is tried again.
         placement: of the eval runners.
         connect: joins Ray; called before the first eval runner is made.
+
+    Attributes:
+        recorder: told of each episode that was played, with its steps; None if nobody records them.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class Evaluator:
         self._env, self._options = env, options
         self._info_metrics = tuple(info_metrics)
         self._faults, self._placement, self._connect = faults, placement, connect
+        self.recorder: Callable[[Episode], None] | None = None
         self._pool: EvalPool | None = None
         self._playing: Any = None  # the policies that eval runners have
-        self._under_way: tuple[int, int] | None = None  # in eval runners: env steps of the policy, number of episodes
+        # In eval runners: env steps and updates of the policy, number of episodes.
+        self._under_way: tuple[int, int, int] | None = None
         self._results: list[EvaluationResult] = []
 
     @property
@@ -64,14 +69,17 @@ class Evaluator:
         results, self._results = self._results, []
         return results
 
-    def play(self, policy: Policy, seeds: Sequence[int], at: int, *, record: bool = False) -> Iterator[Episode]:
+    def play(
+        self, policy: Policy, seeds: Sequence[int], at: int, *, version: int = 0, record: bool = False
+    ) -> Iterator[Episode]:
         """Play an episode for each seed in this process. The result is that of the episodes that were asked for.
 
         Args:
             policy: by whose weights, as they are now.
             seeds: one for each episode.
             at: env steps after which the policy is as it is.
-            record: whether to keep the episodes' steps.
+            version: updates that it has been through.
+            record: whether to keep the episodes' steps, even if there is no recorder.
         """
         acting = policy.acting_copy()
         acting.rng = np.random.default_rng(seeds)
@@ -87,6 +95,7 @@ class Evaluator:
                         is_cut = True
                         self._say_cut(len(played), len(seeds))
                     left = [seed for seed in left if seed != episode.seed]
+                    episode = self._recorded(episode, version)
                     played.append(episode)
                     # Episodes that were not begun in time are lost. The caller may stop after the last episode, so the
                     # result is kept now.
@@ -106,7 +115,7 @@ class Evaluator:
                     self._results[-1] = EvaluationResult(played, len(left), at)
                 break
 
-    def begin(self, policy: Policy, seeds: Sequence[int], at: int, *, record: bool = False) -> None:
+    def begin(self, policy: Policy, seeds: Sequence[int], at: int, *, version: int = 0, record: bool = False) -> None:
         """Have the eval runners play an episode for each seed; see `play`."""
         if self._pool is None:
             self._connect()
@@ -116,13 +125,14 @@ class Evaluator:
             self._pool.follow(policy.maker())
         self._playing = policy
         self._pool.start(policy, seeds, self._options.timeout_s, **self._play_options(record))
-        self._under_way = at, len(seeds)
+        self._under_way = at, version, len(seeds)
 
     def end(self) -> EvaluationResult:
         """The result of the evaluation under way in eval runners, as soon as it is played."""
         assert self._pool is not None and self._under_way is not None
-        episodes = self._pool.finish()
-        (at, asked), self._under_way = self._under_way, None
+        found = self._pool.finish()
+        (at, version, asked), self._under_way = self._under_way, None
+        episodes = [self._recorded(episode, version) for episode in found]
         result = EvaluationResult(episodes, asked - len(episodes), at)
         self._results.append(result)
         if result.cut:
@@ -144,8 +154,15 @@ class Evaluator:
         return {
             "deterministic": self._options.deterministic,
             "info_metrics": self._info_metrics,
-            "record": record,
+            "record": record or self.recorder is not None,
         }
+
+    def _recorded(self, episode: Episode, version: int) -> Episode:
+        """An episode that was played, after the recorder was told of it."""
+        episode = episode._replace(policy_version=version)
+        if self.recorder is not None:
+            self.recorder(episode)
+        return episode
 
     def _say_cut(self, num_ended: int, asked: int) -> None:
         log.warning(

@@ -5,11 +5,11 @@ from typing import Any
 
 from lit_rl.envs.make import Env, EnvConfig
 from lit_rl.errors import OptionError
-from lit_rl.options import Arguments, Count, CountOrZero, Positive, check_fields
+from lit_rl.options import Arguments, Count, CountOrZero, OptionFields, Positive, check_fields
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(OptionFields):
     """How `Trainer.validate`, and each evaluation during `fit`, plays episodes.
 
     Attributes:

@@ -1,15 +1,13 @@
 """Checkpoint files: written whole or not at all, readable without running any code of theirs."""
 
 import contextlib
-import fcntl
 import os
 import random
 import shutil
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +16,9 @@ from torch import Tensor, nn
 
 from lit_rl.errors import CheckpointError, write_error
 from lit_rl.files import digests
+from lit_rl.files.atomic import flush, remove_strays, temporary_file
 from lit_rl.files.loading import SECTION, previous_of, read_checkpoint, read_one, section
-from lit_rl.files.snapshots import attach, flush
-
-TEMPORARY = ".lit_rl.tmp"  # the end of a file's name while it is written
+from lit_rl.files.snapshots import attach
 
 
 class LitCheckpointIO(CheckpointIO):
@@ -43,11 +40,11 @@ class LitCheckpointIO(CheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_strays(target.parent)
+            remove_strays(target.parent)
             kept, files = self._newest_whole(target)
             # Files have names of their own, never used again: until the new checkpoint is in place, all sets are there.
             beside = _attach_replay(checkpoint, target)
-            with _temporary_file(target) as file:
+            with temporary_file(target) as file:
                 torch.save(checkpoint, file)
                 digests.seal(file)
                 file.flush()
@@ -108,31 +105,6 @@ def _keep(target: Path) -> None:
         os.link(target, previous)
     except OSError:  # a file system without hard links
         os.replace(target, previous)
-
-
-@contextlib.contextmanager
-def _temporary_file(target: Path) -> Iterator[BinaryIO]:
-    """A new file beside `target`, locked as long as this process lives and writes it; removed if it is still there."""
-    while True:
-        path = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
-        with path.open("x+b") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not os.fstat(file.fileno()).st_nlink:
-                continue  # another process took it for a stray before it was locked
-            try:
-                yield file
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _remove_strays(folder: Path) -> None:
-    """Remove temporary files of processes that were killed: those that nobody holds a lock on."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def _replays(checkpoint: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

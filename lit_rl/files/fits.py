@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lit_rl.errors import CheckpointError
 from lit_rl.files.loading import POLICY_PREFIX, read_checkpoint, section
-from lit_rl.policy import class_name
+from lit_rl.policy import POLICIES, class_name
 
 COUNTERS = {"env_steps", "updates"}
+OPTIONS = {"squash": "squash_actions", "hidden_sizes": "head_hidden_sizes"}  # of algorithms, by a policy's argument
 ONLY_INITIAL = {"log_std_init", "noisy"}  # arguments of policies that nothing depends on once there are weights
 
 
@@ -67,17 +68,24 @@ def check_policy_fits(algorithm: Any, found: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming the first thing that differs.
     """
-    policy_class, own_class = found["policy"]["class"], class_name(algorithm.policy_class)
+    policy_class, own_class, kind = found["policy"]["class"], class_name(algorithm.policy_class), type(algorithm)
     if policy_class != own_class:
-        raise CheckpointError(
-            f"The checkpoint was written with policy_class={policy_class}, not {own_class}: pass that class."
-        )
+        mend = "pass that class"
+        if policy_class in POLICIES and not issubclass(POLICIES[policy_class], algorithm.POLICY):
+            mend = f"{kind.__name__} learns a {class_name(algorithm.POLICY)} alone"
+        raise CheckpointError(f"The checkpoint was written with policy_class={policy_class}, not {own_class}: {mend}.")
     there, here = found["policy"]["arguments"], algorithm.policy.describe()["arguments"]
     for name in sorted(there.keys() & here.keys() - ONLY_INITIAL):
         if there[name] != here[name]:
+            option = OPTIONS.get(name, name)
+            mend = "use the options it was trained with"
+            if option not in algorithm.hparams:
+                mend = (
+                    f"{kind.__name__} has no other policy, so that the other run must be with {option}={here[name]!r}"
+                )
             raise CheckpointError(
-                f"The checkpoint's policy was made with {name}={there[name]!r}, this one with {name}={here[name]!r}: "
-                "use the options it was trained with."
+                f"The checkpoint's policy was made with {option}={there[name]!r}, this one with "
+                f"{option}={here[name]!r}: {mend}."
             )
 
 
@@ -103,6 +111,8 @@ def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
     fitting = {name for name in there.keys() & here.keys() if there[name].shape == here[name].shape} - COUNTERS
     # The last layer of a critic that normalises its targets is in their units.
     units = {name.rsplit(".moments.", 1)[0] for name in there.keys() - here.keys() if ".moments." in name}
+    if any(name.startswith("return_normalizer.") for name in there.keys() ^ here.keys()):  # or of scaled rewards
+        units |= {"critic", "critic.head"}
     fitting -= {name for name in fitting if name.rsplit(".linear.", 1)[0] in units}
     policy = [name for name in sorted(there.keys() | here.keys()) if name.startswith(POLICY_PREFIX)]
     for name in policy:

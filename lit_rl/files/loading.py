@@ -12,6 +12,7 @@ from lit_rl.errors import CheckpointError
 from lit_rl.files import digests
 from lit_rl.networks import NetworkFactory
 from lit_rl.policy import POLICIES, Policy, PolicySet, Random
+from lit_rl.policy.scripted import Scripted
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,10 @@ def load_policy(
     checkpoint = read_checkpoint(path)
     description, weights = section(checkpoint, path)["policy"], checkpoint["state_dict"]
     if description["class"] != SET:
-        if policy is not None:
-            raise CheckpointError(f"Checkpoint {path} holds one policy: leave policy={policy!r} out.")
+        given = {"policy": policy, "policies": policies, "policy_mapping": policy_mapping}
+        for name, value in given.items():
+            if value is not None:
+                raise CheckpointError(f"Checkpoint {path} holds one policy: leave {name}={value!r} out.")
         return _policy(description, weights, POLICY_PREFIX, network, policy_class)
     parts = description["policies"]
     if policy is not None:
@@ -63,6 +66,7 @@ def load_policy(
             raise CheckpointError(f"Checkpoint {path} has no policy {policy!r} with weights, only {learned}.")
         return _policy(parts[policy], weights, _prefix(policy, weights), network, policy_class)
     found: dict[str, Any] = {}
+    _check_scripts(path, parts, policies or {})
     for policy_id, part in parts.items():
         scripted = description["scripted"].get(policy_id)
         if part is not None:
@@ -73,14 +77,31 @@ def load_policy(
             found[policy_id] = Random()
         else:
             raise CheckpointError(
-                f"Checkpoint {path}: the policy {policy_id!r} is a script of yours, {scripted}: pass it in policies=."
+                f"Checkpoint {path}: the policy {policy_id!r} is a script of yours, {scripted}: pass it in policies=, "
+                f"or to lit-rl play by --policies '{{{policy_id}: package.module:Class}}'."
             )
     mapping = description["mapping"] if policy_mapping is None else policy_mapping
     if mapping is None:
-        raise CheckpointError(f"Checkpoint {path}: its mapping is a function: pass it as policy_mapping=.")
+        raise CheckpointError(
+            f"Checkpoint {path}: its mapping is a function: pass it as policy_mapping=, or to lit-rl play by "
+            "--policy_mapping package.module:function."
+        )
     spec = MultiAgentSpec.from_dict(description["spec"])
     specs = {policy_id: EnvSpec.from_dict(data) for policy_id, data in description.get("specs", {}).items()}
     return PolicySet(spec, found, mapping, description["trained"], specs=specs).eval()
+
+
+def _check_scripts(path: Any, parts: Mapping[str, Any], policies: Mapping[str, Any]) -> None:
+    """Refuse scripts for policies that there are not or that have weights, and what is no script."""
+    scripted = [policy_id for policy_id, part in parts.items() if part is None]
+    for policy_id, given in policies.items():
+        if policy_id not in scripted:
+            raise CheckpointError(
+                f"Checkpoint {path}: policies: {policy_id!r}: expected some of its policies that are scripts, "
+                f"{scripted}."
+            )
+        if isinstance(given, type) or not isinstance(given, Scripted):
+            raise CheckpointError(f"policies[{policy_id!r}]={given!r}: expected an object with act(obs).")
 
 
 def _policy(

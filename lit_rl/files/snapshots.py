@@ -14,6 +14,7 @@ import torch
 
 from lit_rl.errors import CheckpointError, ReplayError, write_error
 from lit_rl.files import digests
+from lit_rl.files.atomic import flush
 
 GROWTH = 64 * 2**20  # bytes by which a file on disk grows
 CHUNK_ROWS = 4096  # rows of a snapshot's file
@@ -197,12 +198,3 @@ def attach(files: Iterable[str], source: Path, target: Path) -> None:
                 flush(partial)
                 os.replace(partial, target / name)
     flush(target)
-
-
-def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

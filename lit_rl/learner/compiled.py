@@ -44,9 +44,7 @@ class CompiledStep:
     """
 
     def __init__(self, algorithm: Any, optimizer: LightningOptimizer, clipping: Clipping):
-        if (
-            algorithm.policy.has_memory and not algorithm.COMPILES_MEMORY
-        ):  # whose gradients through time are written by hand
+        if algorithm.policy.has_memory and not algorithm.COMPILES_MEMORY:  # gradients through time written by hand
             name = type(algorithm.policy.encoder).__name__
             raise OptionError(f"compile=True: expected a network without memory, but {name} has memory. Leave it out.")
         self._algorithm = algorithm

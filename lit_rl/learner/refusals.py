@@ -124,3 +124,19 @@ def check_memory(algorithm: Any) -> None:
             f"share_encoder=False: {type(policy.encoder).__name__} has memory, of which an env runner carries one. "
             "Leave it out: policy and critic then share the network."
         )
+
+
+def check_box_options(algorithm: Any) -> None:
+    """Refuse options of Box actions where actions are of another kind.
+
+    Raises:
+        OptionError: naming the option.
+    """
+    if algorithm.policy.distribution.num_scales:
+        return
+    for name in ("squash_actions", "log_std_init"):
+        value = algorithm.hparams[name]
+        if value:
+            raise OptionError(
+                f"{name}={value}: expected a Box action, got {algorithm.policy.spec.action_space}. Leave it out."
+            )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-SHOWN = ("rollout/return_mean", "time/env_steps_per_s", "eval/return_mean")  # by the progress bar
+SHOWN = ("rollout/return_mean", "time/env_steps_per_s", "time/updates_per_s", "eval/return_mean")  # by the progress bar
 
 
 class Reporter:
@@ -15,13 +15,14 @@ class Reporter:
 
     Args:
         trainer: whose loggers, callbacks and progress bar are told.
+        clock: "env_steps" or "updates", the name under which they are told what time it is.
     """
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+    def __init__(self, trainer: Any, clock: str = "env_steps"):
+        self._trainer, self._clock = trainer, clock
         self._unlogged: tuple[dict[str, float], int] | None = None  # the last update's metrics, and their step
-        self._batch_ended = self._new_ended = time.perf_counter()  # any batch, and one that brought env steps
-        self._env_steps_per_s = 0.0
+        self._batch_ended = self._new_ended = time.perf_counter()  # any batch, and one in which the clock went on
+        self._per_s = 0.0
 
     def resume_timing(self) -> None:
         """Training goes on now: what was before (evaluation, checkpoints) is not its time."""
@@ -29,28 +30,25 @@ class Reporter:
         self._new_ended += now - self._batch_ended
         self._batch_ended = now
 
-    def update(
-        self, metrics: dict[str, Any], *, started: float, waited_s: float, step: int, env_steps: int, new: int
-    ) -> None:
+    def update(self, metrics: dict[str, Any], *, started: float, waited_s: float, step: int, new: int) -> None:
         """Publish a batch's metrics and timing.
 
         Args:
             metrics: of all ranks.
             started: when its update began, by `time.perf_counter`.
-            waited_s: seconds of it that the learner waited for env steps.
+            waited_s: seconds of it that the learner waited for data.
             step: the clock after it, at which loggers are told.
-            env_steps: that were learned from, in all.
-            new: and in this batch.
+            new: how far it went on in this batch.
         """
         ended = time.perf_counter()
         metrics["time/update_s"] = ended - started - waited_s
         if new:  # the time since the last ones, with what was learned from again meanwhile
-            self._env_steps_per_s = new / max(ended - self._new_ended, 1e-9)
+            self._per_s = new / max(ended - self._new_ended, 1e-9)
             self._new_ended = ended
-        metrics["time/env_steps_per_s"] = self._env_steps_per_s
+        metrics[f"time/{self._clock}_per_s"] = self._per_s
         self._batch_ended = ended
         trainer = self._trainer
-        values = {name: float(value) for name, value in metrics.items()} | {"env_steps": float(env_steps)}
+        values = {name: float(value) for name, value in metrics.items()} | {self._clock: float(step)}
         self._tell(values)
         self._unlogged = values, step
         batches = trainer.fit_loop.total_batch_idx + 1
@@ -64,9 +62,9 @@ class Reporter:
             self._log(*unlogged)
 
     def evaluation(self, values: dict[str, float], at: int) -> None:
-        """Publish an evaluation's metrics at the env steps of the policy that played."""
+        """Publish an evaluation's metrics at the time of the policy that played."""
         self._tell(values)
-        self._log(values | {"env_steps": float(at)}, at)
+        self._log(values | {self._clock: float(at)}, at)
 
     def _tell(self, values: dict[str, float]) -> None:
         trainer = self._trainer
@@ -77,3 +75,9 @@ class Reporter:
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=step)
             logger.save()
+
+
+def forget(trainer: Any, prefix: str) -> None:
+    """Have `trainer.callback_metrics` no longer hold what has a name that begins like this."""
+    for name in [name for name in trainer.callback_metrics if name.startswith(prefix)]:
+        del trainer.callback_metrics[name]

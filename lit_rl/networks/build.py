@@ -3,7 +3,7 @@
 A network is any `nn.Module` made by a callable `(observation_space) -> nn.Module` that maps observations [*B, *obs] to
 features [*B, output_size] and says its `output_size`. `PPO(network=...)` takes such a callable: a class, a
 `functools.partial` of one, or a function. The built-in ones are listed in `NETWORKS`, from which checkpoints are
-rebuilt by name.
+rebuilt by name, and may be given as in a config: `{"class_path": "MLP", "init_args": {"hidden_sizes": [8]}}`.
 
 What a network is given: bytes (uint8) as they are, any other Box and MultiBinary as float32, Discrete and
 MultiDiscrete as int64; for a Dict or Tuple space a dict of these, "0", "1", ... for a Tuple's elements. A network with
@@ -88,7 +88,7 @@ def output_size(network: nn.Module) -> int:
 def build_network(
     network: NetworkFactory | dict[str, Any] | None, observation_space: gym.Space, option: str = "network"
 ) -> nn.Module:
-    """A new network for `observation_space`: from a callable, from `describe_network`'s plain data, or the default.
+    """A new network for `observation_space`: from a callable, from plain data, or the default.
 
     Args:
         network: what makes it.
@@ -102,6 +102,8 @@ def build_network(
         return default_network(observation_space)
     if isinstance(network, dict) and "name" in network:
         return named_network(network, option)(observation_space)
+    if isinstance(network, dict):
+        network = _from_config(network, option)
     if isinstance(network, nn.Module) or not callable(network):
         given = f"a {type(network).__name__} object" if isinstance(network, nn.Module) else repr(network)
         raise OptionError(
@@ -184,6 +186,8 @@ def named_network(description: dict[str, Any], option: str = "network") -> Netwo
 
 def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[str, Any] | None:
     """Plain data: a built-in network's name and arguments, or the name of the user's own."""
+    if isinstance(network, dict) and "class_path" in network:
+        network = _from_config(network)
     if network is None or isinstance(network, dict):
         return network
     function, arguments = _unwrap(network)
@@ -191,6 +195,24 @@ def describe_network(network: NetworkFactory | dict[str, Any] | None) -> dict[st
         if function is built_in:
             return {"name": name, "arguments": {key: _plain(value) for key, value in arguments.items()}}
     return {"name": f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"}
+
+
+def _from_config(network: dict[str, Any], option: str = "network") -> NetworkFactory:
+    """The built-in network that a dict names as a config does.
+
+    Raises:
+        OptionError: if it names another one, which is not imported since the dict may come from a file.
+    """
+    path = network.get("class_path")
+    names = {f"{cls.__module__}.{name}": name for name, cls in NETWORKS.items()}
+    names |= {f"{package}{name}": name for name in NETWORKS for package in ("", "lit_rl.", "lit_rl.networks.")}
+    arguments = network.get("init_args", {})
+    if path not in names or not isinstance(arguments, Mapping) or not network.keys() <= {"class_path", "init_args"}:
+        raise OptionError(
+            f"{option}={network!r}: expected {{'class_path': ..., 'init_args': {{...}}}} with one of lit_rl's own, "
+            f"{', '.join(sorted(NETWORKS))}. Pass another network as the class itself."
+        )
+    return functools.partial(NETWORKS[names[path]], **arguments)
 
 
 def check_same_in_training(network: nn.Module) -> None:
@@ -231,7 +253,7 @@ def check_nameable(network: NetworkFactory | dict[str, Any] | None) -> None:
 
 def _plain(argument: Any) -> Any:
     """A network's argument as plain data: networks inside of it are described too."""
-    if callable(argument):
+    if callable(argument) or (isinstance(argument, dict) and "class_path" in argument):
         return describe_network(argument)
     if isinstance(argument, Mapping):
         return {key: _plain(value) for key, value in argument.items()}

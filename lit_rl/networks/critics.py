@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +33,17 @@ class ValueHead(nn.Module):
         super().__init__()
         self.linear = orthogonal(nn.Linear(input_size, 1), gain=1.0)
         self.moments = RunningMoments(least_weight=NEWEST_TARGETS) if normalize else None
+        self._others: list[nn.Linear] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_others": []}
+
+    def keep_in_unit(self, others: Sequence["ValueHead"]) -> None:
+        """Have the linear layers of other heads, such as averages of this one, in the unit of this one's from now on.
+
+        Copies of this head have no others.
+        """
+        self._others = [other.linear for other in others]
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.linear(features).float().squeeze(-1)
@@ -49,8 +61,15 @@ class ValueHead(nn.Module):
         mean, scale = self.moments.mean.clone(), self._scale(self.moments)
         self.moments.update(target, mask)
         new_scale = self._scale(self.moments)
-        self.linear.weight.mul_(scale / new_scale)
-        self.linear.bias.mul_(scale).add_(mean - self.moments.mean).div_(new_scale)
+        for linear in (self.linear, *self._others):
+            factor, shift, divisor = (x.to(linear.bias.device) for x in (scale, mean - self.moments.mean, new_scale))
+            linear.weight.mul_(factor / divisor)
+            linear.bias.mul_(factor).add_(shift).div_(divisor)
+
+    def begin_at(self, target: Tensor, mask: Tensor | None = None) -> None:
+        """Before anything was learned: values begin about the mean of the first targets, instead of 0."""
+        if self.moments is not None and not self.moments.count:
+            self.moments.update(target, mask)
 
     @staticmethod
     def _scale(moments: RunningMoments) -> Tensor:
@@ -78,6 +97,9 @@ class ValueNetwork(nn.Module):
 
     def take_targets(self, target: Tensor, mask: Tensor | None = None) -> None:
         self.head.take_targets(target, mask)
+
+    def begin_at(self, target: Tensor, mask: Tensor | None = None) -> None:
+        self.head.begin_at(target, mask)
 
 
 class CentralCritic(ValueNetwork):

@@ -205,6 +205,10 @@ class Policy(nn.Module):
         """Recorded actions as the environment takes them: Box actions clipped to their bounds, tuples restored."""
         return self.distribution.to_env(action)
 
+    def from_env(self, action: Tree) -> Tree:
+        """What `to_env` undone gives: recorded actions [*B, *action], of arrays of what the environment took."""
+        return self.distribution.from_env(action)
+
     def initial_state(self, num_envs: int) -> State:
         """The state at an episode's start, [num_envs, ...]; None without memory."""
         if not self.has_memory:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from lit_rl.errors import OptionError
-from lit_rl.roster import is_pattern
+from lit_rl.roster import is_pattern, matches_all, may_match
 
 PROBES = 20  # episodes in which a function is asked beforehand whom it gives which policy
 
@@ -73,12 +73,16 @@ class PolicyMapping:
         for pattern, policy_id in self._patterns.items():
             if fnmatchcase(agent, pattern):
                 return policy_id
-        raise OptionError(f"policy_mapping: agent {agent!r} matches none of {list(self._patterns)}. Add a pattern.")
+        raise _no_match(f"agent {agent!r} matches", self._patterns)
 
     def may_be(self, name: str) -> set[str]:
-        """The policies by which an agent of an entry of `possible_agents` may act."""
+        """The policies by which an agent of an entry of `possible_agents` may act.
+
+        Raises:
+            OptionError: if there is none.
+        """
         if is_pattern(name):
-            return set(self._ids if self._patterns is None else self._patterns.values())
+            return set(self._ids) if self._patterns is None else self._may_be(name, self._patterns)
         num = PROBES if self._patterns is None else 1
         rng = np.random.default_rng(0)
         return {self.policy_of(name, EpisodeInfo(number, None, rng)) for number in range(num)}
@@ -102,6 +106,18 @@ class PolicyMapping:
         """Whether it is one, which may give any agent any policy."""
         return self._patterns is None
 
+    def _may_be(self, name: str, patterns: dict[str, str]) -> set[str]:
+        """By patterns, the policies of agents whose ids are known by a pattern too."""
+        found = set()
+        for pattern, policy_id in patterns.items():
+            if may_match(pattern, name):
+                found.add(policy_id)
+            if matches_all(pattern, name):
+                break
+        if not found:
+            raise _no_match(f"agents {name!r} match", patterns)
+        return found
+
     def _asked(self, agent: str, info: EpisodeInfo) -> Any:
         assert callable(self.given)
         try:
@@ -116,3 +132,7 @@ class PolicyMapping:
         if policy_id not in self._ids:
             raise OptionError(f"policy_mapping: {policy_id!r} {where}: expected one of the policies {list(self._ids)}.")
         return policy_id
+
+
+def _no_match(who: str, patterns: dict[str, str]) -> OptionError:
+    return OptionError(f"policy_mapping: {who} none of {list(patterns)}. Add a pattern.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_rl.errors import OptionError
 from lit_rl.policy.base import Policy
 from lit_rl.policy.mapping import EpisodeInfo, Mapped, PolicyMapping
-from lit_rl.policy.scripted import Script, Scripted
+from lit_rl.policy.scripted import Random, Script, Scripted
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 MAPPING = 1  # last number of the mapping's SeedSequence key; those of scripted policies are from 2 on
@@ -192,7 +192,7 @@ class PolicySet(nn.Module):
             "class": "PolicySet",
             "spec": self.spec.to_dict(),
             "policies": {i: self.learned[i].describe() if i in self.learned else None for i in self.ids},
-            "scripted": {i: type(x).__name__ for i, x in self.scripted.items()},
+            "scripted": {i: _name_of(type(x)) for i, x in self.scripted.items()},
             "mapping": self.mapping.plain,
             "trained": list(self.trained),
             "specs": {policy_id: spec.to_dict() for policy_id, spec in self._specs.items()},
@@ -212,6 +212,11 @@ def check_ids(policies: Mapping[str, Any]) -> None:
             raise OptionError(
                 f"policies: the id {policy_id!r}: torch's modules have an attribute of that name. Rename it."
             )
+
+
+def _name_of(cls: type) -> str:
+    """How a checkpoint names the class of a script."""
+    return cls.__name__ if cls is Random else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _make(

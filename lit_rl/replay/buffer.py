@@ -237,7 +237,18 @@ class ReplayBuffer:
             beta: how far `weight` makes up for the priorities.
         """
         index, weight = self._draw(num, beta)
-        last, low, high = index, *num_steps
+        return self.transitions(index, weight, gamma=gamma, num_steps=num_steps)
+
+    def transitions(
+        self,
+        index: np.ndarray,
+        weight: np.ndarray | None = None,
+        *,
+        gamma: float = 1.0,
+        num_steps: tuple[int, int] = (1, 1),
+    ) -> TensorDict:
+        """The transitions at rows [M], as `sample` gives them."""
+        num, last, (low, high) = len(index), index, num_steps
         reward: Any = self._reward[index]
         discount: Any = np.full(num, gamma, np.float32)
         if high > 1:
@@ -247,6 +258,7 @@ class ReplayBuffer:
         at, at_next = torch.from_numpy(index), torch.from_numpy(self._next[last])
         columns = {path: x.index_select(0, at) for path, x in self._tensors.items() if not path.startswith("state")}
         columns |= {"index": at, "discount": torch.as_tensor(discount)}
+        columns |= self._extras(index, index)
         if weight is not None:
             columns["weight"] = torch.from_numpy(weight)
         next_ = {path: self._tensors[path].index_select(0, at_next) for path in self._obs_paths}
@@ -300,6 +312,20 @@ class ReplayBuffer:
             gamma, num_steps, beta: as in `sample`, but the number of steps is drawn once for all rows.
         """
         index, weight = self._draw(num, beta)
+        return self.sequences(index, weight, length=length, burn_in=burn_in, gamma=gamma, num_steps=num_steps)
+
+    def sequences(
+        self,
+        index: np.ndarray,
+        weight: np.ndarray | None = None,
+        *,
+        length: int,
+        burn_in: int = 0,
+        gamma: float = 1.0,
+        num_steps: tuple[int, int] = (1, 1),
+    ) -> TensorDict:
+        """The sequences that begin at rows [S], as `sample_sequences` gives them."""
+        num = len(index)
         rows, mask = np.empty((num, length), np.int64), np.empty((num, length), np.bool_)
         row, goes_on = index, np.ones(num, np.bool_)
         for t in range(length):
@@ -324,12 +350,22 @@ class ReplayBuffer:
         columns |= {"is_init": torch.from_numpy(flags & IS_INIT != 0), "mask": torch.from_numpy(mask)}
         columns |= {"discount": discount, "bootstrap_row": bootstrap_row}
         columns["index"] = torch.from_numpy(index)
+        columns |= self._extras(index, rows)
         if weight is not None:
             columns["weight"] = torch.from_numpy(weight)
         batch = {**nest(columns), "next": {"reward": reward, "terminated": terminated}}
         if burn_in:
             batch["burn_in"] = self._before(index, burn_in)
         return TensorDict(batch, [num])
+
+    def _extras(self, index: np.ndarray, rows: np.ndarray) -> dict[str, Tensor]:
+        """What a minibatch has besides, by path.
+
+        Args:
+            index: rows of its transitions [M], or with which its sequences begin [S].
+            rows: of its transitions [M], or of all steps of its sequences [S, L].
+        """
+        return {}
 
     def _before(self, index: np.ndarray, burn_in: int) -> TensorDict:
         """The `burn_in` steps before each row. Where the episode is younger, its first row is there several times."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from lit_rl import distributed
 from lit_rl.errors import OptionError
@@ -26,6 +27,18 @@ ALONE = ""  # the id of the policy of an algorithm that is not part of a `MultiA
 MOST_SLOTS = 2**32  # more than any env runner has
 
 
+def drawn(buffer: ReplayBuffer, algorithm: OffPolicy, num: int, num_steps: tuple[int, int], beta: float) -> TensorDict:
+    """A minibatch of `num` rows as an algorithm takes it: transitions or, with memory, the sequences that they fill."""
+    length, gamma = algorithm.sequence_length, algorithm.gamma
+    if isinstance(buffer, SequenceBuffer):
+        return buffer.sample_across(num // buffer.length)
+    if length is None:
+        return buffer.sample(num, gamma=gamma, num_steps=num_steps, beta=beta)
+    return buffer.sample_sequences(
+        num // length, length=length, burn_in=algorithm.burn_in, gamma=gamma, num_steps=num_steps, beta=beta
+    )
+
+
 class ReplayFeed:
     """The buffer of one algorithm, and the updates that its rows ask for.
 
@@ -41,6 +54,8 @@ class ReplayFeed:
         stored: rows of all ranks since the buffer was empty.
         env_steps: of all ranks so far, with those that are not learned from yet.
         some_are_empty: whether there is nothing to draw from the buffers of some ranks.
+        recorded: recorded episodes, of which a part of every minibatch is; None if there are none.
+        recorded_fraction: that part.
     """
 
     def __init__(self, algorithm: OffPolicy, replay: Replay, key: tuple[int, ...]):
@@ -51,6 +66,8 @@ class ReplayFeed:
         self.stored = 0
         self.env_steps = 0
         self.some_are_empty = False
+        self.recorded: Any = None
+        self.recorded_fraction = 0.0
         self._example: dict[str, Any] | None = None  # a minibatch, while ranks without rows may need it
 
     # --- env steps ------------------------------------------------------------------------------------------------
@@ -148,8 +165,7 @@ class ReplayFeed:
             minibatch = self.draw()
             yield minibatch
             if "priority" in minibatch.keys():  # noqa: SIM118
-                assert self.buffer is not None
-                self.buffer.update_priorities(minibatch["index"], minibatch["priority"])
+                self._take_back(minibatch["index"], minibatch["priority"])
             if "latents" in minibatch.keys():  # noqa: SIM118
                 assert isinstance(self.buffer, SequenceBuffer)
                 self.buffer.write_states(minibatch["following"], minibatch["latents"])
@@ -167,21 +183,35 @@ class ReplayFeed:
         return minibatch if algorithm.device.type == "cpu" else minibatch.to(algorithm.device, non_blocking=True)
 
     def _drawn(self) -> TensorDict:
+        """A minibatch of collected rows and, after them, recorded ones: a fixed number of each."""
         assert self.buffer is not None
-        algorithm, options = self.algorithm, self.options
-        if isinstance(self.buffer, SequenceBuffer):
-            return self.buffer.sample_across(options.batch_size // self.buffer.length)
-        length, gamma, steps, beta = algorithm.sequence_length, algorithm.gamma, options.num_steps, self.beta
-        if length is None:
-            return self.buffer.sample(options.batch_size, gamma=gamma, num_steps=steps, beta=beta)
-        return self.buffer.sample_sequences(
-            options.batch_size // length,
-            length=length,
-            burn_in=algorithm.burn_in,
-            gamma=gamma,
-            num_steps=steps,
-            beta=beta,
-        )
+        algorithm, num, num_steps = self.algorithm, self.options.batch_size, self.options.num_steps
+        if self.recorded is None:
+            return drawn(self.buffer, algorithm, num, num_steps, self.beta)
+        length, num_recorded = algorithm.sequence_length or 1, self._num_recorded
+        collected = drawn(self.buffer, algorithm, num - num_recorded * length, num_steps, self.beta)
+        recorded = drawn(self.recorded.buffer, algorithm, num_recorded * length, num_steps, self.beta)
+        if algorithm.wants_returns_to_go:  # an episode that goes on has none: what V says of the row stands for it
+            zeros = torch.zeros_like(collected["next", "reward"])
+            collected["return_to_go"], collected["to_go_discount"] = zeros, torch.ones_like(zeros)
+            collected["to_go_observation"] = collected["observation"]
+        return torch.cat([collected, recorded])
+
+    @property
+    def _num_recorded(self) -> int:
+        """Recorded transitions of a minibatch, or sequences."""
+        whole = self.options.batch_size // (self.algorithm.sequence_length or 1)
+        return min(max(1, round(self.recorded_fraction * whole)), whole - 1)
+
+    def _take_back(self, index: Tensor, priority: Tensor) -> None:
+        """Give the rows of a minibatch their new priorities."""
+        assert self.buffer is not None
+        if self.recorded is None:
+            self.buffer.update_priorities(index, priority)
+            return
+        num = len(index) - self._num_recorded
+        self.buffer.update_priorities(index[:num], priority[:num])
+        self.recorded.buffer.update_priorities(index[num:], priority[num:])
 
     def _masked(self, minibatch: TensorDict | None) -> TensorDict:
         """A minibatch with a `mask`. That of a rank without rows is another rank's, without a real row.
@@ -216,6 +246,9 @@ class ReplayFeeds(dict[str, ReplayFeed]):
         self._log_folder: Callable[[], Path]
         self._saved: dict[str, dict[str, Any]] = {}  # buffers of a checkpoint that are not loaded yet, and where
         self._saved_in = Path()
+        self._make_recorded: Callable[[str], Any] | None = None
+        self._recorded_fraction = 0.0
+        self._recorded_saved: dict[str, dict[str, Any]] = {}  # what was to be drawn next of recorded episodes
         self._staging: tempfile.TemporaryDirectory | None = None  # of rows as checkpoints of this run share them
 
     def setup(
@@ -247,6 +280,16 @@ class ReplayFeeds(dict[str, ReplayFeed]):
             feed, old = self[policy_id], before.get(policy_id)
             if old is not None and old.key == feed.key:
                 feed.buffer, feed.owed, feed.stored = old.buffer, old.owed, old.stored
+                feed.recorded, feed.recorded_fraction = old.recorded, old.recorded_fraction
+
+    def mix_in(self, make: Callable[[str], Any], fraction: float) -> None:
+        """Have recorded rows in every minibatch.
+
+        Args:
+            make: what draws them, for the id of a policy; a `RecordedFeed`.
+            fraction: of a minibatch, that is recorded.
+        """
+        self._make_recorded, self._recorded_fraction = make, fraction
 
     def add(self, policy_id: str, algorithm: OffPolicy, replay: Replay, number: int) -> None:
         """Feed one more algorithm of a run that has begun; its policy has a number that no other has."""
@@ -285,6 +328,10 @@ class ReplayFeeds(dict[str, ReplayFeed]):
     def make_buffers(self) -> None:
         """Have buffers, those of the checkpoint from which the run is resumed with their rows. Networks are needed."""
         for policy_id, feed in self.items():
+            if feed.recorded is None and self._make_recorded is not None:
+                feed.recorded, feed.recorded_fraction = self._make_recorded(policy_id), self._recorded_fraction
+                if policy_id in self._recorded_saved:
+                    feed.recorded.buffer.go_on(self._recorded_saved.pop(policy_id))
             if feed.buffer is not None:
                 continue
             storage_dir = feed.options.storage_dir
@@ -352,9 +399,9 @@ class ReplayFeeds(dict[str, ReplayFeed]):
 
     def restart(self) -> None:
         """Begin with empty buffers."""
-        self._saved = {}
+        self._saved, self._recorded_saved = {}, {}
         for feed in self.values():
-            feed.buffer, feed.owed, feed.stored = None, 0.0, 0
+            feed.buffer, feed.owed, feed.stored, feed.recorded = None, 0.0, 0, None
 
     def state(self, weights_only: bool) -> dict[str, Any]:
         """This rank's part of a checkpoint, in plain data; buffers are written into files, unless `weights_only`."""
@@ -368,9 +415,15 @@ class ReplayFeeds(dict[str, ReplayFeed]):
             if feed.buffer is not None and feed.options.checkpoint_buffer and not weights_only:
                 folder = self._staged(policy_id)
                 saved[policy_id] = feed.buffer.save(folder) | {"stored": feed.stored, "folder": str(folder)}
+        mixed = {
+            policy_id: feed.recorded.buffer.position(whole=not weights_only)
+            for policy_id, feed in self.items()
+            if feed.recorded is not None
+        }
+        recorded = {"recorded": self._recorded_saved | mixed} if self._recorded_saved or mixed else {}
         if ALONE not in self:
-            return {"owed": owed, "replays": saved}
-        return {"owed": owed[ALONE]} | ({"replay": saved[ALONE]} if saved else {})
+            return {"owed": owed, "replays": saved} | recorded
+        return {"owed": owed[ALONE]} | ({"replay": saved[ALONE]} if saved else {}) | recorded
 
     def load(self, state: Mapping[str, Any], folder: Path) -> None:
         """Go on from what `state` returned; the files of the buffers are in `folder`."""
@@ -378,6 +431,7 @@ class ReplayFeeds(dict[str, ReplayFeed]):
         owed = {ALONE: state["owed"]} if ALONE in self else state.get("owed", {})
         saved = {ALONE: state["replay"]} if "replay" in state else state.get("replays", {})
         self._saved_in = folder
+        self._recorded_saved = dict(state.get("recorded", {}))
         for policy_id, feed in self.items():
             feed.owed = owed.get(policy_id, 0.0)
             if policy_id in saved and feed.options.checkpoint_buffer:
@@ -385,6 +439,8 @@ class ReplayFeeds(dict[str, ReplayFeed]):
 
     def share_out(self, before: int, now: int) -> None:
         """The checkpoint is of `before` ranks: all ranks learn, or none does, so the emptiest buffer counts."""
+        if before != now:
+            self._recorded_saved = {}  # each rank draws from other rows
         for saved in self._saved.values():
             saved["stored"] = saved["stored"] * now // before if now <= before else 0
 

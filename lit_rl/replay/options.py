@@ -9,6 +9,7 @@ from lit_rl.options import (
     Count,
     Folder,
     Limit,
+    OptionFields,
     Positive,
     UnitInterval,
     check,
@@ -34,7 +35,7 @@ Steps = Annotated[int | Sequence[int], _Steps()]
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(OptionFields):
     """How large a replay buffer is, what is drawn from it, and how often an algorithm learns from it.
 
     Attributes:

@@ -19,7 +19,7 @@ from lit_rl.runners.finite import check_finite
 from lit_rl.runners.fragment import Episode, Epsilons, Fragment, FragmentLayout, put, write_step
 from lit_rl.runners.history import ActionHistory
 from lit_rl.runners.ledger import Entry
-from lit_rl.runners.stepping import check_obs, check_spaces, one_of, read_info, reset, scale_rewards, step
+from lit_rl.runners.stepping import check_obs, check_spaces, final_obs, read_info, reset, scale_rewards, step
 from lit_rl.runners.survival import Survival
 from lit_rl.trees import Tree, iterate, leaves, map_tree, nest
 
@@ -196,12 +196,23 @@ class EnvRunner:
         packed_finals = self._layout.pack_finals(finals, failed, length)
         finals_view = packed_finals.views() if finals or failed else {}
         check_finite(self._env.env_id, view | finals_view, begun, lengths, self._is_init)
-        scale_rewards(reward_rows, self._reward_scale, self._reward_clip)
+        own_reward = None
+        if self._reward_scale != 1.0 or self._reward_clip is not None:
+            own_reward = reward_rows.copy()
+            scale_rewards(reward_rows, self._reward_scale, self._reward_clip)
         if self._history is not None:
             self._history.add(view, self._is_init, self._lengths)
         delivered = view["reward"].size - len(failed) if mask_rows is None else int(mask_rows.sum())
         entry = Entry(self._accounted, watchdog.executed, delivered, dict(self._discarded))
-        fragment = Fragment(rows, packed_finals, episodes, self.policy_version, entry, tuple(self._survival.failures))
+        fragment = Fragment(
+            rows,
+            packed_finals,
+            episodes,
+            self.policy_version,
+            entry,
+            tuple(self._survival.failures),
+            reward=own_reward,
+        )
         self._accounted = watchdog.executed
         self._discarded.clear()
         self._survival.failures.clear()
@@ -348,14 +359,7 @@ class EnvRunner:
             finals += [(b, t, map_tree(lambda x, b=b: x[b].copy(), next_obs)) for b in ended]
             reset_obs, _ = reset(self._envs, self._env, None, done)
             return self.policy.as_rows(reset_obs)
-        final_obs = info.get("final_obs")
-        if final_obs is None:
-            raise EnvError(
-                f"env={self._env.env_id}: an episode ended in autoreset mode SAME_STEP without info['final_obs'], "
-                "so its last transition is unknown. Return it, or use another autoreset mode."
-            )
-        space = self.policy.spec.observation_space
-        finals += [(b, t, map_tree(np.array, self.policy.as_rows(one_of(space, final_obs, b)))) for b in ended]
+        finals += [(b, t, map_tree(np.array, final_obs(self.policy, info, b))) for b in ended]
         return next_obs
 
     def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> list[Episode]:

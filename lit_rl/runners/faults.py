@@ -13,13 +13,13 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
-from lit_rl.options import Count, CountOrZero, Positive, check_fields
+from lit_rl.options import Count, CountOrZero, OptionFields, Positive, check_fields
 
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # before the first restart, and at most
 
 
 @dataclass(frozen=True)
-class FaultTolerance:
+class FaultTolerance(OptionFields):
     """How env runners' failures are survived: dead and stalled processes, environments that raise.
 
     Attributes:

@@ -22,13 +22,16 @@ class Episode(NamedTuple):
         return_: undiscounted sum of its rewards.
         length: its env steps.
         info: the user's metrics, read from the last step's `info`.
-        steps: its transitions, if recorded: time-ordered arrays by name.
+        steps: its transitions, if recorded: time-ordered arrays by name, and those of the final observation, each after
+            "final_".
         seed: with which it was begun, if it was played for evaluation.
         cut: whether it had not ended when the time for it was over.
         returns: with several agents, of each entry of `possible_agents` that took part (of a pattern the mean over its
             agents); `return_` is the sum over all agents.
         policies: the ids of their policies, if there are several.
         by_policy: the returns of the agents that acted by each of them.
+        agent_steps: with several agents, the `steps` of each after its id; an agent that came again has two.
+        policy_version: updates that the policy had been through, if it was played for evaluation.
     """
 
     return_: float
@@ -40,6 +43,8 @@ class Episode(NamedTuple):
     returns: dict[str, float] | None = None
     policies: dict[str, str] | None = None
     by_policy: dict[str, list[float]] | None = None
+    agent_steps: list[tuple[str, dict[str, np.ndarray]]] | None = None
+    policy_version: int | None = None
 
 
 class Part(NamedTuple):
@@ -76,6 +81,7 @@ class Fragment(NamedTuple):
         idle_s: seconds that this was idle before it.
         parts: of several policies the rows and finals of each that is trained, by its id; there are no others then.
         slots: of the time lines of one of several policies, [B].
+        reward: as the environment gave it [B, T], where that of the rows is scaled or clipped.
     """
 
     rows: Packed
@@ -88,6 +94,7 @@ class Fragment(NamedTuple):
     idle_s: float = 0.0
     parts: dict[str, Part] | None = None
     slots: np.ndarray | None = None
+    reward: np.ndarray | None = None
 
     def has(self, policy_id: str, number: int) -> bool:
         """Whether there is a part of the policy with a number, and not of another one that had its id."""

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lit_rl.errors import EnvError, LitRLError, RunnerError
-from lit_rl.options import NonNegative, OneOf, check, check_fields
+from lit_rl.options import NonNegative, OneOf, OptionFields, check, check_fields
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(OptionFields):
     """What Ray reserves for a runner, and where it puts it.
 
     Attributes:

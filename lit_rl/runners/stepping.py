@@ -29,6 +29,21 @@ def one_of(space: gym.Space, batched: Any, b: int) -> Any:
     return batched[b]
 
 
+def final_obs(policy: Policy, info: dict[str, Any], b: int) -> Tree:
+    """Environment b's true final observation, of an episode that ended in a step in autoreset mode SAME_STEP.
+
+    Raises:
+        EnvError: if `info` does not have it.
+    """
+    found = info.get("final_obs")
+    if found is None:
+        raise EnvError(
+            f"env={policy.spec.env_id}: an episode ended in autoreset mode SAME_STEP without info['final_obs'], "
+            "so its last transition is unknown. Return it, or use another autoreset mode."
+        )
+    return policy.as_rows(one_of(policy.spec.observation_space, found, b))
+
+
 def check_obs(policy: Policy, obs: Tree, lengths: np.ndarray, resetting: np.ndarray) -> None:
     """Refuse observations of classes that do not exist, or in which every action is illegal where one has to be chosen.
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_rl.errors import OptionError, write_error
+from lit_rl.errors import OptionError
 from lit_rl.options import Count, check, check_ending
+from lit_rl.viewing.figures import save_figure
 
 log = logging.getLogger(__name__)
 
@@ -200,13 +201,7 @@ def draw(
         )
     else:
         all_axes[0].set_title("\n".join(filter(None, (entries[0], title))), fontsize=10)
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
-    except OSError as error:
-        raise OptionError(
-            f"output={str(output)!r} cannot be written: {write_error(error)}. Give another file."
-        ) from error
+    save_figure(figure, output)
     return panels[0]
 
 

@@ -137,26 +137,59 @@ def episode_seeds(seed: int, episodes: int) -> list[int]:
     return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(episodes)]
 
 
-def load_player(path: str | Path, seed: int, network: str | None = None, policy_class: str | None = None) -> Policy:
-    """`load_policy` with classes by name, and the random numbers of a seed.
+def load_player(
+    path: str | Path,
+    seed: int,
+    network: str | None = None,
+    policy_class: str | None = None,
+    policies: dict[str, str] | None = None,
+    policy_mapping: str | dict[str, str] | None = None,
+) -> Policy:
+    """`load_policy` with classes, scripts and a mapping by name, and the random numbers of a seed.
+
+    Args:
+        path: the checkpoint.
+        seed: of random actions.
+        network, policy_class: `package.module:Class`.
+        policies: of scripts the class, which is made without arguments, or an object.
+        policy_mapping: `package.module:function`; or a policy's id, or a dict of patterns and ids.
 
     Raises:
         OptionError: if a name leads nowhere.
         CheckpointError: see `load_policy`.
     """
-    classes = {"network": network, "policy_class": policy_class}
-    found: dict[str, Any] = {name: _imported(name, value) for name, value in classes.items() if value is not None}
+    named = {"network": network, "policy_class": policy_class}
+    found: dict[str, Any] = {name: _imported(name, value) for name, value in named.items() if value is not None}
+    if policies is not None:
+        found["policies"] = {policy_id: _script(f"policies.{policy_id}", name) for policy_id, name in policies.items()}
+    if policy_mapping is not None:
+        is_function = isinstance(policy_mapping, str) and ":" in policy_mapping
+        found["policy_mapping"] = _imported("policy_mapping", policy_mapping) if is_function else policy_mapping
     policy = load_policy(path, **found)
     policy.rng = np.random.default_rng(seed)
     return policy
 
 
-def _imported(option: str, name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
+def _script(option: str, name: Any) -> Any:
+    """The object of a name, or of the class that it names."""
+    found = _imported(option, name)
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise OptionError(
+            f"{option}={name!r}: {type(error).__name__}: {error}. Name an object, if the class needs arguments."
+        ) from error
+
+
+def _imported(option: str, name: Any) -> Any:
+    module_name, _, attribute = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(f"{option}={name!r}: expected 'package.module:Class' ({error}).") from error
+        kind = "function" if option == "policy_mapping" else "Class"
+        raise OptionError(f"{option}={name!r}: expected 'package.module:{kind}' ({error}).") from error
 
 
 def _check_env(path: Any, env: Any, env_kwargs: dict[str, Any]) -> None:

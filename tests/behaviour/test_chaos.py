@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from envs import CounterEnv
+from helpers import Forked
 
 from lit_rl import PPO, FaultTolerance, RolloutDataModule
 
@@ -226,21 +227,23 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
         folder.mkdir()
     steps = 32 * 4 * (150 if long else 60)
     # Not after each batch: one that is written between an epoch's last batch and its evaluation leaves that out.
-    process = start(config(whole, often=False, max_env_steps=steps))
-    assert process.wait(300) == 0, process.stderr.read()
-    path, kills, resume = config(broken, often=False, max_env_steps=steps), 0, ()
+    process = Forked(whole, ["fit", "--config", str(config(whole, often=False, max_env_steps=steps))])
+    code, errors = process.end(300)
+    assert code == 0, errors
+    fit, kills, resume = ["fit", "--config", str(config(broken, often=False, max_env_steps=steps))], 0, []
     for _ in range(20 if long else 2):
-        process = start(path, *resume)
         before = set(broken.rglob("metrics.csv"))
+        process = Forked(broken, fit + resume)
         wait_for(lambda: process.poll() is not None or set(broken.rglob("metrics.csv")) - before, 120, "a log")  # noqa: B023
         time.sleep(rng.uniform(0.0, 0.5))
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        resume = ("--ckpt_path", "last") if list(broken.rglob("*.ckpt")) else ()
+        if process.poll() is None:
+            kills += 1
+            process.send_signal(signal.SIGKILL)
+        process.end()
+        resume = ["--ckpt_path", "last"] if list(broken.rglob("*.ckpt")) else []
     assert kills
-    process = start(path, *resume)
-    assert process.wait(300) == 0, process.stderr.read()
+    code, errors = Forked(broken, fit + resume).end(300)
+    assert code == 0, errors
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(broken)[name]), name
     unbroken, together = series(whole), series(broken)

@@ -1,13 +1,15 @@
 """Every observation with every network and every action: trains for one update, or is refused in one sentence."""
 
 import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium as gym
 import lightning as L
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,12 +18,15 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl import (
+    BC,
+    CQL,
+    IQL,
     MLP,
     PPO,
     SAC,
     TQC,
+    DiscreteCQL,
     EnvSpec,
-    EpisodeWriter,
     Evaluation,
     GRUNetwork,
     ImpalaResNet,
@@ -29,6 +34,7 @@ from lit_rl import (
     MultiInput,
     NatureCNN,
     Rainbow,
+    Record,
     ReplayDataModule,
     RolloutDataModule,
     load_policy,
@@ -120,8 +126,16 @@ def fit(trainer: L.Trainer, observation: str, network: Any, action: str, **optio
     return algorithm
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("observation", OBSERVATIONS)
+def grid(observations: Iterable[str], networks: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    """All pairs; slow but for those with the default network, or with a quick observation."""
+    found = []
+    for observation, network in itertools.product(observations, networks):
+        is_quick = network == "default" or observation in quick
+        found.append(pytest.param(observation, network, marks=[] if is_quick else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("observation", "network"), grid(OBSERVATIONS, NETWORKS, quick=["vector", "image", "deep"]))
 def test_every_observation_and_network_trains_or_is_refused(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str
 ) -> None:
@@ -134,8 +148,9 @@ def test_every_observation_and_network_trains_or_is_refused(
     check_trained(make_trainer, observation, NETWORKS[network], "discrete")
 
 
-@pytest.mark.parametrize("network", ["default", "LSTM"])
-@pytest.mark.parametrize("observation", ["vector", "discrete", "deep"])
+@pytest.mark.parametrize(
+    ("observation", "network"), grid(["vector", "discrete", "deep"], ["default", "LSTM"], quick=["discrete"])
+)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_action_is_trained_with_every_kind_of_observation(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
@@ -163,9 +178,10 @@ def check_trained(make_trainer: Callable[..., L.Trainer], observation: str, netw
     assert len(rows) == 3 and all(ACTIONS[action].contains(row) for row in rows)
 
 
-@pytest.mark.parametrize("observation", ["vector", "whole numbers", "dict", "deep"])
+@pytest.mark.parametrize(
+    ("observation", "network"), grid(["vector", "whole numbers", "dict", "deep"], ["default", "GRU"], quick=["deep"])
+)
 @pytest.mark.parametrize("action", ["box", "tuple"])
-@pytest.mark.parametrize("network", ["default", "GRU"])
 def test_the_other_options_go_with_them(
     make_trainer: Callable[..., L.Trainer], observation: str, network: str, action: str
 ) -> None:
@@ -240,16 +256,16 @@ def test_episodes_of_nested_spaces_are_written_with_a_column_for_each_part(
         evaluation=Evaluation(episodes=3),
         seed=0,
     )
-    algorithm, trainer = PPO(), make_trainer(callbacks=[EpisodeWriter("out")])
+    algorithm, trainer = PPO(), make_trainer(callbacks=[Record("out", evaluation=False)])
     trainer.fit(algorithm, data)
     trainer.predict(algorithm, data)
-    table = pq.read_table("out/episodes-rank0.parquet")
+    table = pq.read_table("out/episodes-rank0-00000.parquet")
     parts = {name for name in table.column_names if "/" in name}
     assert parts == {"observation/0", "observation/1", "observation/2", "action/0", "action/1/x", "action/1/y"}
-    assert table.num_rows == 9 and len(table["observation/0"][0].as_py()) == 3
+    assert table.num_rows == 12 and len(table["observation/0"][0].as_py()) == 3
     spec = EnvSpec.from_dict(json.loads(table.schema.metadata[b"lit_rl"])["spec"])
     assert spec.observation_space == OBSERVATIONS["tuple"]
-    for row in table["action/1/x"].to_pylist():
+    for row in table.filter(pc.invert(table["closing"]))["action/1/x"].to_pylist():
         assert ACTIONS["tuple"][1]["x"].contains(np.array(row, np.float32))
 
 
@@ -257,6 +273,10 @@ OFF_POLICY: dict[str, tuple[Any, str]] = {
     "Rainbow": (functools.partial(Rainbow, sequence_length=4), "discrete"),
     "SAC": (functools.partial(SAC, sequence_length=4, critic_hidden_sizes=(8,)), "matrix"),
     "TQC": (functools.partial(TQC, sequence_length=4, critic_hidden_sizes=(8,), num_quantiles=3), "discrete"),
+    "BC": (functools.partial(BC, sequence_length=4), "tuple"),
+    "CQL": (functools.partial(CQL, sequence_length=4, critic_hidden_sizes=(8,), lagrangian=True), "matrix"),
+    "DiscreteCQL": (functools.partial(DiscreteCQL, sequence_length=4), "discrete"),
+    "IQL": (functools.partial(IQL, sequence_length=4, critic_hidden_sizes=(8,)), "matrix"),
 }
 
 

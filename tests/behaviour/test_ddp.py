@@ -11,6 +11,8 @@ import ddp_script
 import ddp_teams
 import fake_ray
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ddp_off_policy import CASES
@@ -26,9 +28,9 @@ pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 SCRIPT, OFF_POLICY = TESTS / "ddp_script.py", TESTS / "ddp_off_policy.py"
 
 
-def run(case: str, out: Path, *more: str) -> str:
-    """What it printed to stderr."""
-    return run_python(SCRIPT, case, out, *more, cwd=out).stderr
+def run(out: Path, *cases: str) -> str:
+    """What two ranks printed to stderr, in one start for all the cases."""
+    return run_python(SCRIPT, out, *cases, cwd=out).stderr
 
 
 LENGTHS = {"whole": None, "ragged": [13, 6, 0, 1]}
@@ -48,9 +50,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = f"{network.__name__}-{kind}"
             (out / folder).mkdir()
             torch.save(rollout.clone().to_dict(), out / folder / "rollout.pt")
-            runs += [f"{folder}:{shares}:{network.__name__}:PPO" for shares in splits]
-            runs += [f"{folder}:{splits[-1]}:{network.__name__}:{name}" for name in ("IMPALA", "APPO")]
-    run("gradients", out, *runs, "MLP-ragged:uneven:MLP:PPO:compile")
+            runs += [f"gradients:{folder}:{shares}:{network.__name__}:PPO" for shares in splits]
+            runs += [f"gradients:{folder}:{splits[-1]}:{network.__name__}:{name}" for name in ("IMPALA", "APPO")]
+    run(out, *runs, "gradients:MLP-ragged:uneven:MLP:PPO:compile")
     return out
 
 
@@ -81,10 +83,32 @@ def test_two_ranks_on_half_the_data_give_the_gradients_of_one_on_all_of_it(
             torch.testing.assert_close(value, compiled["weights"][key], atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["process", pytest.param("ray", marks=pytest.mark.ray)])
-def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Path, case: str) -> None:
-    run(case, tmp_path)
-    first, second = (torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def without_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What two ranks without env runners leave: a short run, two that went on from one rank, one that diverged last."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    for name in ddp_script.RESUMED:
+        algorithm, data = ddp_script.small_run(name, 256)
+        ddp_script.fit(algorithm, data, 1).save_checkpoint(out / f"{name}-1.ckpt")
+        assert algorithm.env_steps_done == 256
+    return out, run(out, "process", "resume", "nan")
+
+
+@pytest.fixture(scope="module")
+def with_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same with env runners: a short run, and runs that stream."""
+    out = tmp_path_factory.mktemp("with_ray")
+    return out, run(out, "ray", "streams")
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"), [("process", "without_ray"), pytest.param("ray", "with_ray", marks=pytest.mark.ray)]
+)
+def test_two_ranks_train_with_own_environments_and_the_same_weights(
+    case: str, ranks: str, request: pytest.FixtureRequest
+) -> None:
+    out, _ = request.getfixturevalue(ranks)
+    first, second = (torch.load(out / f"train-{rank}.pt") for rank in (0, 1))
     for name, value in first["weights"].items():
         assert torch.isfinite(value).all() and torch.equal(value, second["weights"][name]), name
     assert not torch.equal(first["first"], second["first"])  # each rank has seeds of its own
@@ -99,59 +123,63 @@ def test_two_ranks_train_with_own_environments_and_the_same_weights(tmp_path: Pa
     for name in ("rollout/return_mean", "eval/return_mean", "eval/episodes", "loss/value", "policy/kl"):
         assert first["metrics"][name] == second["metrics"][name]
     assert first["metrics"]["eval/episodes"] == 3
-    checkpoint = torch.load(tmp_path / "ddp.ckpt", weights_only=True)
+    checkpoint = torch.load(out / "ddp.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
-    assert load_policy(tmp_path / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
+    assert load_policy(out / "ddp.ckpt").act(np.zeros(4))[0] in (0, 1)
 
 
 def test_a_run_goes_on_with_more_learner_processes_and_with_fewer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    without_ray: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RS2: one, then two, then one again."""
-    for name in ("PPO", "DQN"):
-        algorithm, data = ddp_script.small_run(name, 256)
-        ddp_script.fit(algorithm, data, 1).save_checkpoint(tmp_path / f"{name}-1.ckpt")
-        assert algorithm.env_steps_done == 256
-    printed = run("resume", tmp_path)
-    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 2
-    for name in ("PPO", "DQN"):
-        first, second = (torch.load(tmp_path / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
+    out, printed = without_ray
+    assert printed.count("the checkpoint is of 1 learner processes, this run has 2. The new ones begin") == 3
+    for name in ddp_script.RESUMED:
+        first, second = (torch.load(out / f"resumed-{name}-{rank}.pt") for rank in (0, 1))
         for key, value in first["weights"].items():
             assert torch.isfinite(value).all() and torch.equal(value, second["weights"][key]), key
         assert first["seed"] == second["seed"]
         assert [r["ledger"]["delivered"] for r in (first, second)] == [256 + 128, 128]
         assert int(first["weights"]["env_steps"]) == 512
-        assert name == "PPO" or (first["rows"], second["rows"]) == (256 + 128, 128)
+        for one, other in zip(first["begun"], second["begun"], strict=True):
+            assert not torch.equal(one["generator"], other["generator"])
+            ours, theirs = one["algorithm"], other["algorithm"]
+            if name != "DQN":  # what time lines left behind is a rank's own
+                assert ours["running_return"] is not None and theirs["running_return"] is None
+            if name == "MultiAgent":
+                assert ours["critic_state"] is not None and theirs["critic_state"] is None
+                assert ours["kl_coef"] == theirs["kl_coef"] != [0.5, 0.5]  # that of all ranks
+        assert name != "DQN" or (first["rows"], second["rows"]) == (256 + 128, 128)
         assert first["metrics"]["eval/return_mean"] == second["metrics"]["eval/return_mean"]
         algorithm, data = ddp_script.small_run(name, 768)
         said: list[str] = []
         monkeypatch.setattr("lit_rl.algorithm.rank_zero_info", said.append)
-        ddp_script.fit(algorithm, data, 1, ckpt_path=tmp_path / f"{name}-2.ckpt")
+        ddp_script.fit(algorithm, data, 1, ckpt_path=out / f"{name}-2.ckpt")
         assert any("is of 2 learner processes, this run has 1. The others' random numbers" in line for line in said)
         assert algorithm.env_steps_done == 768 == data.ledger.delivered  # those of the other process are not forgotten
         assert algorithm.updates_done > int(first["weights"]["updates"]) and data.seed == first["seed"]
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
-    run("nan", tmp_path)
-    first, second = (torch.load(tmp_path / f"nan-{rank}.pt") for rank in (0, 1))
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(without_ray: tuple[Path, str]) -> None:
+    out, _ = without_ray
+    first, second = (torch.load(out / f"nan-{rank}.pt") for rank in (0, 1))
     for (weights, _, metrics), (others, _, _), skipped in zip(first["kept"], second["kept"], (1, 5)):
         for name, value in weights.items():
             assert torch.isfinite(value).all() and torch.equal(value, others[name]), name
         assert metrics["optim/skipped_updates"] == skipped and metrics["loss/value"].isfinite()
     assert [step for _, step, _ in first["kept"]] == [step for _, step, _ in second["kept"]] == [7, 11]
     assert "training has diverged" in first["error"] and "training has diverged" in second["error"]
-    checkpoint = torch.load(tmp_path / "before_divergence.ckpt", weights_only=True)
+    checkpoint = torch.load(out / "before_divergence.ckpt", weights_only=True)
     assert len(checkpoint["lit_rl"]["ranks"]) == 2
     for name, value in checkpoint["state_dict"].items():
         assert torch.isfinite(value).all()
         assert torch.equal(value, first["kept"][-1][0][name]) or name in ("env_steps", "updates"), name
-    names = sorted(path.name for path in tmp_path.glob("nonfinite_batch_*"))
+    names = sorted(path.name for path in out.glob("nonfinite_batch_*"))
     assert names == [f"nonfinite_batch_{steps}_rank{rank}.pt" for steps in (0, 256) for rank in (0, 1)]
 
 
 def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "signal", str(tmp_path)], cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "signal"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
     stats = [Path("/proc") / path.read_text() / "stat" for path in tmp_path.glob("pid-*")]
     end = time.monotonic() + 10
@@ -219,18 +247,18 @@ def test_two_ranks_fill_buffers_of_their_own_and_keep_the_same_weights(trained: 
 
 @pytest.mark.ray
 def test_two_ranks_with_a_runner_each_learn_what_one_with_two_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_ray: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("streams", tmp_path)
+    out, _ = with_ray
     fake_ray.use(monkeypatch, 1.0)
-    ddp_script.streamed(1, tmp_path)
-    one, first, second = (torch.load(tmp_path / f"ahead-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    ddp_script.streamed(1, out)
+    one, first, second = (torch.load(out / f"ahead-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert int(one["env_steps"]) == 64 * 5 and int(one["updates"]) == 5
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(value, first[name], atol=1e-5, rtol=1e-4, msg=name)
     # Free-running: the rank that has nothing in time joins without rows, and both take the same steps.
-    ranks = [torch.load(tmp_path / f"free-{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(out / f"free-{rank}.pt") for rank in (0, 1)]
     for name, value in ranks[0]["weights"].items():
         assert torch.equal(value, ranks[1]["weights"][name]), name
     slow, fast = sorted((rank["rows"] for rank in ranks), key=sum)
@@ -313,3 +341,22 @@ def test_two_ranks_stay_equal_while_policies_come_and_go(come_and_go: Path, name
     assert first["global_step"] == second["global_step"] and first["loss"] == second["loss"] != {}
     assert first["abandoned"] == second["abandoned"] == 2  # both copies of each rank
     assert MultiAgent.load_from_checkpoint(come_and_go / f"{name}.ckpt").ids == first["ids"]
+
+
+def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is_held_out(tmp_path: Path) -> None:
+    rows = np.arange(101)  # the last of each ten is not bootstrapped from: nothing is known of what comes after it
+    table = {"row": rows, "zero": 0 * rows, "action": rows % 2, "reward": 0.0 * rows, "end": rows % 10 == 9}
+    pq.write_table(pa.table(table), tmp_path / "data.parquet")
+    run_python(TESTS / "ddp_offline.py", tmp_path, cwd=tmp_path)
+    first, second = (torch.load(tmp_path / f"offline-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["updates"] == second["updates"] == 30
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and torch.isfinite(weight).all()
+    assert len(first["share"]) == len(second["share"]) >= 30
+    shares = [set(one["seen"].int().tolist()) for one in (first, second)]
+    assert not shares[0] & shares[1]
+    assert all(share <= set(one["share"].tolist()) for share, one in zip(shares, (first, second)))
+    held_out = torch.cat([first["judged"], second["judged"]])  # in three evaluations
+    assert not set(held_out.int().tolist()) & (shares[0] | shares[1])
+    for one in (first, second):
+        assert one["metrics"]["eval/row"] == pytest.approx(float(held_out.unique().mean()))

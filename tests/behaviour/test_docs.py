@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from helpers import ROOT, CommandServer, run_python
+from helpers import ROOT, CommandServer
 
 import lit_rl
 
@@ -47,9 +47,13 @@ def read_blocks(page: Path) -> Iterator[Block]:
 BLOCKS = [block for page in PAGES if page.exists() for block in read_blocks(page)]
 
 
-def each_block(language: str) -> pytest.MarkDecorator:
+def each_block(language: str, all_quick: bool = True) -> pytest.MarkDecorator:
+    """Every block of a language; those after a page's first one are slow where not all are quick."""
     found = [block for block in BLOCKS if block.language == language]
-    return pytest.mark.parametrize("block", found, ids=[f"{b.page.relative_to(ROOT)}:{b.line}" for b in found])
+    firsts = {block.page: block for block in reversed(found)}
+    quick = [all_quick or firsts[block.page] is block for block in found]
+    cases = [pytest.param(b, marks=[] if q else pytest.mark.slow) for b, q in zip(found, quick)]
+    return pytest.mark.parametrize("block", cases, ids=[f"{b.page.relative_to(ROOT)}:{b.line}" for b in found])
 
 
 def command_lines(page: Path) -> list[list[str]]:
@@ -61,7 +65,8 @@ def command_lines(page: Path) -> list[list[str]]:
     for line in lines:
         if "fit" in line:
             num_fits += 1
-            line += ["--data.max_env_steps", str(BUDGET * num_fits)]
+            line += ["--data.max_updates" if "OfflineDataModule" in line else "--data.max_env_steps"]
+            line += [str(BUDGET * num_fits)]
     return lines
 
 
@@ -78,7 +83,7 @@ def test_every_block_says_whether_it_is_run() -> None:
         assert len(fences) == 2 * sum(block.page == page for block in BLOCKS), page
 
 
-@each_block("python")
+@each_block("python", all_quick=False)
 def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
     code = "\n" * block.line + block.text  # so that tracebacks show the page's line
@@ -87,9 +92,10 @@ def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 @each_block("python ray")
-def test_python_block_with_ray_runs(block: Block) -> None:
-    run_python("-c", block.text)
+def test_python_block_with_ray_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_python_block_runs(block, monkeypatch)
 
 
 @pytest.fixture
@@ -149,8 +155,9 @@ def test_tables_of_options_are_those_that_make_docs_writes(page: Path) -> None:
 def test_there_is_a_table_for_every_class_whose_options_are_documented() -> None:
     tables = [names for page in PAGES for _, names, chosen, _ in TABLE.findall(page.read_text()) if not chosen]
     assert sorted(", ".join(tables).split(", ")) == [
-        "APPO", "DQN", "DreamerV3", "Evaluation", "FaultTolerance", "IMPALA", "MultiAgent", "PPO", "Placement",
-        "Rainbow", "ReplayDataModule", "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
+        "APPO", "BC", "CQL", "DQN", "DiscreteCQL", "DreamerV3", "Evaluation", "FaultTolerance", "IMPALA", "IQL",
+        "MARWIL", "MultiAgent", "OfflineDataModule", "PPO", "Placement", "Rainbow", "Record", "ReplayDataModule",
+        "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
     ]  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """SIGTERM, SIGINT and SIGUSR1: the batch is finished and a checkpoint written, from which the run goes on unchanged."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,39 +14,18 @@ import lightning as L
 import pytest
 import torch
 from envs import CycleEnv
-from helpers import assert_same, quiet_trainer
+from helpers import Forked, assert_same, quiet_trainer
 
 from lit_rl import PPO, Evaluation, RolloutDataModule, cli
 from lit_rl.learner.signals import SIGNALS
 
 RUN = [
-    "fit", "--config", "ppo_cartpole", "--data.env", "test_signals:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",
+    "fit", "--config", "ppo_cartpole", "--data.env", "envs:SlowCycleEnv", "--data.num_envs_per_env_runner", "2",
     "--data.rollout_length", "5", "--data.rollouts_per_epoch", "4", "--data.max_env_steps", "300",
     "--data.evaluation.episodes", "2", "--model.minibatch_size", "5", "--model.num_epochs", "2",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 SEED = random.randrange(10_000)
-
-
-class SlowCycleEnv(CycleEnv):
-    """Takes its time, in processes that ask for it."""
-
-    def step(self, action: Any) -> tuple:
-        time.sleep(float(os.environ.get("STEP_S", "0")))
-        return super().step(action)
-
-
-class StuckCycleEnv(CycleEnv):
-    """Its eighth step, in the second batch, takes a minute; a file says that it has begun."""
-
-    steps = 0
-
-    def step(self, action: Any) -> tuple:
-        self.steps += 1
-        if self.steps == 8:
-            Path(os.environ["RUN_OF_TEST"], "stuck").touch()
-            time.sleep(60)
-        return super().step(action)
 
 
 def fit(make_trainer: Any, *callbacks: L.Callback, path: Any = None, **options: Any) -> tuple[PPO, L.Trainer]:
@@ -124,34 +102,14 @@ def test_a_program_keeps_its_own_handler_of_sigusr1(make_trainer) -> None:
     assert received == [1] and algorithm.updates_done == 9
 
 
+STEP_S = "0.02"
+
+
 def start(folder: Path, *more: str) -> subprocess.Popen:
-    folder.mkdir(parents=True)
-    environment = os.environ | {"STEP_S": "0.02", "RUN_OF_TEST": str(folder)}
+    environment = os.environ | {"STEP_S": STEP_S, "RUN_OF_TEST": str(folder)}
     return subprocess.Popen(
         [sys.executable, "-m", "lit_rl", *RUN, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
-
-
-class Forked:
-    """The command in a process forked from one that has imported everything, which takes longer than the run."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
-        self._errors = folder / "stderr.txt"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning", "lit_rl.cli", "test_signals"])
-        self._process = context.Process(target=command, args=(folder, self._errors))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
-    def end(self) -> tuple[int, str]:
-        self._process.join(timeout=60)
-        return self._process.exitcode, self._errors.read_text()
 
 
 class Started:
@@ -164,15 +122,6 @@ class Started:
     def end(self) -> tuple[int, str]:
         _, errors = self._process.communicate(timeout=60)
         return self._process.returncode, errors
-
-
-def command(folder: Path, errors: Path) -> None:
-    os.chdir(folder)
-    os.environ["STEP_S"] = "0.02"
-    torch.set_num_threads(1)
-    with errors.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    cli.main(RUN)
 
 
 def processes_of(folder: Path) -> Iterator[str]:
@@ -203,7 +152,10 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
     rng = random.Random(SEED)
     cases = {tmp_path / f"run-{i}": number for i, number in enumerate(SIGNALS * 2)}
     with_ray = tmp_path / "run-0"
-    started = {folder: Started(folder) if i == 1 else Forked(folder) for i, folder in enumerate(cases) if i}
+    for folder in cases:
+        folder.mkdir()
+    started: dict[Path, Any] = {folder: Forked(folder, RUN, STEP_S=STEP_S) for folder in list(cases)[2:]}
+    started[tmp_path / "run-1"] = Started(tmp_path / "run-1")
     started[with_ray] = Started(with_ray, "--data.num_env_runners", "1")
     waiting = dict(started)
     while waiting:
@@ -240,7 +192,8 @@ def test_the_command_stops_at_signals_and_goes_on_from_its_newest_checkpoint(
 @pytest.mark.parametrize("num_env_runners", ["0", "1"])
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, num_env_runners: str) -> None:
     folder = tmp_path / "run"
-    process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "test_signals:StuckCycleEnv")
+    folder.mkdir()
+    process = start(folder, "--data.num_env_runners", num_env_runners, "--data.env", "envs:StuckCycleEnv")
     while not (folder / "stuck").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

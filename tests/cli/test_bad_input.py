@@ -3,10 +3,7 @@
 In process, and some of them as real commands: config mistakes end with 2, those of a run with 1.
 """
 
-import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 from envs import CounterEnv
 from gymnasium import spaces
+from helpers import CommandServer
 
 from lit_rl import cli
 
@@ -252,40 +250,17 @@ def test_bad_input_is_answered_in_one_sentence(files: Case, capsys: pytest.Captu
     check(files, caught.value.code, capsys.readouterr().err)
 
 
-# Imports once, what takes longest; then every command is a process of its own.
-COMMANDS = """
-import json, os, sys
-from lit_rl.cli import main
-
-for folder, command in json.load(sys.stdin):
-    pid = os.fork()
-    if not pid:
-        os.chdir(folder)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(folder + ".err", os.O_WRONLY | os.O_CREAT), 2)
-        sys.argv = command
-        main()
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
+COMMANDS = [case for case in CASES if case.command]
 
 
 @pytest.mark.slow
-def test_commands_answer_in_at_most_three_lines_and_leave_nothing(tmp_path: Path) -> None:
-    cases = [case for case in CASES if case.command]
-    assert len(cases) == 10
-    folders = [tmp_path / str(i) for i in range(len(cases))]
-    for case, folder in zip(cases, folders):
-        folder.mkdir()
-        write(case, folder)
-    requests = [(str(folder), ["lit-rl", "fit", *case.args]) for case, folder in zip(cases, folders)]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS], input=json.dumps(requests), stdout=subprocess.PIPE, text=True, timeout=400
-    )
-    codes = [int(line) for line in done.stdout.split()]
-    assert len(codes) == len(cases)
-    for case, folder, code in zip(cases, folders, codes):
-        errors = Path(f"{folder}.err").read_text()
-        check(case, code, errors)
-        assert len(errors.strip().splitlines()) <= 3, errors
-        assert {path.name for path in folder.iterdir()} <= set(case.files)
+@pytest.mark.parametrize("case", COMMANDS, ids=[case.name for case in COMMANDS])
+def test_a_command_answers_in_at_most_three_lines_and_leaves_nothing(
+    case: Case, command_server: CommandServer, tmp_path: Path
+) -> None:
+    assert len(COMMANDS) == 10
+    write(case, tmp_path)
+    code, errors = command_server.run(tmp_path, ["lit-rl", "fit", *case.args], only_errors=True)
+    check(case, code, errors)
+    assert len(errors.strip().splitlines()) <= 3, errors
+    assert {path.name for path in tmp_path.iterdir()} <= set(case.files)

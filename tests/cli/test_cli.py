@@ -6,17 +6,22 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, quiet_trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lit_rl import MultiAgent, Policy, Replay, cli, load_policy
+import lit_rl.cli.program
+from lit_rl import PPO, SAC, Evaluation, MultiAgent, Policy, Record, Replay, RolloutDataModule, cli, load_policy
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OFFLINE = [path for path in RECIPES if "OfflineDataModule" in path.read_text()]
 QUICK_RECIPES = {"ppo_cartpole", "ppo_stateless_cartpole_lstm", "rainbow_cartpole", "sac_pendulum"}
 TINY = [
     "--config", "ppo_cartpole", "--data.max_env_steps", "512", "--data.rollout_length", "16",
@@ -46,9 +51,9 @@ def runs() -> list[Path]:
 
 @pytest.mark.parametrize(
     "recipe",
-    [p if p.stem in QUICK_RECIPES else pytest.param(p, marks=pytest.mark.slow) for p in RECIPES],
-    ids=[path.stem for path in RECIPES],
-)
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK_RECIPES else pytest.mark.slow) for p in RECIPES
+     if p not in OFFLINE],
+)  # fmt: skip
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
@@ -86,6 +91,23 @@ def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
 
 
+@pytest.mark.parametrize("recipe", OFFLINE, ids=[path.stem for path in OFFLINE])
+def test_every_recipe_of_recorded_data_trains_for_one_update(recipe: Path) -> None:
+    config = yaml.safe_load(recipe.read_text())
+    env = config["data"]["init_args"]["evaluation"]["env"]
+    policy = (PPO if env == "CartPole-v1" else SAC)()
+    trainer = quiet_trainer(callbacks=[Record("data")])
+    trainer.predict(policy, RolloutDataModule(env, seed=0, evaluation=Evaluation(episodes=4, deterministic=False)))
+    lit_rl(
+        "fit", "--config", str(recipe), "--data.paths", "data", "--data.max_updates", "1",
+        "--trainer.enable_progress_bar", "false", "--data.evaluation.episodes", "1",
+    )  # fmt: skip
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    weights = load_plainly(checkpoint)["state_dict"]
+    assert (int(weights["updates"]), int(weights["env_steps"])) == (1, 0)
+    assert recipe.read_text().startswith(f"# lit-rl fit --config recipes/{recipe.name}\n# ")
+
+
 def load_plainly(path: Path) -> dict:
     """What `torch.load` returns where no library has made it trust a class."""
     trusted = torch.serialization.get_safe_globals()
@@ -106,7 +128,9 @@ def test_fit_validate_test_and_predict(capsys: pytest.CaptureFixture) -> None:
     lit_rl("test", *TINY, "--ckpt_path", "last")
     assert "test/return_mean" in capsys.readouterr().out
     lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3")
-    check_episodes_file(next(Path("runs").rglob("episodes-rank0.parquet")))
+    check_episodes_file(next(Path("runs").rglob("episodes/episodes-rank0-00000.parquet")))
+    lit_rl("predict", *TINY, "--ckpt_path", "last", "--data.evaluation.episodes", "3", "--out", "here")
+    check_episodes_file(Path("here/episodes-rank0-00000.parquet"))
 
 
 def check_episodes_file(path: Path) -> None:
@@ -120,8 +144,10 @@ def check_episodes_file(path: Path) -> None:
     for episode in range(3):
         steps = [i for i, e in enumerate(rows["episode"]) if e == episode]
         assert [rows["t"][i] for i in steps] == list(range(len(steps)))
-        assert [rows["terminated"][i] or rows["truncated"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
-        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps)
+        ends = [rows["terminated"][i] or rows["truncated"][i] for i in steps]
+        assert ends == [False] * (len(steps) - 2) + [True, False]
+        assert [rows["closing"][i] for i in steps] == [False] * (len(steps) - 1) + [True]
+        assert all(len(rows["observation"][i]) == 4 and rows["reward"][i] == 1.0 for i in steps[:-1])
     spec = json.loads(table.schema.metadata[b"lit_rl"])["spec"]
     assert spec["action_space"] == {"type": "Discrete", "n": 2, "start": 0}
 
@@ -233,7 +259,7 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 def test_the_usage_names_every_subcommand(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "{fit,validate,test,predict,recipes,play,plot}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -376,13 +402,30 @@ def test_policies_of_a_config_share_networks() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ("[first, second]", "critic_groups"),
+        ("[first, second]", "critic_groups=['first', 'second']: expected a list of groups, such as [['a', 'b']]."),
+        ("[[first, 2]]", "critic_groups=[['first', 2]]: expected a list of groups, such as [['a', 'b']]."),
         ("[[first, third]]", "critic_groups: 'third': expected policies whose algorithms are trained"),
     ],
 )
 def test_what_is_wrong_with_groups_is_told(capsys: pytest.CaptureFixture, groups: str, words: str) -> None:
     Path("team.yaml").write_text(TEAM.replace("[[first, second]]", groups))
     assert words in fails(capsys, "fit", "--config", "team.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("critic_groups=[a,d]", "critic_groups=['a', 'd']: expected a list of groups, such as [['a', 'b']]."),
+        ("encoder_groups=a", "encoder_groups=a: expected a list of groups, such as [['a', 'b']]."),
+        ("train=first", "train=first: expected a list of keys."),
+    ],
+)
+def test_a_wrong_form_of_a_list_is_told_in_one_sentence(
+    capsys: pytest.CaptureFixture, argument: str, words: str
+) -> None:
+    Path("team.yaml").write_text(TEAM)
+    line = fails(capsys, "fit", "--config", "team.yaml", f"--model.{argument}")[1]
+    assert line == f"lit-rl: error: {words}"
 
 
 @pytest.mark.parametrize(
@@ -449,3 +492,30 @@ def test_an_unknown_option_of_one_policy_is_named(capsys: pytest.CaptureFixture)
     Path("several.yaml").write_text(SEVERAL)
     code, line = fails(capsys, "fit", "--config", "several.yaml", "--model.policies.first.lrr", "1")
     assert code == 2 and "policies.first.lrr=1: there is no option 'lrr'. Did you mean 'lr'?" in line
+
+
+def test_recorded_data_is_learned_from_by_a_config_and_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = np.arange(40)
+    table = {
+        "x": rows % 10, "v": rows, "push": rows % 2, "r": rows % 3, "end": rows % 10 == 9, "run": rows // 10
+    }  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    columns = {"observation": ["x", "v"], "action": "push", "reward": "r", "terminated": "end", "episode": "run"}
+    data = {"paths": str(tmp_path / "log.parquet"), "columns": columns, "max_updates": 20, "updates_per_batch": 5}
+    config = {
+        "model": {"class_path": "DQN"}, "data": {"class_path": "OfflineDataModule", "init_args": data},
+        "trainer": {"logger": False, "accelerator": "cpu", "enable_checkpointing": False},
+    }  # fmt: skip
+    Path("offline.yaml").write_text(yaml.safe_dump(config))
+    lit_rl("fit", "--config", "offline.yaml", "--data.validation_fraction", "0.25")
+    assert "20.0/20.0" in capsys.readouterr().out
+    for arguments, words in (
+        (["--data.max_updates", "null"], "The run has no end: set data.max_updates"),
+        (["--data.paths", "gone.parquet"], "paths='gone.parquet': there is no such file or folder."),
+        (["--data.paths", f"[{tmp_path}/log.parquet, gone]"], "paths='gone': there is no such file or folder."),
+        (["--data.columns.action", "pull"], "there is no column 'pull'. There are 'x', 'v', 'push'"),
+        (["--data.preset", "d4lr"], "expected one of 'rllib', 'd4rl', 'lerobot'"),
+    ):
+        assert words in fails(capsys, "fit", "--config", "offline.yaml", *arguments)[1]

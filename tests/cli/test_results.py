@@ -22,7 +22,9 @@ def test_a_recipes_first_comment_gives_its_measured_returns(path: Path) -> None:
     seeds = [run["seed"] for run in result["runs"]]
     named = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     assert f"{named}: {returns}; median {result['median']:g}." in head
-    assert f"{result['runs'][0]['env_steps']:,} env steps" in head
+    run = result["runs"][0]
+    steps = f"{run['updates']:,} updates" if "updates" in run else f"{run['env_steps']:,} env steps"
+    assert steps in head
     assert path.with_suffix(".png").exists()
 
 

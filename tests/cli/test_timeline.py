@@ -11,10 +11,10 @@ import torch
 from agent_envs import MADE, LoggedAgents
 from gymnasium import spaces
 
-from lit_rl import PPO, Policy, Random, RolloutDataModule, cli
+from lit_rl import PPO, MultiAgent, Policy, Random, RolloutDataModule, cli, load_policy
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import MultiAgentEnv, ReplicatedEnv
-from lit_rl.errors import OptionError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.evaluation.agent_episodes import play_agents
 from lit_rl.policy import PolicySet
 from lit_rl.spec import MultiAgentSpec
@@ -103,6 +103,61 @@ def test_play_prints_who_acted_when_and_what_each_reward_was_credited_to(checkpo
         f"Episode 1: {each}\n{text}\nEpisode 2: {each}\n{text}\n"
         "Mean of 2 on test_timeline:Turns, greedy: return 24.5, length 6\n"
     )
+
+
+class Two:
+    def act(self, obs: Any) -> int:
+        return 2
+
+
+class Always(Two):
+    def __init__(self, action: int):
+        self.action = action
+
+
+TWO = Two()
+
+
+def mapped(agent: str, info: Any) -> str:
+    return "mine" if agent == "c" else "learns"
+
+
+def test_ones_own_scripts_and_mapping_are_named_to_play(make_trainer: Any, capsys: Any) -> None:
+    data = RolloutDataModule("test_timeline:Turns", rollout_length=12, max_env_steps=12, num_envs_per_env_runner=1)
+    ppo: Any = PPO(minibatch_size=4, num_epochs=1)
+    trainer = make_trainer(limit_val_batches=0)
+    trainer.fit(MultiAgent({"learns": ppo, "mine": Two()}, policy_mapping=mapped), data)
+    trainer.save_checkpoint("mine.ckpt")
+    given = ["--policies", "{mine: test_timeline:Two}", "--policy_mapping", "test_timeline:mapped"]
+    for policies in (given[1], "{mine: test_timeline:TWO}"):
+        cli.main(["play", "mine.ckpt", *PLAY, "1", "--policies", policies, *given[2:]])
+        assert "step 2: c (mine) does 2" in capsys.readouterr().out
+    cli.main(["play", "mine.ckpt", *PLAY, "1", *given[:2], "--policy_mapping", "{c: learns, '*': mine}"])
+    assert "step 0: a (mine) does 2" in capsys.readouterr().out
+    wrong = {
+        (): "the policy 'mine' is a script of yours, test_timeline:Two: pass it in policies=, or to lit-rl play by "
+        "--policies '{mine: package.module:Class}'.",
+        tuple(given[:2]): "its mapping is a function: pass it as policy_mapping=, or to lit-rl play by "
+        "--policy_mapping package.module:function.",
+        ("--policies", "{mine: test_timeline:Three}"): "policies.mine='test_timeline:Three': expected 'package.module:",
+        ("--policies", "{mine: test_timeline:Always}"): "Name an object, if the class needs arguments.",
+        ("--policies", "{mine: test_timeline:PRINTED}"): "expected an object with act(obs).",
+        (
+            "--policies",
+            "{learns: test_timeline:Two}",
+        ): "'learns': expected some of its policies that are scripts, ['mine']",
+        (*given[:3], "test_timeline:map"): "policy_mapping='test_timeline:map': expected 'package.module:function'",
+    }
+    for arguments, words in wrong.items():
+        with pytest.raises(SystemExit):
+            cli.main(["play", "mine.ckpt", *PLAY, "1", *arguments])
+        assert words in capsys.readouterr().err
+
+
+def test_scripts_of_a_checkpoint_with_one_policy_are_refused(checkpoint: str) -> None:
+    for given in ({"policies": {"a": Two()}}, {"policy_mapping": "a"}, {"policy": "a"}):
+        with pytest.raises(CheckpointError, match=f"holds one policy: leave {next(iter(given))}="):
+            load_policy(checkpoint, **given)
 
 
 def test_a_long_episode_is_cut_to_as_many_env_steps_as_one_asks_for(checkpoint: str, capsys: Any) -> None:

@@ -16,12 +16,15 @@ from tensordict import TensorDict
 
 from lit_rl import (
     APPO,
+    CQL,
     DQN,
     IMPALA,
+    IQL,
     MLP,
     PPO,
     SAC,
     TQC,
+    DiscreteCQL,
     DreamerV3,
     Evaluation,
     LSTMNetwork,
@@ -60,20 +63,16 @@ CASES: dict[str, Any] = {
     ),
     "DreamerV3": (
         DreamerV3,
-        {
-            "size": "nano",
-            "blocks": 2,
-            "sequence_length": 8,
-            "horizon": 3,
-            "lr": 1e-3,
-            "warmup": 10,
-            "max_grad_norm": 50.0,
-        },
+        {"size": "nano", "blocks": 2, "sequence_length": 8, "horizon": 3, "lr": 1e-3, "warmup": 10}
+        | {"max_grad_norm": 50.0},
     ),
     "SAC": (SAC, SAC_OPTIONS | {"critic_lr": 2e-3, "alpha_lr": 5e-3, "lr_schedule": "linear"}),
     "SAC, shared": (SAC, SAC_OPTIONS | {"share_encoder": True, "actor_lr": 1e-3, "max_grad_norm": 1.0}),
     "SAC, discrete": (SAC, SAC_OPTIONS),
     "TQC": (TQC, SAC_OPTIONS | {"num_quantiles": 5, "learn_alpha": False}),
+    "CQL": (CQL, SAC_OPTIONS | {"num_actions": 3, "lagrangian": True, "bc_iters": 5}),
+    "DiscreteCQL": (DiscreteCQL, {"lr": 1e-2, "network": partial(MLP, hidden_sizes=[8])}),
+    "IQL": (IQL, SAC_OPTIONS | {"actor_lr": 2e-3, "value_lr": 5e-3}),
 }
 
 
@@ -97,7 +96,7 @@ def fit(make_trainer: Any, case: str, *, path: Any = None, steps: int = 320, **o
     if cls in (PPO, IMPALA, APPO):
         data: Any = RolloutDataModule(CycleEnv, rollout_length=32 if cls is PPO else 4, **more)
     else:
-        env = CycleEnv if case in ("DQN", "Rainbow", "SAC, discrete", "DreamerV3") else "Pendulum-v1"
+        env = CycleEnv if case in ("DQN", "Rainbow", "SAC, discrete", "DiscreteCQL", "DreamerV3") else "Pendulum-v1"
         data = ReplayDataModule(
             env, learning_starts=80, batch_size=16, buffer_size=400, env_steps_per_batch=40, update_to_data=0.25,
             **more,

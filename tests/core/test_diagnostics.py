@@ -33,6 +33,7 @@ def feed(diagnostics: Diagnostics, batches: list[dict[str, float]], start: int =
             policy=None,
             budget=1000,
             env_steps_done=10 * (i + 1),
+            clock=10 * (i + 1),
         )
         returned = {"rollout/return_mean": 100.0 if i == 1 else 50.0 + i % 3}
         trainer: Any = SimpleNamespace(callback_metrics=returned | metrics, is_global_zero=True)

@@ -285,3 +285,27 @@ def test_actions_of_any_shape_are_in_their_space(space: gym.Space) -> None:
     for action in (distribution.mode(parameters), distribution.sample(parameters, np.random.default_rng(0))[0]):
         assert action.shape == (6, *space.shape)
         assert all(space.contains(distribution.to_env(row)) for row in action)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_what_the_environment_took_is_recorded_again_as_it_was(squash: bool) -> None:
+    space = spaces.Dict(
+        arm=BOX,
+        rest=spaces.Tuple(
+            [spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 3], start=[1, 0]), spaces.MultiBinary(2)]
+        ),
+    )
+    distribution, rng = distribution_for(space, squash=squash), np.random.default_rng(0)
+    parameters = rng.normal(size=(50, distribution.num_outputs + distribution.num_scales)).astype(np.float32)
+    action, _ = distribution.sample(parameters, rng)
+    taken = distribution.to_env(action)
+    again = distribution.from_env({"arm": taken["arm"], "rest": dict(zip("012", taken["rest"]))})
+    if not squash:  # the environment was given it clipped
+        action["arm"] = np.clip(action["arm"], BOX.low, BOX.high)
+    for found, expected in ((again["arm"], action["arm"]), *((again["rest"][i], action["rest"][i]) for i in "012")):
+        assert found.dtype.kind == expected.dtype.kind and found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert again["arm"].dtype == np.float32
+    if squash:
+        low, high = distribution.from_env({"arm": np.stack([BOX.low - 1, BOX.high]), "rest": again["rest"]})["arm"]
+        np.testing.assert_array_equal([low, high], [[-1, -1, -1], [1, 1, 1]])

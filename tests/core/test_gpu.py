@@ -38,6 +38,15 @@ GPU = pytest.param(
     "gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 )
 on_devices = pytest.mark.parametrize("accelerator", ["cpu", GPU])
+# On the CPU test_compiled.py compiles.
+in_each_form = pytest.mark.parametrize(
+    ("accelerator", "compile"),
+    [
+        pytest.param("cpu", False, id="cpu-eager"),
+        pytest.param("gpu", False, marks=GPU.marks, id="gpu-eager"),
+        pytest.param("gpu", True, marks=GPU.marks, id="gpu-compiled"),
+    ],
+)
 ROLLOUTS: dict[str, Any] = {"rollout_length": 16, "max_env_steps": 512, "seed": 0, "evaluation": Evaluation(episodes=2)}
 REPLAY: dict[str, Any] = {
     "buffer_size": 500, "batch_size": 32, "learning_starts": 64, "update_to_data": 0.25, "env_steps_per_batch": 100,
@@ -88,13 +97,6 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def compiling(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled on a GPU; on the CPU, which test_compiled.py compiles for, the function is run as it is written."""
-    if accelerator == "cpu":
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
 def numbers(module: L.LightningModule) -> dict[str, torch.Tensor]:
     return {name: value.cpu().clone() for name, value in module.state_dict().items()}
 
@@ -110,8 +112,17 @@ def fit(trainer: L.Trainer, name: str, path: str | None = None, env_steps: int |
 @on_devices
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_learner_works_there_and_its_policy_on_the_cpu(name: str, accelerator: str, make_trainer: Callable) -> None:
-    trainer = make_trainer(accelerator=accelerator)
-    module, _ = fit(trainer, name)
+    trainer, found = make_trainer(accelerator=accelerator), set()
+    module, data = CASES[name]()
+    update, data.max_env_steps = module.update, 256
+
+    def watched(batch: TensorDict) -> Any:
+        found.update(leaf.device.type for leaf in batch.values(include_nested=True, leaves_only=True))
+        return update(batch)
+
+    module.update = watched
+    trainer.fit(module, data)
+    assert found == {"cuda" if accelerator == "gpu" else "cpu"}  # what is learned from
     assert module.env_steps_done > 250 and trainer.callback_metrics["eval/episodes"] == 2
     assert all(torch.isfinite(value).all() for value in numbers(module).values() if value.is_floating_point())
     trainer.save_checkpoint("there.ckpt")
@@ -121,10 +132,8 @@ def test_the_learner_works_there_and_its_policy_on_the_cpu(name: str, accelerato
     assert again.env_steps_done > module.env_steps_done
 
 
-@on_devices
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@in_each_form
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.usefixtures("compiling")
 def test_a_few_updates_give_the_weights_of_eager_ones_on_the_cpu(
     name: str, compile: bool, accelerator: str, make_trainer: Callable
 ) -> None:
@@ -170,10 +179,8 @@ class Follows(L.Callback):
         self.seen += 1
 
 
-@on_devices
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@in_each_form
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.usefixtures("compiling")
 def test_the_policy_that_acts_stays_on_the_cpu_and_follows(
     name: str, compile: bool, accelerator: str, make_trainer: Callable
 ) -> None:
@@ -184,23 +191,6 @@ def test_the_policy_that_acts_stays_on_the_cpu_and_follows(
     module.cpu()
     expected = module.policy(torch.from_numpy(obs)).detach().numpy()
     np.testing.assert_allclose(module.policy.acting_copy().parameters_of(obs), expected, rtol=1e-4, atol=1e-5)
-
-
-@on_devices
-@pytest.mark.parametrize("name", list(CASES))
-def test_what_is_learned_from_is_on_the_device(
-    name: str, accelerator: str, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, data = CASES[name]()
-    update, found = module.update, set()
-
-    def watched(batch: TensorDict) -> Any:
-        found.update(leaf.device.type for leaf in batch.values(include_nested=True, leaves_only=True))
-        return update(batch)
-
-    monkeypatch.setattr(module, "update", watched)
-    make_trainer(accelerator=accelerator, limit_val_batches=0).fit(module, data)
-    assert found == {"cuda" if accelerator == "gpu" else "cpu"}
 
 
 @pytest.mark.slow
@@ -289,10 +279,8 @@ def test_priorities_come_back_from_there(
     assert len(set(expected)) > 10
 
 
-@on_devices
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@in_each_form
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.usefixtures("compiling")
 def test_a_gradient_that_is_not_finite_changes_nothing_there(
     name: str, compile: bool, accelerator: str, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

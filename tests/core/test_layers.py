@@ -65,7 +65,7 @@ GRAPH = {module: imported_modules(path) for module, path in MODULES.items()}
 
 def reached(path: Path) -> set[str]:
     """Which of the three outer folders a file imports, by their own names or through `from lit_rl import PPO`."""
-    return {module.split(".")[1] for module in imported_modules(path) if "." in module} & set(OUTER)
+    return {module.split(".")[1] for module in GRAPH[import_name(path)] if "." in module} & set(OUTER)
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -131,6 +131,7 @@ HEAVY = {
 }
 
 
+@pytest.mark.slow
 def test_imports_and_training_in_process_leave_what_is_heavy_for_later(tmp_path: Path) -> None:
     code = "import sys\n" + "".join(f"{part}\nprint('\\nLOADED', *sys.modules)\n" for part in HEAVY)
     lines = [line for line in run_python("-c", code, cwd=tmp_path).stdout.splitlines() if line.startswith("LOADED ")]

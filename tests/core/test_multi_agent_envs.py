@@ -13,7 +13,7 @@ from gymnasium import spaces
 from lit_rl.envs.make import EnvConfig
 from lit_rl.envs.multi_agent import AgentId, MultiAgentEnv, MultiAgentWrapper, ReplicatedEnv
 from lit_rl.errors import EnvError, OptionError
-from lit_rl.roster import Roster
+from lit_rl.roster import Roster, is_pattern, matches_all, may_match
 from lit_rl.spec import MultiAgentSpec
 
 
@@ -229,6 +229,68 @@ def test_slots_of_known_agents_are_their_own_and_those_of_patterns_are_used_agai
     assert [roster.free_slot("b", {}), roster.free_slot("boss", {"b": 1})] == [1, 0]
     assert roster.free_slot("car_1", {"car_0": 2}) == 3 and roster.free_slot("car_2", {"x": 2, "y": 3}) is None
     assert roster.free_slot("car_3", {"car_1": 3}) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "may", "all_do"),
+    [
+        ("wolf_*", "wolf_*", True, True),
+        ("wolf_*", "sheep_*", False, False),
+        ("*_1", "wolf_*", True, False),
+        ("*_1", "wolf_*_2", False, False),
+        ("*", "car_?", True, True),
+        ("car_?", "car_??", False, False),
+        ("car_?", "car_*", True, False),
+        ("car_[0-9]", "car_a*", False, False),
+        ("car_[0-9]*", "car_7*", True, False),
+        ("c*r_*", "car_[ab]", True, True),
+        ("*]", "car_[ab]", False, False),
+        ("car_*", "car_1", True, True),
+        ("c*a*b", "*b*a", False, False),
+        ("*a*", "b*c", True, False),
+    ],
+)
+def test_a_pattern_may_match_some_agents_of_another_one_or_all(
+    pattern: str, name: str, may: bool, all_do: bool
+) -> None:
+    assert may_match(pattern, name) == may and matches_all(pattern, name) == all_do
+    if is_pattern(name):
+        assert may_match(name, pattern) == may
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "sentence"),
+    [
+        (
+            "lit_rl.envs.teams:GroupAgents",
+            r"^wrappers: GroupAgents needs groups=\. Give it .* \{'package.module:GroupAgents': \{'groups': \.\.\.",
+        ),
+        ({"lit_rl.envs.teams:GroupAgents": {"ends": "last"}}, "^wrappers: GroupAgents needs groups="),
+        (
+            {"lit_rl.envs.teams:GroupAgents": {"gruops": {"x": "*"}}},
+            r"^wrappers: GroupAgents\(gruops=\.\.\.\): there is no such option\. Did you mean 'groups'\?$",
+        ),
+        ({"lit_rl.envs.teams:TeamReward": 0.5}, "^wrappers: TeamReward: 0.5: expected a dict of its options by name"),
+        (lambda: 3, "could not be made: TypeError"),
+    ],
+)
+def test_options_of_wrappers_are_checked_by_name(wrapper: Any, sentence: str) -> None:
+    with pytest.raises((OptionError, EnvError), match=sentence):
+        EnvConfig(Parallel, wrappers=[wrapper]).try_out()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "sentence"),
+    [
+        ("gymnasium.wrappers:TimeLimit", "^wrappers: TimeLimit needs max_episode_steps="),
+        ({"gymnasium.wrappers:TimeLimit": {"max_steps": 3}}, r"^wrappers: TimeLimit\(max_steps=\.\.\.\): .* Did you"),
+    ],
+)
+def test_options_of_wrappers_of_one_agent_are_checked_too(wrapper: Any, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        EnvConfig("CartPole-v1", wrappers=[wrapper]).try_out()
+    with pytest.raises(OptionError, match=sentence):
+        EnvConfig(ReplicatedEnv, {"env": "CartPole-v1", "wrappers": [wrapper]}).try_out()
 
 
 class Shift(MultiAgentWrapper):

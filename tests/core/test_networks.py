@@ -109,6 +109,40 @@ def test_description_of_a_network_is_described_as_itself() -> None:
     assert describe_network(named_network(description)) == description
 
 
+CONFIG = {"class_path": "MLP", "init_args": {"hidden_sizes": [8], "activation": "relu"}}
+
+
+@pytest.mark.parametrize("path", ["MLP", "lit_rl.MLP", "lit_rl.networks.MLP", "lit_rl.networks.mlp.MLP"])
+def test_a_network_may_be_given_as_a_config_has_it(path: str) -> None:
+    network = functools.partial(MLP, hidden_sizes=[8], activation="relu")
+    for given in (CONFIG | {"class_path": path}, describe_network(CONFIG)):
+        assert str(build_network(given, BOX)) == str(network(BOX))
+        assert describe_network(given) == describe_network(network)
+    outer_path = path.replace("MLP", "LSTMNetwork").replace("mlp", "recurrent")
+    outer = {"class_path": outer_path, "init_args": {"encoder": CONFIG}}
+    network = functools.partial(LSTMNetwork, encoder=network)
+    assert str(build_network(outer, BOX)) == str(network(BOX)) and describe_network(outer) == describe_network(network)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"class_path": "os.system"},
+            r"critic_network=\{'class_path': 'os.system'\}: expected .* Pass another network",
+        ),
+        ({"class_path": f"{__name__}.OwnNetwork"}, "GRUNetwork, .* Pass another network as the class itself"),
+        ({"class": "MLP"}, r"expected \{'class_path': \.\.\., 'init_args'"),
+        (CONFIG | {"arguments": {}}, r"expected \{'class_path'"),
+        ({"class_path": "MLP", "init_args": [8]}, r"expected \{'class_path'"),
+        ({"class_path": "MLP", "init_args": {"hiden": [8]}}, "critic_network=MLP fails for .* argument 'hiden'"),
+    ],
+)
+def test_what_is_no_network_of_a_config_is_refused(given: dict, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        build_network(given, BOX, "critic_network")
+
+
 @pytest.mark.parametrize("lambda_", [lambda space: MLP(space), functools.partial(lambda space, n: MLP(space), n=1)])
 def test_lambda_is_refused_with_the_way_out(lambda_: Callable) -> None:
     with pytest.raises(CheckpointError, match=r"network=<lambda>.*Define.*name"):
@@ -215,7 +249,7 @@ class WrongSize(nn.Linear):
         (wrong(lambda self, obs, state: state, initial_state=start), r"must return \(features, state\)"),
         (lambda space: 1 / 0, "network=<lambda> fails for Box.*ZeroDivisionError"),
         ("MLP", "network='MLP': expected a callable"),
-        ({"class_path": "lit_rl.MLP"}, "network={'class_path': 'lit_rl.MLP'}: expected a callable"),
+        ({"class": "lit_rl.MLP"}, r"network={'class': 'lit_rl.MLP'}: expected \{'class_path': \.\.\.,"),
     ],
 )
 def test_an_own_network_is_tried_out(network: object, words: str) -> None:

@@ -208,11 +208,20 @@ def test_the_tensor_is_the_one_that_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"game": "kuhn_pokr"}, r"game='kuhn_pokr': expected one of the \d+ games of OpenSpiel, such as 'kuhn_poker'"),
-        ({"game": 3}, r"game=3: expected one of the \d+ games of OpenSpiel\."),
+        (
+            {"game": "kuhn_pokr"},
+            r"game='kuhn_pokr': expected one of the \d+ games of OpenSpiel\. Did you mean 'kuhn_poker'\?",
+        ),
+        ({"game": "Kuhn"}, r"games of OpenSpiel\. Did you mean 'kuhn_poker'\?"),
+        (
+            {"game": "turn_based_simultaneous_game(game=goofspeil())"},
+            r": there is no game 'goofspeil'\. Did .*'goofspiel'",
+        ),
+        ({"game": "nothing_like_it"}, r"expected one of the \d+ games of OpenSpiel\.$"),
+        ({"game": 3}, r"game=3: expected one of the \d+ games of OpenSpiel\.$"),
         (
             {"game": "kuhn_poker", "plyers": 3},
-            "cannot be made with parameters={'plyers': 3}: Unknown parameter 'plyers'",
+            "cannot be made with parameters={'plyers': 3}: there is no parameter 'plyers'. Did you mean 'players'",
         ),
         ({"game": "kuhn_poker", "players": [3]}, r"cannot be made with parameters={'players': \[3\]}"),
         ({"game": "mfg_garnet"}, "game='mfg_garnet' is a mean-field game, whose players are a crowd"),

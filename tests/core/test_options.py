@@ -352,6 +352,19 @@ def test_options_of_a_class_are_its_own_and_those_that_reach_its_parents() -> No
             "evaluation=Evaluation(num_env_runners=...) now.",
         ),
         (
+            lambda: Replay(batch_sise=3),  # type: ignore[call-arg]
+            "Replay(batch_sise=...): there is no such option. Did you mean 'batch_size'?",
+        ),
+        (
+            lambda: Evaluation(3, episods=3),  # type: ignore[call-arg]
+            "Evaluation(episods=...): there is no such option. Did you mean 'episodes'?",
+        ),
+        (
+            lambda: FaultTolerance(max_restarst=3),  # type: ignore[call-arg]
+            "FaultTolerance(max_restarst=...): there is no such option. Did you mean 'max_restarts'?",
+        ),
+        (lambda: Placement(gpus=3), "Placement(gpus=...): there is no such option."),  # type: ignore[call-arg]
+        (
             lambda: ScaleEnvRunners(max_runners=3),
             "ScaleEnvRunners(max_runners=...): there is no such option. Did you mean 'max_env_runners'?",
         ),
@@ -534,6 +547,10 @@ def answer(capsys: pytest.CaptureFixture, *args: str) -> str:
             "DQN", "--model.epsilon=[[0, 1.0], [9, 0.1]]",
             "epsilon=[[0, 1.0], [9, 0.1]]: expected a number. Points [[env_step, value], ...] go to epsilon_schedule.",
         ),
+        ("PPO", "--data.replay.batch_sise=3", "Did you mean 'batch_size'?"),
+        ("PPO", "--data.replay.one.batch_sise=3", "replay.one.batch_sise: there is no option 'batch_sise'. Did you"),
+        ("PPO", "--data.replay={batch_sise: 3}", "replay: there is no option 'batch_sise'. Did you mean 'batch_size'?"),
+        ("PPO", "--data.evaluation={episods: 3}", "Did you mean 'episodes'?"),
         ("DQN", "--data.bufer_size=3", "Did you mean 'buffer_size'?"),
         ("DQN", "--data.replay.batch_size=3", "Did you mean 'batch_size'?"),
         ("DQN", "--data.priority_alpha=2", "priority_alpha=2.0: expected a number, at least 0 and at most 1."),

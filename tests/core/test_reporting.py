@@ -18,7 +18,7 @@ def test_env_steps_per_second_count_the_repeats_between_but_no_evaluation(monkey
     reporter, found = Reporter(trainer), []
     for ended, new, pause in ((1.0, 100, 0.0), (2.0, 0, 0.0), (3.0, 0, 50.0), (55.0, 100, 0.0), (57.0, 0, 0.0)):
         now[0] = ended
-        reporter.update({}, started=ended, waited_s=0.0, step=0, env_steps=0, new=new)
+        reporter.update({}, started=ended, waited_s=0.0, step=0, new=new)
         found.append(float(trainer.callback_metrics["time/env_steps_per_s"]))
         now[0] += pause
         reporter.resume_timing()

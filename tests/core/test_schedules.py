@@ -65,7 +65,8 @@ def test_a_word_that_ends_at_the_budget_says_what_to_set_without_one(word: str) 
     with pytest.raises(OptionError) as error:
         Scheduled("clip", 1.0, word).at(0, None)
     assert str(error.value) == (
-        f"clip_schedule={word!r}: expected a budget to end at: set max_env_steps on the datamodule."
+        f"clip_schedule={word!r}: expected a budget to end at: set max_env_steps, or max_updates of recorded data, on "
+        "the datamodule."
     )
 
 

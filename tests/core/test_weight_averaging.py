@@ -1,5 +1,6 @@
 """What is no weight, under Lightning's callbacks that average weights."""
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -15,11 +16,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from lit_rl import PPO, Evaluation, RolloutDataModule
+from lit_rl import PPO, Evaluation, MultiAgent, RolloutDataModule
+from lit_rl.envs.multi_agent import ReplicatedEnv
 from lit_rl.errors import OptionError
 from lit_rl.learner.weight_averaging import own_buffers
+from lit_rl.networks import ValueHead
 
 CALLBACKS = {
     "ema": lambda: EMAWeightAveraging(),
@@ -96,6 +99,63 @@ def test_a_run_goes_on_from_averaged_weights_with_the_budget_that_is_left(make_t
     trainer = make_trainer(limit_val_batches=0, callbacks=[callback() for callback in callbacks])
     trainer.fit(Recorded(minibatch_size=32, num_epochs=1), data, ckpt_path="x.ckpt")
     assert data.ledger.delivered == 448
+
+
+class InTheUnitOfReturns(L.Callback):
+    """Averages the heads' weights as they are for returns, by hand; keeps whether the scale moved."""
+
+    def __init__(self) -> None:
+        self.averages: dict[str, Tensor] = {}
+        self.scales: dict[str, set[float]] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        for name, (weights, scale) in in_the_unit_of_returns(pl_module).items():
+            old = self.averages.get(name, weights)
+            self.averages[name] = 0.9 * old + 0.1 * weights
+            self.scales.setdefault(name, set()).add(round(scale, 3))
+
+
+def in_the_unit_of_returns(module: nn.Module) -> dict[str, tuple[Tensor, float]]:
+    """Of each head the weights and the bias that give returns, and by what they are scaled."""
+    found = {}
+    for name, head in module.named_modules():
+        if isinstance(head, ValueHead) and head.moments is not None:
+            scale, mean = head.moments.var.sqrt(), head.moments.mean
+            weights = torch.cat([head.linear.weight.flatten() * scale, head.linear.bias * scale + mean])
+            found[name] = weights.detach().clone(), float(scale)
+    return found
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_buffers": False}])
+def test_heads_of_normalised_values_are_averaged_in_one_unit(make_trainer, several: bool, options: dict) -> None:
+    ppo = {"normalize_values": True, "normalize_returns": False, "minibatch_size": 32, "num_epochs": 1, "lr": 1e-2}
+    algorithm: Any = PPO(**ppo)
+    kwargs: dict[str, Any] = {"env": "CartPole-v1"}
+    if several:
+        algorithm = MultiAgent({"agent_0": PPO(**ppo), "agent_1": PPO(**ppo)}, critic_groups=[["agent_0", "agent_1"]])
+        kwargs = {"env": ReplicatedEnv, "env_kwargs": {"env": "CartPole-v1", "num_agents": 2}}
+    data = RolloutDataModule(
+        num_envs_per_env_runner=2, rollout_length=32, max_env_steps=640, seed=1, evaluation=Evaluation(episodes=1),
+        rollouts_per_epoch=3, **kwargs,
+    )  # fmt: skip
+    expected = InTheUnitOfReturns()
+    trainer = make_trainer(callbacks=[EMAWeightAveraging(decay=0.9, **options), expected])
+    trainer.fit(algorithm, data)  # at whose end the algorithm has the averages
+    found = in_the_unit_of_returns(algorithm)
+    assert len(found) == 1 and all(len(scales) > 5 for scales in expected.scales.values())
+    for name, (weights, _) in found.items():
+        torch.testing.assert_close(weights, expected.averages[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_head_has_no_others() -> None:
+    head, other = ValueHead(2, normalize=True), ValueHead(2, normalize=True)
+    head.keep_in_unit([other])
+    before = other.linear.weight.clone()
+    copy.deepcopy(head).take_targets(torch.tensor([3.0, 9.0]))
+    assert torch.equal(other.linear.weight, before)
+    head.take_targets(torch.tensor([3.0, 9.0]))
+    assert not torch.equal(other.linear.weight, before)
 
 
 def test_whole_numbers_that_a_network_looks_up_are_not_averaged(make_trainer) -> None:

@@ -4,14 +4,13 @@ import csv
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from envs import CounterEnv, FailingEnv, IdentityEnv
+from envs import CounterEnv, FailingEnv, IdentityEnv, Paid, halve
 from helpers import make_runner, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -98,18 +97,6 @@ def test_an_evaluation_environment_with_other_spaces_is_refused_before_training(
         make_trainer().fit(PPO(minibatch_size=64), data)
 
 
-class Paid(CounterEnv):
-    """A CounterEnv whose rewards are 100."""
-
-    def __init__(self, steps: int = 1, offset: int = 0):
-        super().__init__(offset)
-        self._steps = steps
-
-    def step(self, action: Any) -> Any:
-        obs, _, terminated, truncated, info = super().step(action)
-        return obs, 100.0, terminated or self._t == self._steps, truncated, info
-
-
 @pytest.mark.parametrize("where", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_evaluation_can_play_another_environment_with_the_wrappers_of_training(
     where: int, make_trainer: Callable
@@ -118,7 +105,7 @@ def test_evaluation_can_play_another_environment_with_the_wrappers_of_training(
         CounterEnv,
         env_kwargs={"offset": 1},
         wrappers=[{"gymnasium.wrappers:TransformReward": {"func": halve}}],
-        evaluation=Evaluation(episodes=2, env="test_evaluation:Paid", num_env_runners=where),
+        evaluation=Evaluation(episodes=2, env="envs:Paid", num_env_runners=where),
         max_env_steps=128,
         **SMALL,
     )
@@ -130,10 +117,6 @@ def test_evaluation_can_play_another_environment_with_the_wrappers_of_training(
     assert data._episodes[0].length == 3 and data._episodes[0].return_ == 0.5 * (1 + 2 + 3)
     own = Evaluation(env=Paid, env_kwargs={"steps": 2}).environment(data.env)
     assert (own.env, own.env_kwargs, own.wrappers) == (Paid, {"steps": 2}, data.env.wrappers)
-
-
-def halve(reward: float) -> float:
-    return 0.5 * reward
 
 
 def test_the_evaluation_of_a_datamodule_can_be_replaced() -> None:
@@ -215,18 +198,6 @@ def fit(
     return trainer, algorithm
 
 
-class SlowElsewhere(CounterEnv):
-    """Takes its time outside of the process `home`."""
-
-    def __init__(self, home: int, step_s: float):
-        super().__init__()
-        self._step_s = 0.0 if os.getpid() == home else step_s
-
-    def step(self, action: int) -> tuple:
-        time.sleep(self._step_s)
-        return super().step(action)
-
-
 class TestWithRay:
     pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -279,7 +250,7 @@ class TestWithRay:
         assert results[0] == results[1]
 
     def test_a_dead_eval_runner_is_replaced_and_its_episodes_played_again(self, caplog: Any) -> None:
-        env = EnvConfig("test_evaluation:SlowElsewhere", {"home": os.getpid(), "step_s": 0.2})
+        env = EnvConfig("envs:SlowElsewhere", {"home": os.getpid(), "step_s": 0.2})
         spec = env.spec()
         pool = EvalPool(env, lambda: Policy(spec), 2, FaultTolerance(), Placement())
         pids = pool.pids()
@@ -293,7 +264,7 @@ class TestWithRay:
 
     def test_what_cannot_be_played_is_missing_and_flagged(self, make_trainer: Callable, caplog: Any) -> None:
         data = RolloutDataModule(
-            "test_evaluation:SlowElsewhere", env_kwargs={"home": os.getpid(), "step_s": 60.0}, seed=0,
+            "envs:SlowElsewhere", env_kwargs={"home": os.getpid(), "step_s": 60.0}, seed=0,
             evaluation=Evaluation(episodes=2, timeout_s=5.0, num_env_runners=1),
             fault_tolerance=FaultTolerance(step_timeout_s=1.0),
         )  # fmt: skip

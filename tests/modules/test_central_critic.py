@@ -85,7 +85,12 @@ def fit(algorithm: Any, source: Any = None, ckpt_path: Any = None, **options: An
 
 
 @pytest.mark.parametrize(
-    ("kind", "least", "most"), [("state", 0.95, 1.0), ("observations", 0.95, 1.0), (None, -9, 0.6)]
+    ("kind", "least", "most"),
+    [
+        ("state", 0.95, 1.0),
+        pytest.param("observations", 0.95, 1.0, marks=pytest.mark.slow),
+        pytest.param(None, -9, 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_only_a_central_critic_explains_what_depends_on_what_another_agent_sees(
     kind: Any, least: float, most: float
@@ -250,6 +255,7 @@ class Recalls(Sum):
         return {agent: np.array([0.0, self._t], np.float32) for agent in self.possible_agents}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "least", "most"), [(GRUNetwork, 0.9, 1.0), (None, -9, 0.6)])
 def test_a_critic_has_a_memory_of_its_own_beside_a_policy_without(network: Any, least: float, most: float) -> None:
     algorithm = PPO(

@@ -35,6 +35,7 @@ from lit_rl import (
 )
 from lit_rl.envs.make import EnvConfig
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.evaluation.eval_pool import _EvalActor
 from lit_rl.policy import Policy, PolicySet
 from lit_rl.rollout import Rollouts
 from lit_rl.spec import EnvSpec, MultiAgentSpec
@@ -195,6 +196,43 @@ def test_policies_can_come_after_a_validation() -> None:
     trainer.fit(algorithm, source)
     assert algorithm.algorithms["other"].updates_done == 6 and algorithm.env_steps_done == 192
     assert all(parameter.requires_grad for parameter in algorithm.algorithms["other"].policy.parameters())
+
+
+def test_metrics_of_a_removed_policy_are_gone() -> None:
+    def remove(module: MultiAgent) -> None:
+        assert {"two/loss/policy", "two/eval/return_mean"} <= module.trainer.callback_metrics.keys()
+        module.remove_policy("two", policy_mapping={"a": "one", "*": "three"})
+        assert not any(name.startswith("two/") for name in module.trainer.callback_metrics)
+
+    source = data(rollouts_per_epoch=2, max_env_steps=320)
+    trainer = fit(pair(), {3: add_three, 6: remove}, source, limit_val_batches=None)
+    names = trainer.callback_metrics.keys()
+    assert {"one/loss/policy", "three/eval/return_mean"} <= names and not any(x.startswith("two/") for x in names)
+
+
+def test_an_evaluation_that_is_late_says_nothing_of_a_removed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0)
+    evaluation = Evaluation(episodes=2, num_env_runners=1, parallel=True)
+    source = data(rollouts_per_epoch=2, max_env_steps=320, evaluation=evaluation)
+    trainer = fit(pair(), {4: add_three, 8: remove_two}, source, limit_val_batches=None)
+    names = trainer.callback_metrics.keys()
+    assert "one/eval/return_mean" in names and not any(x.startswith("two/") for x in names)
+
+
+def test_eval_runners_make_policies_anew_once_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ray.use(monkeypatch, 1.0)
+    made, play = list[bool](), _EvalActor.play
+
+    def recorded(actor: Any, *arguments: Any) -> Any:
+        made.append(arguments[-1] is not None)
+        return play(actor, *arguments)
+
+    monkeypatch.setattr(_EvalActor, "play", recorded)
+    evaluation = Evaluation(episodes=4, num_env_runners=2)
+    source = data(rollouts_per_epoch=1, max_env_steps=320, evaluation=evaluation)
+    trainer = fit(pair(), {3: add_three, 7: remove_two}, source, limit_val_batches=None)
+    assert made == [update in (3, 7) for update in range(1, 11) for _ in range(2)]
+    assert trainer.callback_metrics["eval/episodes"] == 4
 
 
 def test_any_kind_of_policy_can_be_added(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from agent_envs import MADE, LoggedAgents, MaskedInTurns, Wrong
 from envs import CounterEnv, IdentityEnv, TargetEnv
+from gymnasium import spaces
 from helpers import assert_same, quiet_trainer
 
 from lit_rl import (
@@ -130,6 +131,67 @@ def test_agents_of_different_spaces_learn_by_algorithms_of_different_kinds() -> 
     (metrics,) = quiet_trainer().validate(algorithm, source, verbose=False)
     assert metrics["left/eval/return_mean"] > 3.8  # at best 4; a guess's is 4/3
     assert metrics["right/eval/return_mean"] > -0.4  # at best 0; that of 0 whatever is seen is -4/3
+
+
+class Herd(MultiAgentEnv):
+    """Wolves and sheep of other spaces, each with an id that is new, which take each other's slots as they leave.
+
+    A wolf sees its number and 1, a sheep its number, 0 and 0. Every fourth agent is a wolf. Each acts three times.
+    """
+
+    possible_agents = ("wolf_*", "sheep_*")
+    max_agents = 3
+
+    def observation_space(self, agent: str) -> Any:
+        return spaces.Box(-1.0, 1e6, (2 if agent.startswith("wolf") else 3,))
+
+    def action_space(self, agent: str) -> Any:
+        return spaces.Discrete(2) if agent.startswith("wolf") else spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self._num, self._turns = 0, dict[str, int]()
+        return self._shown(), {}
+
+    def step(self, actions: dict[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+        for agent, action in actions.items():
+            assert self.action_space(agent).contains(action), (agent, action)
+            self._turns[agent] += 1
+        gone = {agent: True for agent, turns in self._turns.items() if turns == 3 or self._num > 20}
+        self._turns = {agent: turns for agent, turns in self._turns.items() if agent not in gone}
+        reward = {agent: 1.0 if agent.startswith("wolf") else -1.0 for agent in actions}
+        return self._shown(), reward, gone, {}, {}
+
+    def _shown(self) -> dict[str, np.ndarray]:
+        if len(self._turns) < 3 and self._num <= 20:  # one comes at a time
+            self._turns[f"{'sheep' if self._num % 4 else 'wolf'}_{self._num}"] = 0
+            self._num += 1
+        return {
+            agent: np.array([agent.split("_")[1], *([1] if agent.startswith("wolf") else [0, 0])], np.float32)
+            for agent in self._turns
+        }
+
+
+class HerdWithState(Herd):
+    """The same, with how many came yet as its state."""
+
+    state_space = spaces.Box(0.0, 1e6, (1,))
+
+    def state(self) -> np.ndarray:
+        return np.array([self._num], np.float32)
+
+
+@pytest.mark.parametrize("mapping", [{"wolf_*": "wolves", "*": "sheep"}, {"sheep_*": "sheep", "w*": "wolves"}])
+def test_agents_of_two_patterns_may_have_different_spaces(mapping: dict[str, str]) -> None:
+    seen, options = Seen(), {"central_critic": "state"} if "*" in mapping else {}
+    algorithm = MultiAgent({"wolves": PPO(**SMALL), "sheep": PPO(**SMALL, **options)}, policy_mapping=mapping)
+    source = data(HerdWithState if options else Herd)
+    metrics = fit(algorithm, source, callbacks=[seen])
+    rows = {i: [batch[i]["observation"][batch[i]["mask"]] for batch in seen.batches] for i in algorithm.ids}
+    wolves, sheep = torch.cat(rows["wolves"]), torch.cat(rows["sheep"])
+    assert (wolves[:, 1] == 1).all() and (wolves[:, 0] % 4 == 0).all() and len(set(wolves[:, 0].tolist())) > 2
+    assert (sheep[:, 1] == 0).all() and (sheep[:, 0] % 4 != 0).all()
+    assert len(wolves) + len(sheep) == source.ledger.agent_steps
+    assert metrics["wolves/eval/return_mean"] > 0 > metrics["sheep/eval/return_mean"]
 
 
 def test_one_policy_in_a_multi_agent_is_that_algorithm_by_itself() -> None:
@@ -494,6 +556,8 @@ BOTH: dict[str, Any] = {"one": PPO(**SMALL), "two": PPO(**SMALL)}
     ("mapping", "env", "sentence"),
     [
         ({"a": "one"}, LoggedAgents, r"policy_mapping: agent 'b' matches none of \['a'\]. Add a pattern."),
+        ({"wolf_*": "one", "w*": "two"}, Herd, r"policy_mapping: agents 'sheep_\*' match none of .* Add a pattern."),
+        ({"*": "one", "w*": "two"}, Herd, r"env=Herd: .* policies\['one'\] needs equal spaces"),
         ({"*": "three"}, LoggedAgents, r"policy_mapping: 'three' for '\*': expected one of the policies"),
         (None, LoggedAgents, "policy_mapping: expected it, since no policy is called 'a' as the agent is."),
         (3, LoggedAgents, "policy_mapping=3: expected a policy's id"),
@@ -540,7 +604,9 @@ def test_the_first_pattern_that_matches_wins() -> None:
     mapping = PolicyMapping({"red_1": "x", "red_*": "y", "*": "z"}, ["x", "y", "z"])
     info = EpisodeInfo(0, None, np.random.default_rng(0))
     assert [mapping.policy_of(agent, info) for agent in ("red_1", "red_2", "blue")] == ["x", "y", "z"]
-    assert mapping.may_be("red_*") == {"x", "y", "z"} and mapping.may_be("red_2") == {"y"}
+    assert mapping.may_be("red_*") == {"x", "y"} and mapping.may_be("red_2") == {"y"}
+    assert mapping.may_be("blue_*") == {"z"} and mapping.may_be("*_1") == {"x", "y", "z"}
+    assert PolicyMapping({"red_*": "x", "red_1": "y"}, ["x", "y"]).may_be("red_?") == {"x"}
     assert PolicyMapping("x", ["x"]).plain == "x" and PolicyMapping(lambda agent, info: "x", ["x"]).plain is None
 
 

@@ -31,7 +31,7 @@ def test_learns_to_name_a_discrete_observation(seed: int) -> None:
     assert return_ == 1.0
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_learns_a_continuous_action_from_a_continuous_observation(seed: int) -> None:
     model = {"lr": 1e-2, "lr_schedule": "linear", "minibatch_size": 64, "gamma": 0.0, "normalize_observations": True}
     *_, return_ = train(TargetEnv, 6_000, model, SMALL | {"seed": seed})
@@ -46,7 +46,7 @@ def test_learns_cartpole(seed: int) -> None:
     assert return_ > 300
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "native"])
+@pytest.mark.parametrize("vectorization", ["sync", pytest.param("native", marks=pytest.mark.slow)])
 def test_a_time_limit_is_bootstrapped_not_a_value_of_zero(vectorization: str) -> None:
     env = ClockEnv if vectorization == "sync" else clock_vector
     model = {"lr": 1e-2, "gamma": 0.5, "minibatch_size": 64, "value_coef": 1.0, "max_grad_norm": None}
@@ -402,7 +402,7 @@ def test_a_checkpoint_of_squashed_actions_is_refused_without_squashing(make_trai
         trainer.save_checkpoint(tmp_path / "squashed.ckpt")
 
     fit(squash=True)
-    with pytest.raises(CheckpointError, match="made with squash=True, this one with squash=False"):
+    with pytest.raises(CheckpointError, match="made with squash_actions=True, this one with squash_actions=False"):
         fit(squash=False, path=tmp_path / "squashed.ckpt")
 
 

@@ -463,11 +463,6 @@ def test_an_evaluation_that_takes_too_long_gives_what_it_has() -> None:
     assert len(episodes) == 3 and all(e.cut and e.length == 1 and set(e.returns or ()) <= {"a", "b"} for e in episodes)
 
 
-def test_recording_episodes_of_several_agents_is_refused() -> None:
-    with pytest.raises(OptionError, match="has several agents, whose episodes cannot be recorded yet"):
-        quiet_trainer().predict(PPO(), data(**TURNS))
-
-
 # --- the picture in docs/multi_agent.md -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,342 @@
+"""Recorded data, for off-policy and imitation algorithms."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tensordict import TensorDict
+
+from lit_rl import distributed
+from lit_rl.algorithm import Algorithm
+from lit_rl.datamodules.evaluating import HELD_OUT, RECORDED, EpisodeLoader, EvaluatingDataModule
+from lit_rl.datamodules.streams import StreamLoader
+from lit_rl.envs.make import EnvConfig, Wrapper
+from lit_rl.errors import OptionError
+from lit_rl.files.columns import PRESETS
+from lit_rl.files.recorded import read_recorded
+from lit_rl.multi_agent import MultiAgent
+from lit_rl.off_policy import OffPolicy
+from lit_rl.options import Count, Fraction, InstanceOf, OneOf, Paths, PositiveFraction, UnitInterval
+from lit_rl.recorded import Recorded
+from lit_rl.replay import ReplayStream
+from lit_rl.replay.feed import ALONE
+from lit_rl.replay.options import Steps
+from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, rows_of_rank, split
+from lit_rl.spec import EnvSpec, MultiAgentSpec
+
+Columns = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of columns")]
+Preset = Annotated[str, OneOf(*PRESETS)]
+
+
+class OfflineDataModule(EvaluatingDataModule):
+    """Minibatches drawn from recorded episodes, for off-policy algorithms such as BC, CQL, SAC and DQN.
+
+    The clock is `updates`: schedules, `max_updates` and the loggers' step count gradient updates. All data is kept in
+    memory; every learner process draws from an equal share of the transitions.
+
+    Args:
+        paths: files, folders or globs of episodes that lit_rl recorded; of tables, Parquet, CSV, JSON lines or HDF5,
+            with `columns` or `preset`; or "minari:NAME", a data set of Minari.
+        columns: of tables: names of columns by "observation", "action", "reward", "terminated", "truncated", "episode",
+            "next_observation", "step" and "agent". Several side by side are a list, those of a Dict space a dict.
+        preset: names of columns as another tool has them, "rllib", "d4rl" or "lerobot". `columns` replaces some.
+        validation_fraction: of the episodes, drawn at random by `seed`: they are not learned from, and say how good the
+            algorithm is (`eval/td_error` and its like).
+        top_fraction: of the episodes, those of the greatest returns, that are used at all; None uses all.
+        max_updates: the budget of gradient updates. None: the Trainer's limits alone.
+        updates_per_batch: updates per Lightning batch: how often metrics are logged.
+        batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
+        batch_size: rows of a minibatch, of each learner process. With memory they come as `batch_size /
+            sequence_length` sequences. None takes the algorithm's own.
+        n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
+            the algorithm's own.
+        prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes the
+            algorithm's own.
+        priority_alpha: 0 draws uniformly, 1 in proportion to the TD errors.
+        priority_beta: exponent of the importance weights when training begins. It grows linearly to 1 at `max_updates`;
+            without `max_updates` it stays.
+        wrappers: of `evaluation.env`; each a callable, `"package.module:Class"`, or `{"package.module:Class": kwargs}`.
+        evaluation: how episodes are played for evaluation, see `Evaluation`. Without `evaluation.env` none are played.
+    """
+
+    BUDGET = "max_updates"
+
+    clock = "updates"
+    paths: tuple[str, ...]
+    columns: dict[str, Any] | None
+    preset: str | None
+    validation_fraction: float
+    top_fraction: float | None
+    max_updates: int | None
+    updates_per_batch: int
+    batches_per_epoch: int
+    batch_size: int | None
+    n_step: Any
+    prioritized: bool | None
+    priority_alpha: float
+    priority_beta: float
+    wrappers: Sequence[Wrapper]
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        columns: Columns | None = None,
+        preset: Preset | None = None,
+        validation_fraction: Fraction = 0.0,
+        top_fraction: PositiveFraction | None = None,
+        max_updates: Count | None = None,
+        updates_per_batch: Count = 100,
+        batches_per_epoch: Count = 10,
+        batch_size: Count | None = None,
+        n_step: Steps | None = None,
+        prioritized: bool | None = None,
+        priority_alpha: UnitInterval = 0.6,
+        priority_beta: UnitInterval = 0.4,
+        wrappers: Sequence[Wrapper] = (),
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.take_options()
+        if self.evaluation.env is None and self.evaluation.env_kwargs is not None:
+            raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
+        self._recorded: Recorded | None = None
+        self._feeds: dict[str, RecordedFeed] = {}
+        self._saved: dict[str, Any] = {}  # where the draws of a checkpoint's run were
+        self._judged: dict[str, list[float]] = {}  # by metric, the sum over held-out rows, and their number
+
+    # --- Lightning's hooks --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict" and self.eval_env is None:
+            raise OptionError("lit-rl predict plays episodes: expected evaluation.env, the environment to play.")
+        super().setup(stage)
+        if stage == "predict":
+            return
+        self._read()
+        if stage == "fit" or self.validation_fraction:
+            for policy_id, algorithm in self._algorithms.items():
+                self.check_policy(policy_id, algorithm)
+        if stage == "fit":
+            self._say_if_epochs_end_it(self.updates_per_batch * self.batches_per_epoch)
+
+    def train_dataloader(self) -> StreamLoader:
+        self.set_threads()
+        done = self.algorithm.clock
+        if self._budget_left(done) < 1:
+            rank_zero_info(
+                f"Nothing to train: updates={done} of max_updates={self.max_updates} are done. Set a larger "
+                "max_updates to go on."
+            )
+            self.stop_at_budget()
+        return StreamLoader(self)
+
+    def val_dataloader(self) -> Any:
+        if self.eval_env is not None or self.validation_fraction:
+            return OfflineLoader(self)
+        if self.attached_trainer.state.fn == "fit":
+            return []
+        raise OptionError(
+            "There is nothing to evaluate by: expected evaluation.env, an environment to play, or a "
+            "validation_fraction of the data."
+        )
+
+    test_dataloader = val_dataloader
+
+    # --- the data -----------------------------------------------------------------------------------------------
+
+    @property
+    def eval_env(self) -> EnvConfig | None:
+        if self.evaluation.env is None:
+            return None
+        found = EnvConfig(self.evaluation.env, self.evaluation.env_kwargs or {}, self.wrappers)
+        return found if self.spec is None else found.known_to_be(isinstance(self.spec, MultiAgentSpec))
+
+    def find_spec(self) -> EnvSpec | MultiAgentSpec:
+        return self._read() if self.eval_env is None else self._try_out(self.eval_env)
+
+    def _read(self) -> EnvSpec | MultiAgentSpec:
+        """Read the data, once; returns its spaces."""
+        if self._recorded is None:
+            spec = self.spec
+            self._recorded, found = read_recorded(self.paths, columns=self.columns, preset=self.preset, spec=spec)
+            if spec is not None and self.eval_env is not None:
+                self._check_eval_env(spec, found)
+            rank_zero_info(f"{', '.join(self.paths)}: {self._recorded.summary}.")
+            self.spec = spec or found
+        assert self.spec is not None
+        return self.spec
+
+    def describe_env(self) -> dict[str, Any] | None:
+        return None if self.eval_env is None else self.eval_env.to_dict()
+
+    @property
+    def recorded(self) -> Recorded:
+        """The episodes."""
+        assert self._recorded is not None, "they are read when the datamodule is set up"
+        return self._recorded
+
+    # --- whom it feeds ------------------------------------------------------------------------------------------
+
+    @property
+    def _algorithms(self) -> Mapping[str, Algorithm]:
+        algorithm = self.algorithm
+        if isinstance(algorithm, MultiAgent):
+            return dict(zip(algorithm.trained, algorithm.learners))
+        return {ALONE: algorithm}
+
+    def check_policy(self, policy_id: str, algorithm: Algorithm) -> None:
+        if not isinstance(algorithm, OffPolicy):
+            what = f"policies[{policy_id!r}]" if policy_id else "model"
+            raise OptionError(
+                f"{what}={type(algorithm).__name__}: OfflineDataModule feeds imitation and off-policy algorithms such "
+                "as BC, CQL, SAC and DQN. Use RolloutDataModule."
+            )
+        algorithm.check_learns_from_recorded()
+
+    def remove_policy(self, policy_id: str) -> None:
+        self._feeds.pop(policy_id, None)
+
+    def feed(self, policy_id: str = ALONE) -> RecordedFeed:
+        """What feeds a policy's algorithm; its networks are needed."""
+        algorithm: Any = self._algorithms[policy_id]
+        feed = self._feeds.get(policy_id)
+        if feed is None or feed.algorithm is not algorithm:
+            feed = self._feeds[policy_id] = self._make_feed(policy_id, algorithm)
+            if policy_id in self._saved:
+                feed.buffer.go_on(self._saved.pop(policy_id))
+        return feed
+
+    def _make_feed(self, policy_id: str, algorithm: OffPolicy) -> RecordedFeed:
+        trainer, recorded = self.attached_trainer, self.recorded
+        policy: Any = self.algorithm.policy
+        key = () if policy_id == ALONE else (policy.numbers[policy_id],)
+        episodes = episodes_of(recorded, policy_id, None if policy_id == ALONE else policy.mapping)
+        if self.top_fraction is not None:
+            episodes = best(recorded, episodes, self.top_fraction)
+        learned, held_out = split(episodes, self.validation_fraction, self._seed_sequence(HELD_OUT, *key))
+        rank, world_size = trainer.global_rank, trainer.world_size
+        rows = rows_of_rank(recorded, learned, rank, world_size)
+        if not len(rows):
+            raise OptionError(
+                f"paths={list(self.paths)!r}: {len(learned)} episodes are left to learn from, with too few transitions "
+                f"for {world_size} learner processes. Give more data."
+            )
+        return RecordedFeed(
+            algorithm,
+            recorded,
+            rows=rows,
+            held_out=np.flatnonzero(recorded.is_transition & recorded.rows_of(held_out)),
+            draws=Draws.of(
+                algorithm,
+                batch_size=self.batch_size,
+                n_step=self.n_step,
+                prioritized=self.prioritized,
+                priority_alpha=self.priority_alpha,
+            ),
+            seed=self._seed_sequence(RECORDED, rank, *key),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    # --- minibatches --------------------------------------------------------------------------------------------
+
+    def stream(self) -> ReplayStream:
+        """The next Lightning batch."""
+        return ReplayStream(self._minibatches)
+
+    def _minibatches(self, stream: ReplayStream) -> Iterator[tuple[str, TensorDict]]:
+        """Yield a minibatch for each policy that learns, and so on until the batch's updates are made."""
+        algorithm = self.algorithm
+        learning = algorithm.learning if isinstance(algorithm, MultiAgent) else [ALONE]
+        begin = algorithm.clock
+        end = begin + int(min(self.updates_per_batch, self._budget_left(begin)))
+        for now in range(begin, end):
+            beta = self.beta_at(now)
+            for policy_id in learning:
+                if self.has_reached_max_steps():
+                    return
+                started = time.perf_counter()
+                feed = self.feed(policy_id)
+                minibatch = feed.draw(beta)
+                stream.waited_s += time.perf_counter() - started
+                yield policy_id, minibatch
+                feed.learned(minibatch)
+        if self._budget_left(end) < 1:
+            self.stop_at_budget()
+
+    def beta_at(self, updates: int) -> float:
+        """The importance weights' exponent."""
+        begin, budget = self.priority_beta, self.max_updates
+        return begin if budget is None else begin + (1 - begin) * min(1.0, updates / budget)
+
+    # --- evaluation: Source -------------------------------------------------------------------------------------
+
+    def judge(self) -> Iterator[None]:
+        """Have algorithms judged by this rank's held-out rows, one minibatch at a time."""
+        self._judged = {}
+        for policy_id in self._algorithms if self.validation_fraction else ():
+            name_of = f"{policy_id}/{{prefix}}/{{name}}" if policy_id else "{prefix}/{name}"
+            for found in self.feed(policy_id).judged():
+                for name, (total, count) in found.items():
+                    sums = self._judged.setdefault(name_of.replace("{name}", name), [0.0, 0.0])
+                    sums[0], sums[1] = sums[0] + total, sums[1] + count
+                yield
+
+    @property
+    def num_judged(self) -> int:
+        """Minibatches of held-out rows, of the rank that has the most."""
+        return sum(self.feed(policy_id).num_parts for policy_id in self._algorithms if self.validation_fraction)
+
+    def judged(self, prefix: str) -> dict[str, float]:
+        if not self.validation_fraction:
+            return {}
+        ranks, self._judged = distributed.gather(self._judged), {}
+        names = sorted({name for found in ranks for name in found})
+        sums = {name: np.sum([found[name] for found in ranks if name in found], 0) for name in names}
+        return {name.format(prefix=prefix): float(total / count) for name, (total, count) in sums.items() if count}
+
+    # --- the run: Source ----------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int | None:
+        return self.max_updates
+
+    def restart(self) -> None:
+        self._feeds, self._saved = {}, {}
+
+    def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
+        recorded = {i: feed.buffer.position(whole=not weights_only) for i, feed in self._feeds.items()}
+        return {"seed": self.seed, "recorded": self._saved | recorded}
+
+    def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+        """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew."""
+        if not self._seed_given:
+            self.seed = states[0]["seed"]
+        self._feeds = {}
+        self._saved = dict(states[rank].get("recorded", {})) if world_size == len(states) else {}
+
+
+class OfflineLoader(EpisodeLoader):
+    """A sized iterable over an evaluation: the episodes that are played, then minibatches of held-out rows."""
+
+    _data: OfflineDataModule
+
+    def __len__(self) -> int:
+        return self.num_episodes + self._data.num_judged
+
+    @property
+    def num_episodes(self) -> int:
+        return 0 if self._data.eval_env is None else super().num_episodes
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._data.eval_env is not None:
+            yield from super().__iter__()
+        judged = 0
+        for _ in self._data.judge():
+            judged += 1
+            yield {}
+        for _ in range(self._data.num_judged - judged):
+            yield {}

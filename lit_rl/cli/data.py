@@ -1,0 +1,70 @@
+"""`lit-rl data info|check`: what recorded episodes are like, and whether they are whole. Needs no Lightning."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonargparse
+
+from lit_rl.errors import DataError
+from lit_rl.files.episodes import Rows, find, open_file, read_rows
+from lit_rl.viewing.recorded import describe, draw_histograms, faults
+
+
+def data(args: Sequence[str]) -> None:
+    """`lit-rl data`: tells of recorded episodes, or checks them; `check` exits with 1 if there is a fault.
+
+    Raises:
+        DataError: if there are no episodes, or `info` cannot read them.
+        OptionError: if the picture cannot be drawn.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="lit-rl data",
+        description="Tell what recorded episodes are like (info), or find everything that is wrong with them (check).",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=["info", "check"], help="info or check")
+    parser.add_argument("episodes", nargs="+", help="files, folders or patterns, such as 'runs/*/*/episodes'")
+    parser.add_argument("-o", "--output", type=str | None, default=None, help="info: draw histograms into this file")
+    options = parser.parse_args(args)
+    if options.what == "check":
+        _check(options.episodes)
+        return
+    files = find(options.episodes)
+    rows = read_rows(files, [] if any(_is_old(path) for path in files) else ["deterministic", "policy_version"])
+    print("\n".join(describe(rows)))
+    if options.output is not None:
+        draw_histograms(rows, options.output)
+        print(f"Histograms: {options.output}")
+
+
+def _check(paths: Sequence[str]) -> None:
+    """Say what is wrong with files, each by itself and all together."""
+    said: list[str] = []
+    read: dict[Path, Rows] = {}
+    files: list[Path] = []
+    for path in paths:
+        try:
+            files += find([path])
+        except DataError as error:
+            said.append(str(error))
+            files += sorted(Path(path).glob("*.parquet"))
+    for file in dict.fromkeys(files):
+        try:
+            read[file] = read_rows([file])
+        except DataError as error:
+            said.append(str(error))
+    said += faults(read)
+    num_episodes = sum(len(set(rows.columns["episode"].tolist())) for rows in read.values())
+    num_rows = sum(len(rows.columns["t"]) for rows in read.values())
+    for sentence in said:
+        print(f"lit-rl: error: {sentence}", file=sys.stderr)
+    print(f"{len(read)} of {len(dict.fromkeys(files))} files are whole: {num_episodes:,} episodes, {num_rows:,} rows.")
+    if said:
+        print(f"{len(said)} faults.")
+        sys.exit(1)
+
+
+def _is_old(path: Path) -> bool:
+    return open_file(path).format == 1
