@@ -578,6 +578,13 @@ def test_buffers_that_it_cannot_learn_from_are_refused(options: dict, message: s
         quiet_trainer().fit(DreamerV3(size="nano", sequence_length=L, horizon=H), data)
 
 
+def test_recorded_episodes_are_refused(tmp_path: Any) -> None:
+    algorithm = DreamerV3(size="nano", sequence_length=L, horizon=H)
+    data = ReplayDataModule("CartPole-v1", max_env_steps=200, offline_paths=[str(tmp_path)], **RUN)
+    with pytest.raises(OptionError, match="model=DreamerV3: it learns from sequences with the states that its policy"):
+        quiet_trainer().fit(algorithm, data)
+
+
 def test_its_policy_is_no_one_elses() -> None:
     class Own(LatentPolicy):
         def __init__(self, spec: EnvSpec, **options: Any):
