@@ -138,6 +138,18 @@ def test_latents_know_the_observation_of_their_row_and_the_recurrent_state_only_
     assert kl[3, 2] != 0 and (kl[3, :2] == 0).all()
 
 
+def test_the_policy_acts_on_the_latents_that_are_learned_from() -> None:
+    algorithm = make()
+    batch, network = minibatch(algorithm), algorithm.policy.encoder
+    obs, action = algorithm.policy.inputs(batch["observation"]), algorithm.policy.as_numbers(batch["previous_action"])
+    state, noise, never = batch["state"], batch["posterior_noise"], torch.zeros(B, L, dtype=torch.bool)
+    deter, stoch, _ = network.rssm.observe(network.encoder(obs), action, never, state["deter"], state["stoch"], noise)
+    for t in range(L):
+        before = {"deter": state["deter"], "stoch": state["stoch"], "action": action[:, t]}
+        features, state = network(obs[:, t], before, noise[:, t])
+        torch.testing.assert_close(features, torch.cat([deter[:, t], stoch[:, t]], -1))
+
+
 def test_a_rows_reward_is_predicted_from_the_row_at_which_it_arrives() -> None:
     algorithm = make()
     torch.nn.init.normal_(algorithm.model.reward.logits.weight)
