@@ -78,14 +78,14 @@ def train_ppo(folder: Path, steps: int, rollout_length: int = 128) -> None:
     make_trainer(Stages(folder)).fit(algorithm, data)
 
 
-def train_sac(folder: Path, steps: int, *callbacks: L.Callback) -> None:
-    """SAC on Pendulum-v1 as in recipes/sac_pendulum.yaml."""
+def train_sac(folder: Path, steps: int, *callbacks: L.Callback, batches_per_epoch: int = 10) -> None:
+    """SAC on Pendulum-v1 as in recipes/sac_pendulum.yaml, with a checkpoint after every epoch of 500-step batches."""
     L.seed_everything(SEED, verbose=False)
     network = functools.partial(MLP, hidden_sizes=[128, 128], activation="relu")
     algorithm = SAC(lr=1e-3, network=network, critic_hidden_sizes=[128, 128])
     data = ReplayDataModule(
         "Pendulum-v1", max_env_steps=steps, buffer_size=25_000, batch_size=256, learning_starts=500,
-        env_steps_per_batch=500,
+        env_steps_per_batch=500, batches_per_epoch=batches_per_epoch,
     )  # fmt: skip
     make_trainer(Stages(folder), *callbacks).fit(algorithm, data)
 

@@ -27,6 +27,7 @@ import csv
 import importlib.metadata
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gallery
 import numpy as np
 import torch
 import yaml
@@ -84,6 +86,7 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int) -> dict[st
     """One seed's figures and its curve; trains it if that is not done."""
     trained = folder / f"seed_{seed}" / "trained.json"
     if not trained.exists():
+        shutil.rmtree(trained.parent, ignore_errors=True)  # of a run that was killed
         train(recipe, seed, folder)
     run = folder / f"seed_{seed}" / "version_0"
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
@@ -199,29 +202,6 @@ def _thin(points: list[list[float]], most: int = 100) -> list[list[float]]:
     return [[steps, round(value, 3)] for steps, value in kept]
 
 
-def plot(recipe: str, runs: list[dict[str, Any]], title: str, judged: str, random: dict[str, Any] | None) -> None:
-    clock = "updates" if "updates" in runs[0] else "env_steps"
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, run in enumerate(runs):
-        points = np.array(next(iter(run["curve"].values())))
-        axes.plot(points[:, 0], points[:, 1], color=f"C{i}", alpha=0.8, label=f"seed {run['seed']}")
-        if recipe not in GAMES:  # of another kind than the curve
-            axes.plot(run[clock], run["return_mean"], "o", color=f"C{i}")
-    axes.set(xlabel=clock.replace("_", " "), ylabel="return", title=title)
-    if random is not None:
-        axes.axhline(random["return_mean"], color="grey", linestyle=":", label="random actions")
-    if recipe not in GAMES:
-        axes.plot([], [], "ok", label=judged)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(OUT / f"{recipe}.png", dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?")
@@ -271,9 +251,7 @@ def main() -> None:
     if random is not None:
         result["random"] = random
     write(result, OUT / f"{args.recipe}.json")
-    player = player_of(args.recipe)
-    of_player, what = f" of {player}" if player else "", "greedy" if clock == "updates" else "training"
-    plot(args.recipe, runs, f"{args.recipe} on {result['env']}: {what} return{of_player}", judged, random)
+    gallery.draw(with_bar(result), OUT / f"{args.recipe}.png")
     below = "" if (bar := BARS[args.recipe]) is None else f", {with_bar(result)['below_bar']} below the bar of {bar}"
     print(f"{args.recipe}: median {result['median']} over seeds {args.seeds}{below}: {OUT / args.recipe}.json, .png")
 

@@ -340,6 +340,24 @@ class EnvDataModule(EvaluatingDataModule):
         if isinstance(self._pool, RunnerPool):
             self._pool.resize(num_env_runners)
 
+    def say_how_it_runs(self) -> None:
+        """One line on what makes the run as fast as it is."""
+        learners, num_envs = self.algorithm.learners, self.num_envs_per_env_runner
+        many = f"{num_envs} environment{'s' if num_envs > 1 else ''}"
+        if self.num_env_runners:
+            runners = f"{self.num_env_runners} Ray env runner{'s' if self.num_env_runners > 1 else ''}"
+            where = f"{many} in each of {runners}" if self.num_env_runners > 1 else f"{many} in {runners}"
+        else:
+            where = f"{many} in this process"
+        acts = " Actions are computed in numpy." if all(each.policy.acts_in_numpy for each in learners) else ""
+        threads = torch.get_num_threads()
+        compiled = [each.hparams["compile"] for each in learners if "compile" in each.hparams]
+        steps = "compiled" if compiled and all(compiled) else "eager; compile=True pays in runs of minutes"
+        rank_zero_info(
+            f"Collecting from {where} (vectorization={self.env.vectorization}).{acts} Learning on {threads} torch "
+            f"thread{'s' if threads > 1 else ''} (gradient steps are {steps if compiled else 'eager'})."
+        )
+
     def say_if_done(self) -> None:
         """Where the budget is spent before anything is done, end the run and say so."""
         done = self.algorithm.env_steps_done

@@ -126,6 +126,7 @@ class ReplayDataModule(EnvDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         self.set_threads()
+        self.say_how_it_runs()
         self.say_if_done()
         return StreamLoader(self)
 

@@ -189,6 +189,7 @@ class RolloutDataModule(EnvDataModule):
 
     def train_dataloader(self) -> "RolloutLoader":
         self.set_threads()
+        self.say_how_it_runs()
         self.say_if_done()
         return RolloutLoader(self)
 

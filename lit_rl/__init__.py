@@ -24,6 +24,7 @@ _PUBLIC = {
     "EnvStepsProgressBar": "lit_rl.callbacks",
     "Evaluation": "lit_rl.evaluation.options",
     "EpisodeInfo": "lit_rl.policy",
+    "evaluate_offline": "lit_rl.evaluation.estimating",
     "FaultTolerance": "lit_rl.runners.faults",
     "GRUNetwork": "lit_rl.networks",
     "IMPALA": "lit_rl.modules",
@@ -39,6 +40,7 @@ _PUBLIC = {
     "MultiInput": "lit_rl.networks",
     "NatureCNN": "lit_rl.networks",
     "OfflineDataModule": "lit_rl.datamodules",
+    "OfflineEvaluation": "lit_rl.callbacks",
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
     from lit_rl.callbacks import Diagnostics as Diagnostics
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
+    from lit_rl.callbacks import OfflineEvaluation as OfflineEvaluation
     from lit_rl.callbacks import Predictions as Predictions
     from lit_rl.callbacks import Record as Record
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from lit_rl.datamodules import RolloutDataModule as RolloutDataModule
     from lit_rl.envs.multi_agent import AgentId as AgentId
     from lit_rl.envs.multi_agent import MultiAgentEnv as MultiAgentEnv
+    from lit_rl.evaluation.estimating import evaluate_offline as evaluate_offline
     from lit_rl.evaluation.options import Evaluation as Evaluation
     from lit_rl.files.loading import load_policy as load_policy
     from lit_rl.modules import APPO as APPO
@@ -110,7 +114,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module((_PUBLIC | _RENAMED)[name]), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'lit_rl' has no attribute {name!r}")
+    peers = importlib.import_module("lit_rl.peers")
+    raise AttributeError(f"module 'lit_rl' has no attribute {name!r}.{peers.hint_on_class(name, __all__)}")
 
 
 def __dir__() -> list[str]:

@@ -633,9 +633,20 @@ class Algorithm(TakesOptions, L.LightningModule):
         """The metrics of an evaluation, of which each rank has a result."""
         return {f"{prefix}/{name}": value for name, value in summarize(results).items()}
 
+    def log_evaluation(self, values: dict[str, float], at: int) -> None:
+        """Log what the validation, or test, under way found of the policy at a time of the clock; on every rank."""
+        in_fit = self.trainer.state.fn == "fit"
+        with warnings.catch_warnings():
+            # `trainer.validate` returns what was logged, whether there is a logger or not.
+            warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
+            # Every rank has all values: nothing is left to reduce, but Lightning asks for the flag.
+            self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
+        if in_fit and not self.trainer.sanity_checking:
+            self.reporter.evaluation(values, at)
+
     def _log_evaluations(self, prefix: str) -> None:
         """Log evaluations that went on beside training, then the one that is Lightning's validation, or test."""
-        trainer, results = self.trainer, self.source.evaluations()
+        results = self.source.evaluations()
         for result in results[:-1]:
             self.reporter.evaluation(self.summarized(distributed.gather(result), prefix), result.at)
         now, judged = self.clock, self.source.judged(prefix)
@@ -643,14 +654,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         if judged:
             last = [(last[0][0] | judged, now)] if last and last[0][1] == now else [*last, (judged, now)]
         for values, at in last:
-            in_fit = trainer.state.fn == "fit"
-            with warnings.catch_warnings():
-                # `trainer.validate` returns what was logged, whether there is a logger or not.
-                warnings.filterwarnings("ignore", message=".*but have no logger configured.*")
-                # Every rank has all episodes: nothing is left to reduce, but Lightning asks for the flag.
-                self.log_dict(values, logger=not in_fit, sync_dist=distributed.world_size() > 1)
-            if in_fit and not trainer.sanity_checking:
-                self.reporter.evaluation(values, at)
+            self.log_evaluation(values, at)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lit_rl import peers
 from lit_rl.errors import OptionError
 
 Made = TypeVar("Made")
@@ -243,7 +244,8 @@ def check_ending(name: str, path: str | Path, endings: Sequence[str]) -> str:
     ending = Path(path).suffix.lower()
     if ending in endings:
         return ending
-    raise OptionError(f"{name}={str(path)!r}: expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}.")
+    expected = " or ".join([", ".join(endings[:-1]), endings[-1]] if endings[1:] else endings)
+    raise OptionError(f"{name}={str(path)!r}: expected a name that ends in {expected}.")
 
 
 # --- classes that take options --------------------------------------------------------------------------------------
@@ -336,7 +338,17 @@ def hint(cls: type, name: str) -> str:
     renamed = getattr(cls, "RENAMED", {}).get(whole)
     if renamed is not None:
         return f" It is called {renamed} now."
-    close = difflib.get_close_matches(part or whole, [option for option in options if option != name], n=1)
+    asked = part or whole
+    for ours in peers.OPTIONS.get(asked, ()):
+        if ours in options:
+            return f" It is called {ours!r} here."
+    elsewhere = () if asked in options else (asked, *peers.OPTIONS.get(asked, ()))
+    for ours in elsewhere:
+        for owner in peers.owners():
+            if ours in (options_of(owner) or {}):
+                called = "It" if ours == asked else f"It is called {ours!r} here, and"
+                return f" {called} is an option of {owner.__name__}."
+    close = difflib.get_close_matches(asked, [option for option in options if option != name], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -21,8 +21,8 @@ class Recorded:
     observation: it is no transition.
 
     Attributes:
-        columns: arrays [N, *shape] by path: "observation[/path]", "action[/path]"; beside them "log_prob" [N] where
-            it was recorded.
+        columns: arrays [N, *shape] by path: "observation[/path]", "action[/path]"; beside them, where they were
+            recorded, "log_prob" [N] and "deterministic" [N], whether the most probable action was taken.
         reward: float32 [N].
         terminated: bool [N].
         truncated: bool [N].
@@ -89,6 +89,23 @@ class Recorded:
         chosen = np.zeros(len(self.begins), np.bool_)
         chosen[episodes] = True
         return np.repeat(chosen, self.ends - self.begins)
+
+    def only(self, episodes: np.ndarray) -> "Recorded":
+        """Some of the episodes.
+
+        Args:
+            episodes: their numbers, in rising order.
+        """
+        kept = self.rows_of(episodes)
+        return Recorded(
+            {path: x[kept] for path, x in self.columns.items()},
+            self.reward[kept],
+            self.terminated[kept],
+            self.truncated[kept],
+            self.closing[kept],
+            begins=np.cumsum([0, *(self.ends - self.begins)[episodes][:-1]]),
+            agents=None if self.agents is None else [self.agents[i] for i in episodes],
+        )
 
     def to_go(self, gamma: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is to come from each row on to the end of its episode: three arrays [N].

@@ -36,6 +36,7 @@ from lit_rl.trees import Tree, leaves, map_tree
 
 OWN = ("observation",)  # what a critic sees
 WITH_CENTRAL = ("observation", "central")  # what a central one sees
+BEFORE_STEPS = ("state", "length")  # what time lines have once, not per step
 CHUNK = 1024  # observations that a critic is given at a time: what it keeps of more would fill the memory
 
 
@@ -163,6 +164,28 @@ def time_lines(rollout: TensorDict, *keys: str) -> TensorDict:
     return batch
 
 
+def more_padded(batch: TensorDict, num_lines: int, num_steps: int) -> TensorDict:
+    """Time lines [B, T] of different lengths, of `time_lines`, with more padding: so many of them, and steps of each.
+
+    It repeats real steps, as what is there does. Lines that are added have none of their own.
+    """
+    count, (lines, steps) = batch["length"], batch["mask"].shape
+    line = torch.arange(num_lines, device=count.device)
+    step = torch.arange(num_steps, device=count.device).clamp(max=steps - 1)
+    at = line.clamp(max=lines - 1)
+    found = _select(batch, [key for key, _ in batch.items() if key not in BEFORE_STEPS], lambda x: x[at][:, step])
+    found |= _select(batch, BEFORE_STEPS, lambda x: x[at])
+    found["length"] = torch.where(line < lines, found["length"], 0)
+    for key in ("mask", "is_init"):
+        found[key] = found[key] & real_steps(found["length"], num_steps)
+    return TensorDict(found, [num_lines])
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two that is at least so great: 1, 2, 4, 8, ..."""
+    return 1 << (least - 1).bit_length()
+
+
 def followed_by(value: Tensor, bootstrap: Tensor, done: Tensor, length: Tensor | None = None) -> Tensor:
     """The values of the next observations [B, T]: of the next rows, and of `bootstrap_values` where time lines end.
 
@@ -181,9 +204,7 @@ def followed_by(value: Tensor, bootstrap: Tensor, done: Tensor, length: Tensor |
 def burnt_in(batch: TensorDict, num_steps: int) -> TensorDict:
     """Time lines [B, T] without their first `num_steps`, which become the `burn_in` part of `Policy.features`."""
     length = length_of(batch)
-    found = _select(
-        batch, [key for key, _ in batch.items() if key not in ("state", "length")], lambda x: x[:, num_steps:]
-    )
+    found = _select(batch, [key for key, _ in batch.items() if key not in BEFORE_STEPS], lambda x: x[:, num_steps:])
     before = _select(batch, ("observation", "is_init"), lambda x: x[:, :num_steps])
     before["state"], before["real"] = batch["state"], torch.ones_like(batch["is_init"][:, 0])
     found |= {"burn_in": before, "state": batch["state"]}

@@ -28,8 +28,10 @@ from lit_rl.rollout import (
     mask_of,
     mean_of_rows,
     means_of_rows,
+    more_padded,
     new_rows,
     next_values_with_memory,
+    power_of_2,
     time_lines,
 )
 from lit_rl.schedules import Schedule
@@ -143,13 +145,6 @@ class IMPALA(ActorCritic):
                 f"critic_network={type(self.critic.encoder).__name__}: expected a network without memory, since time "
                 "lines may come in any order. Use PPO, or leave it out."
             )
-        if host.source.ragged:
-            for option in ("burn_in", "compile"):
-                if hp[option]:
-                    raise OptionError(
-                        f"{option}={hp[option]}: with several agents time lines differ in length from batch to batch. "
-                        "Leave it out."
-                    )
         if host.source.rollout_shape is not None and hp.burn_in >= host.source.rollout_shape[1]:
             raise OptionError(
                 f"burn_in={hp.burn_in}: expected fewer steps than rollout_length={host.source.rollout_shape[1]}, of "
@@ -251,6 +246,12 @@ class IMPALA(ActorCritic):
                 batch["bootstrap_value"] = found.next_value
             else:
                 batch["bootstrap_value"] = bootstrap_values(rollout, self.value, self.critic_keys)
+        if length_of(batch) is not None:  # time lines are of another length in each batch
+            lines, steps = batch["is_init"].shape
+            if hp.compile:  # once for every power of two
+                batch = more_padded(batch, power_of_2(lines), power_of_2(steps))
+            elif steps <= hp.burn_in:
+                batch = more_padded(batch, lines, hp.burn_in + 1)
         if hp.burn_in:
             batch = burnt_in(batch, hp.burn_in)
         if policy.distribution.num_noise:

@@ -4,11 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-
-from lit_rl.errors import DataError
-from lit_rl.files.episodes import Rows, find, open_file, read_rows
-from lit_rl.viewing.recorded import describe, draw_histograms, faults
+from lit_rl.cli import own_parser
 
 
 def data(args: Sequence[str]) -> None:
@@ -18,29 +14,38 @@ def data(args: Sequence[str]) -> None:
         DataError: if there are no episodes, or `info` cannot read them.
         OptionError: if the picture cannot be drawn.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog="lit-rl data",
-        description="Tell what recorded episodes are like (info), or find everything that is wrong with them (check).",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = own_parser("data")
     parser.add_argument("what", choices=["info", "check"], help="info or check")
     parser.add_argument("episodes", nargs="+", help="files, folders or patterns, such as 'runs/*/*/episodes'")
     parser.add_argument("-o", "--output", type=str | None, default=None, help="info: draw histograms into this file")
     options = parser.parse_args(args)
     if options.what == "check":
         _check(options.episodes)
-        return
-    files = find(options.episodes)
-    rows = read_rows(files, [] if any(_is_old(path) for path in files) else ["deterministic", "policy_version"])
+    else:
+        _info(options.episodes, options.output)
+
+
+def _info(paths: Sequence[str], output: str | None) -> None:
+    """Say what episodes are like, and draw their histograms into a file if one is named."""
+    from lit_rl.files.episodes import find, open_file, read_rows
+    from lit_rl.viewing.recorded import describe, draw_histograms
+
+    files = find(paths)
+    rows = read_rows(
+        files, [] if any(open_file(path).format == 1 for path in files) else ["deterministic", "policy_version"]
+    )
     print("\n".join(describe(rows)))
-    if options.output is not None:
-        draw_histograms(rows, options.output)
-        print(f"Histograms: {options.output}")
+    if output is not None:
+        draw_histograms(rows, output)
+        print(f"Histograms: {output}")
 
 
 def _check(paths: Sequence[str]) -> None:
     """Say what is wrong with files, each by itself and all together."""
+    from lit_rl.errors import DataError
+    from lit_rl.files.episodes import Rows, find, read_rows
+    from lit_rl.viewing.recorded import faults
+
     said: list[str] = []
     read: dict[Path, Rows] = {}
     files: list[Path] = []
@@ -64,7 +69,3 @@ def _check(paths: Sequence[str]) -> None:
     if said:
         print(f"{len(said)} faults.")
         sys.exit(1)
-
-
-def _is_old(path: Path) -> bool:
-    return open_file(path).format == 1

@@ -4,14 +4,23 @@ import ast
 import difflib
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import NoReturn, get_args
 
+import jsonargparse
+import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
+import wandb.errors
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import lit_rl.callbacks
+import lit_rl.datamodules
+import lit_rl.modules
+from lit_rl.cli import end
 from lit_rl.cli.configs import class_of, suggestion
-from lit_rl.errors import LitRLError
+from lit_rl.errors import LitRLError, OptionError
 from lit_rl.networks import NETWORKS
 from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
+from lit_rl.peers import hint_on_class
 
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
@@ -33,19 +42,23 @@ TYPES = {
 }
 
 
-def sentence(error: BaseException, arguments: Sequence[str], subcommands: Sequence[str]) -> str:
+def fail(error: Exception, arguments: Sequence[str]) -> NoReturn:
+    """Exit with one sentence on what was raised, if a user can mend it; else raise it."""
+    own = own_error(error)
+    if own is None and not isinstance(error, jsonargparse.ArgumentError):
+        raise error
+    said = sentence(error, arguments) if own is None else str(own)
+    end(said, 2 if own is None or isinstance(own, OptionError | MisconfigurationException) else 1)
+
+
+def sentence(error: BaseException, arguments: Sequence[str]) -> str:
     """jsonargparse's nested, many-lined message as one line: the key, the innermost complaint, the value given.
 
     Args:
         error: what jsonargparse raised.
         arguments: of the command.
-        subcommands: that there are.
     """
     text = str(error)
-    subcommand = re.search(r"invalid choice: '(.*)' \(choose from 'fit'", text)
-    if subcommand or 'expected "subcommand"' in text:
-        given = f"={subcommand[1]!r}" if subcommand else " is missing"
-        return f"subcommand{given}: expected one of {', '.join(subcommands)}."
     noise = r"Subtypes:|Errors:|Given value|Expected (a )?<class 'NoneType'>|Problem with given class_path"
     lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not re.search(noise, line)]
     key = (re.findall(r"[Pp]arser key [\"']([\w.]+)[\"']", text) or [""])[-1]
@@ -110,10 +123,25 @@ def _no_class(key: str, name: str) -> str:
     if name.rpartition(".")[2] in NETWORKS:
         return f"{name}: a class or option inside its init_args is misspelt"
     if not key.endswith(("network", "encoder")):
-        return f"there is no class {name}"
+        known = _classes_for(key)
+        hint = hint_on_class(name, known)
+        if not hint and key in ("model", "data"):
+            hint = f" There are {', '.join(sorted(known))}."
+        return f"there is no class {name}.{hint}" if hint else f"there is no class {name}"
     close = difflib.get_close_matches(name, NETWORKS, n=1)
     hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(sorted(NETWORKS))}."
     return f"there is no class {name}. {hint} One of your own is named package.module.Class."
+
+
+def _classes_for(key: str) -> list[str]:
+    """The names of the classes that an option takes without their modules."""
+    if key == "model":
+        return [*lit_rl.modules.__all__, "MultiAgent"]
+    if key == "data":
+        return list(lit_rl.datamodules.__all__)
+    if key.startswith("trainer.callbacks"):
+        return [*lit_rl.callbacks.__all__, *lightning.pytorch.callbacks.__all__]
+    return list(lightning.pytorch.loggers.__all__) if key.startswith("trainer.logger") else []
 
 
 def _too_early(key: str, arguments: Sequence[str]) -> str:
@@ -131,5 +159,7 @@ def _too_early(key: str, arguments: Sequence[str]) -> str:
 def own_error(error: BaseException | None) -> LitRLError | MisconfigurationException | None:
     """Ours among the errors that led to this one: jsonargparse wraps what a class's `__init__` raises."""
     while error is not None and not isinstance(error, LitRLError | MisconfigurationException):
+        if isinstance(error, wandb.errors.UsageError):
+            return OptionError(f"trainer.logger=WandbLogger: {error} Without an account: WANDB_MODE=offline.")
         error = error.__cause__ or error.__context__
     return error

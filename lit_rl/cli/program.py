@@ -1,18 +1,16 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
+import datetime
 import difflib
-import logging
 import os
-import sys
-import warnings
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import lightning as L
+import numpy as np
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
@@ -23,27 +21,20 @@ import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
+from lit_rl.cli import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
-from lit_rl.cli.commands import COMMANDS
 from lit_rl.cli.configs import check_config, check_groups
-from lit_rl.cli.messages import own_error, sentence
+from lit_rl.cli.quiet import quieten
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
-from lit_rl.source import Source
+from lit_rl.source import Source, source_of
 
 DEFAULTS = {
     "max_epochs": -1,  # the budget is data.max_env_steps, or data.max_updates
     "log_every_n_steps": 1,  # one batch is one rollout
     "num_sanity_val_steps": 0,
-}
-SUBCOMMANDS = ("fit", "validate", "test", "predict", *COMMANDS)
-HELP = {  # Lightning's own texts end at a line of a docstring, in the middle of a sentence
-    "fit": "Train, with evaluations and checkpoints on the way.",
-    "validate": "Play the evaluation's episodes with a checkpoint.",
-    "test": "The same, logged under test/ instead of eval/.",
-    "predict": "Play episodes with a checkpoint, and write each step to a file.",
 }
 
 
@@ -52,17 +43,10 @@ class CLI(LightningCLI):
 
     def __init__(self, *args: Any, **options: Any):
         given = options["args"]
-        if isinstance(given, list) and given and given[0] in HELP:  # four parsers take four times as long
+        if isinstance(given, list) and given and given[0] in OF_LIGHTNING:  # four parsers take four times as long
             only = {given[0]: self.subcommands()[given[0]]}
             self.subcommands = lambda: only  # type: ignore[method-assign]
         super().__init__(*args, **options)
-
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        super().setup_parser(*args, **kwargs)
-        # Not before, else the subcommands' own usage would begin with it.
-        self.parser.usage = f"lit-rl {{{','.join(SUBCOMMANDS)}}} [--config RECIPE] ..."
-        for action in self.parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
-            action.help = HELP[action.dest]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -83,6 +67,14 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would merge the checkpoint's hyper-parameters into the config: here the config says what is run."""
+
+    def _set_seed(self) -> None:
+        config = self.config[self.subcommand]
+        launched = {"PL_GLOBAL_SEED", "RANK", "SLURM_PROCID"} & os.environ.keys()  # with others, whose seed is the same
+        if self.subcommand == "fit" and config.seed_everything is True and not launched:
+            config.seed_everything = int(np.random.SeedSequence().generate_state(1)[0])
+            print(f"No seed was given: --seed_everything {config.seed_everything}")
+        super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -143,6 +135,22 @@ class CLI(LightningCLI):
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 clock = self.datamodule.clock if isinstance(self.datamodule, Source) else "env_steps"
                 logger.experiment.define_metric("*", step_metric=clock)
+        self._started = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """One line on what came of the run."""
+        trainer, algorithm = self.trainer, self.model
+        if not trainer.is_global_zero or trainer.interrupted or not isinstance(algorithm, Algorithm):
+            return
+        taken = datetime.timedelta(seconds=round(time.perf_counter() - self._started))
+        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken}"]
+        for name in ("rollout/return_mean", "eval/return_mean"):
+            if name in trainer.callback_metrics:
+                said.append(f"{name} {float(trainer.callback_metrics[name]):.4g}")
+        paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
+        if saved := [Path(path) for path in paths if path]:
+            said.append(f"checkpoint {os.path.relpath(max(saved, key=lambda path: path.stat().st_mtime))}")
+        print(f"Done: {', '.join(said)}")
 
 
 class LearnerCLI(CLI):
@@ -162,11 +170,11 @@ class LearnerCLI(CLI):
 
 def _learn(config: dict[str, Any]) -> OptionError | None:
     """A learner's whole run. What no restart mends is returned, so that Ray Train tries none."""
-    _quieten()
+    quieten()
     folder = config.pop("folder")
     if os.path.isdir(folder):
         os.chdir(folder)  # relative paths are those of the command
-        _import_from_folder()
+        import_from_folder()
     with last_reported() as checkpoint:
         if checkpoint is not None:
             config["fit"] |= {"ckpt_path": str(checkpoint), "init_from": None}
@@ -230,8 +238,8 @@ def recipe_path(name: str) -> str:
     if name in recipes:
         return str(recipes[name])
     close = difflib.get_close_matches(name, recipes, n=1)
-    said = f" Did you mean {close[0]!r}?" if close else ""
-    raise OptionError(f"config={name!r}: expected a YAML file or one of the recipes {', '.join(recipes)}.{said}")
+    said = f"Did you mean {close[0]!r}?" if close else "`lit-rl recipes` lists them."
+    raise OptionError(f"config={name!r}: expected a YAML file or a recipe's name. {said}")
 
 
 def _check_order(args: Sequence[str]) -> None:
@@ -252,13 +260,6 @@ def _check_order(args: Sequence[str]) -> None:
     raise OptionError(
         f"{option} before {args[at]!r}: expected the subcommand first, as in lit-rl {args[at]} --config ppo_cartpole."
     )
-
-
-def _import_from_folder() -> None:
-    """Find modules in the working folder, as `python -m lit_rl` does: environments and networks of one's own."""
-    folder = os.getcwd()
-    if not sys.flags.safe_path and not {"", folder} & set(sys.path):
-        sys.path.insert(0, folder)
 
 
 def _resolve_recipes(args: Sequence[str]) -> list[str]:
@@ -298,32 +299,11 @@ def _check_cluster(config: Any) -> None:
         )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of `lit-rl` and `python -m lit_rl`."""
-    debug = "--debug" in sys.argv
-    arguments = [a for a in (sys.argv[1:] if args is None else args) if a != "--debug"]
-    _quieten()
-    _import_from_folder()
-    try:
-        if arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-        else:
-            _check_order(arguments)
-            _run(CLI, _resolve_recipes(arguments))
-    except Exception as error:
-        if debug:
-            raise
-        fail(error, arguments)
-
-
-def fail(error: Exception, arguments: Sequence[str]) -> None:
-    """Exit with one sentence on what was raised, if a user can mend it; else raise it."""
-    own = own_error(error)
-    if own is None and not isinstance(error, jsonargparse.ArgumentError):
-        raise error
-    if own is None or isinstance(own, OptionError | MisconfigurationException):
-        sys.exit(_fail(sentence(error, arguments, SUBCOMMANDS) if own is None else str(own), 2))
-    sys.exit(_fail(str(own), 1))
+def run(arguments: Sequence[str]) -> None:
+    """`lit-rl fit|validate|test|predict`."""
+    quieten()  # once more, since Lightning was imported
+    _check_order(arguments)
+    _run(CLI, _resolve_recipes(arguments))
 
 
 def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
@@ -343,37 +323,6 @@ def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
             "allow_abbrev": False,
             "version": lit_rl.__version__,
             "prog": "lit-rl",
-            "epilog": "lit-rl recipes|play|plot|data: the recipes and their results; watch a checkpoint; draw curves; "
-            "look at recorded episodes. Each has its own --help.",
         },
         args=args,
     )
-
-
-def _quieten() -> None:
-    """Leave out what Lightning says to everybody and what does not apply here; a warning is one line."""
-    warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*LightningCLI's args parameter is intended to run from within Python.*",
-        ".*The dirpath has changed from.*",  # a resumed run logs to a folder of its own
-        ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    advice = ("litlogger", "litmodels", "`weights_only` was not set", "TPU available: False")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers = [_Printed()]
-
-
-class _Printed(logging.Handler):
-    """What Lightning tells goes to stdout (it has it on stderr); warnings and errors stay on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stdout if record.levelno < logging.WARNING else sys.stderr)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"lit-rl: error: {' '.join(message.split())}", file=sys.stderr)
-    return code

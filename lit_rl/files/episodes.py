@@ -332,11 +332,11 @@ def read(paths: Sequence[str | Path]) -> tuple[Recorded, Spec]:
     Raises:
         DataError: if there are none, or one is damaged, of another schema or environment, or holds what it must not.
     """
-    rows = read_rows(find(paths))
+    rows = read_rows(find(paths), ["deterministic"])
     columns = rows.columns
     if not len(columns["t"]):
         raise DataError(f"paths={list(map(str, paths))}: there are no episodes in it.")
-    kept = {path: columns[path] for path in (*spaces_of(rows.spec), "log_prob")}
+    kept = {path: columns[path] for path in (*spaces_of(rows.spec), "log_prob", "deterministic")}
     flags = {name: columns[name] for name in FLAGS}
     reward = columns["reward"].astype(np.float32)
     return Recorded(columns=kept, reward=reward, begins=rows.begins[:-1], agents=rows.agents, **flags), rows.spec

@@ -445,6 +445,11 @@ class Policy(nn.Module):
             self._numpy = weight, NumpyPolicy.of(self)
         return self._numpy[1]
 
+    @property
+    def acts_in_numpy(self) -> bool:
+        """Whether actions for a few observations are computed by the numpy form."""
+        return self._in_numpy() is not None
+
     def weights_moved(self) -> None:
         """To be called when parameters got other memory, or layers or hooks were added: the numpy form is made anew."""
         self._numpy = None

@@ -144,7 +144,13 @@ def curves_of(runs: Sequence[Run], metrics: Sequence[str], x: str = "env_steps",
     panels = []
     for metric in metrics:
         found = [[run for run in members if run.has(x, metric)] for members in groups.values()]
-        panels.append([_curve(label, some, metric, x, smooth) for label, some in zip(labels, found) if some])
+        panels.append(
+            [
+                curve_of(label, [run.points(x, metric) for run in some], smooth)
+                for label, some in zip(labels, found)
+                if some
+            ]
+        )
     return panels
 
 
@@ -177,7 +183,7 @@ def draw(
     labels = list(dict.fromkeys(curve.label for curve in curves))
     lines: dict[str, Any] = {}
     for axes, metric, panel in zip(all_axes, metrics, panels):
-        lines |= _draw_panel(axes, panel, labels)
+        lines |= draw_panel(axes, panel, labels)
         axes.set_ylabel(metric if smooth == 1 else f"{metric}\n(mean of {smooth} points)")
     all_axes[-1].set_xlabel(x.replace("_", " "))
     if x in ("env_steps", "step"):
@@ -205,7 +211,7 @@ def draw(
     return panels[0]
 
 
-def _draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> dict[str, Any]:
+def draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> dict[str, Any]:
     """Draws curves, each in the colour of its place among the labels; returns their lines by label."""
     lines = {}
     for curve in curves:
@@ -226,8 +232,8 @@ def _draw_panel(axes: Any, curves: Sequence[Curve], labels: Sequence[str]) -> di
     return lines
 
 
-def _curve(label: str, runs: Sequence[Run], metric: str, x: str, smooth: int) -> Curve:
-    points = [run.points(x, metric) for run in runs]
+def curve_of(label: str, points: Sequence[tuple[np.ndarray, np.ndarray]], smooth: int = 1) -> Curve:
+    """One curve for runs of which each gives points x and y, with a running mean of `smooth` of them."""
     smoothed = [(xs, _running_mean(ys, smooth)) for xs, ys in points]
     grid = np.unique(np.concatenate([xs for xs, _ in smoothed]))
     # A run counts where it has been: the rest of one that ended early is not made up.

@@ -156,8 +156,8 @@ def test_there_is_a_table_for_every_class_whose_options_are_documented() -> None
     tables = [names for page in PAGES for _, names, chosen, _ in TABLE.findall(page.read_text()) if not chosen]
     assert sorted(", ".join(tables).split(", ")) == [
         "APPO", "BC", "CQL", "DQN", "DiscreteCQL", "DreamerV3", "Evaluation", "FaultTolerance", "IMPALA", "IQL",
-        "MARWIL", "MultiAgent", "OfflineDataModule", "PPO", "Placement", "Rainbow", "Record", "ReplayDataModule",
-        "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
+        "MARWIL", "MultiAgent", "OfflineDataModule", "OfflineEvaluation", "PPO", "Placement", "Rainbow", "Record",
+        "ReplayDataModule", "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`lit-rl`: runs, options, resuming, and one-sentence errors."""
 
 import csv
+import re
 import subprocess
 import sys
 import warnings
@@ -12,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers import ROOT, quiet_trainer
+from helpers import ROOT, quiet_trainer, run_python
 from lightning.pytorch.cli import LightningCLI
 
 import lit_rl.cli.program
 from lit_rl import PPO, SAC, Evaluation, MultiAgent, Policy, Record, Replay, RolloutDataModule, cli, load_policy
+from lit_rl.cli.quiet import quieten
 from lit_rl.errors import CheckpointError
 from lit_rl.replay.feed import ReplayFeeds
 
@@ -176,6 +178,44 @@ def test_print_config_prints_a_config_that_can_be_run(capsys: pytest.CaptureFixt
     lit_rl("fit", "--config", "own.yaml")
 
 
+def test_a_run_begins_with_how_it_runs_and_ends_with_what_came_of_it(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_rl.datamodules.environments.rank_zero_info", said.append)
+    lit_rl("fit", *TINY)
+    lines = capsys.readouterr().out.splitlines()
+    assert said == [
+        "Collecting from 8 environments in this process (vectorization=sync). Actions are computed in numpy. Learning "
+        "on 1 torch thread (gradient steps are eager; compile=True pays in runs of minutes)."
+    ]
+    path = runs()[0] / "checkpoints" / "last.ckpt"
+    found = re.fullmatch(
+        r"Done: 512 env steps in 0:00:\d\d, rollout/return_mean ([\d.]+), eval/return_mean ([\d.]+), checkpoint (.*)",
+        lines[-1],
+    )
+    assert found is not None and float(found[1]) > 8 and float(found[2]) > 8 and found[3].endswith(".ckpt")
+    assert path.exists() and Path(found[3]).parent == path.parent
+
+
+def test_runs_without_a_seed_differ_and_say_theirs(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    for _ in range(2):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        lit_rl(
+            "fit", "--model", "PPO", "--data", "RolloutDataModule", "--data.env", "CartPole-v1", *TINY[2:],
+            "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--data.max_env_steps", "128",
+        )  # fmt: skip
+        said = re.search(r"No seed was given: --seed_everything (\d+)", capsys.readouterr().out)
+        assert said is not None
+        seeds.append(int(said[1]))
+        configs = [yaml.safe_load(path.read_text()) for path in Path("runs").rglob("config.yaml")]
+        assert {config["seed_everything"] for config in configs} == set(seeds)
+    assert seeds[0] != seeds[1]
+
+
 def test_last_goes_on_and_a_larger_budget_is_spent() -> None:
     lit_rl("fit", *TINY)
     lit_rl("fit", *TINY, "--data.max_env_steps", "1024", "--ckpt_path", "last")
@@ -257,24 +297,34 @@ def test_what_is_missing_is_told_with_what_to_give(capsys, args: list[str], word
 
 
 def test_the_usage_names_every_subcommand(capsys) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert "{fit,validate,test,predict,recipes,play,plot,data}" in capsys.readouterr().out
+    cli.main(["--help"])
+    assert "{fit,validate,test,predict,recipes,play,plot,data,evaluate}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("args", "made"), [(["fit", "--help"], ["fit"]), (["--help"], ["fit", "validate", "test", "predict"])]
-)
-def test_only_the_parser_of_the_given_subcommand_is_made(
-    args: list[str], made: list[str], capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_and_mistakes_wait_for_no_import() -> None:
+    code = """
+import sys
+from lit_rl.cli import OWN, main
+for command in ("--help", "--version", "recipes", *[f"{name} --help" for name in OWN], "fitt"):
+    try:
+        main(command.split())
+    except SystemExit as end:
+        print("code", command, end.code)
+print("loaded", *sys.modules)
+"""
+    said = run_python("-c", code)
+    assert "code play --help 0" in said.stdout and "Did you mean 'fit'?" in said.stderr
+    assert not {"torch", "lightning", "ray"} & set(said.stdout.partition("loaded")[2].split())
+
+
+def test_only_the_parser_of_the_given_subcommand_is_made(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     found, prepare = [], LightningCLI._prepare_subcommand_parser
     monkeypatch.setattr(
         LightningCLI, "_prepare_subcommand_parser", lambda *a, **k: found.append(a[2]) or prepare(*a, **k)
     )
     with pytest.raises(SystemExit):
-        cli.main(args)
-    assert found == made
+        cli.main(["fit", "--help"])
+    assert found == ["fit"]
 
 
 @pytest.mark.slow
@@ -343,7 +393,7 @@ def test_a_mistake_inside_of_a_network_blames_its_inside(capsys: pytest.CaptureF
 
 def test_a_warning_is_one_line_without_the_code_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    cli.program._quieten()
+    quieten()
     assert (
         warnings.formatwarning("The loss\n is not finite.", UserWarning, "module.py", 3) == "The loss is not finite.\n"
     )

@@ -54,6 +54,18 @@ def test_a_result_counts_its_seeds_below_the_bar_and_the_tables_show_it(path: Pa
         assert f" | {median} | {shown} | " in row
 
 
+def test_the_gallery_shows_every_result_and_is_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gallery = importlib.import_module("gallery")
+    measured = gallery.measured()
+    assert {task.recipe for task, _ in measured} == {path.stem for path in RESULTS}
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    assert gallery.text(measured) == page, "run benchmarks/gallery.py"
+    for name in ("ppo_tictactoe", "iql_pendulum"):  # of games; of updates, beside random actions
+        gallery.draw(next(result for task, result in measured if task.recipe == name), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_results_are_judged_by_new_bars_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     results = importlib.import_module("results")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from envs import CounterEnv
 
+import lit_rl
 from lit_rl import (
     DQN,
     PPO,
@@ -27,6 +28,7 @@ from lit_rl import (
     RolloutDataModule,
     ScaleEnvRunners,
     cli,
+    peers,
 )
 from lit_rl.cli.cluster import Cluster
 from lit_rl.errors import LitRLError, OptionError
@@ -335,6 +337,21 @@ def test_options_of_a_class_are_its_own_and_those_that_reach_its_parents() -> No
             lambda: PPO(entropy_schedule="linear"),
             "PPO(entropy_schedule=...): there is no such option. It is called entropy_coef_schedule now.",
         ),
+        (lambda: PPO(learning_rate=1e-3), "PPO(learning_rate=...): there is no such option. It is called 'lr' here."),
+        (
+            lambda: PPO(n_steps=8),
+            "PPO(n_steps=...): there is no such option. It is called 'rollout_length' here, and is an option of "
+            "RolloutDataModule.",
+        ),
+        (
+            lambda: PPO(max_env_steps=8),
+            "PPO(max_env_steps=...): there is no such option. It is an option of RolloutDataModule.",
+        ),
+        (lambda: SAC(ent_coef=0.1), "SAC(ent_coef=...): there is no such option. It is called 'initial_alpha' here."),
+        (
+            lambda: RolloutDataModule("CartPole-v1", n_envs=2),
+            "RolloutDataModule(n_envs=...): there is no such option. It is called 'num_envs_per_env_runner' here.",
+        ),
         (lambda: TQC(num_quantile=3), "TQC(num_quantile=...): there is no such option. Did you mean 'num_quantiles'?"),
         (lambda: Rainbow(gama=0.9), "Rainbow(gama=...): there is no such option. Did you mean 'gamma'?"),
         (
@@ -384,6 +401,17 @@ def test_an_option_that_does_not_exist_is_refused_with_the_like_of_it(make: Call
     with pytest.raises(OptionError) as error:
         make()
     assert str(error.value) == words
+
+
+def test_every_hint_from_another_library_names_an_option_that_is_there() -> None:
+    known = {name for owner in peers.owners() for name in options_of(owner) or {}}
+    assert {name for ours in peers.OPTIONS.values() for name in ours} <= known
+    assert all(name not in ours for name, ours in peers.OPTIONS.items())
+    assert not [name for name in peers.CLASSES if hasattr(lit_rl, name)]
+    with pytest.raises(AttributeError, match=r"no attribute 'A2C'\. PPO with num_epochs=1 and a minibatch_size"):
+        lit_rl.A2C  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'RolloutDataModul'\. Did you mean 'RolloutDataModule'"):
+        lit_rl.RolloutDataModul  # noqa: B018
 
 
 def test_every_renamed_option_is_there_under_its_new_name() -> None:

@@ -27,6 +27,7 @@ from lit_rl.rollout import (
     next_observation,
     next_values,
     next_values_with_memory,
+    power_of_2,
     rows,
     sequences,
     states_before,
@@ -286,7 +287,7 @@ class Keeps:
 def bare(network: Any, cls: type = PPO, **options: Any) -> Any:
     torch.manual_seed(0)
     algorithm = type("Bare", (Keeps, cls), {})(
-        network=network, normalize_observations=True, normalize_returns=True, entropy_coef=0.1, **options
+        **{"network": network, "normalize_observations": True, "normalize_returns": True, "entropy_coef": 0.1} | options
     )
     algorithm.build(SAMPLE.spec())
     return algorithm
@@ -328,6 +329,49 @@ def test_padding_changes_no_gradient_no_statistic_and_no_metric(network: Any, cl
     carried = ours.return_normalizer.running_return
     assert carried[:4].all()  # inside of episodes
     torch.testing.assert_close(carried[:4], theirs.return_normalizer.running_return)
+
+
+@pytest.mark.parametrize("cls", [IMPALA, APPO])
+def test_compiled_time_lines_are_padded_to_powers_of_two_which_changes_no_gradient(cls: Any) -> None:
+    rollout = to_rollout([ragged(fragment_of(SAMPLE, length=13, num_envs=5), [7, 13, 0, 1, 9])], copy=True)
+    eager, compiled = bare(MLP, cls, normalize_advantage=True), bare(MLP, cls, normalize_advantage=True, compile=True)
+    metrics, expected = compiled.update(rollout), eager.update(rollout)
+    assert compiled.seen[0]["mask"].shape == (8, 16) and compiled.seen[0]["mask"].sum() == 30
+    assert eager.seen[0]["mask"].shape == (5, 13)
+    for a, b in zip(compiled.gradients, eager.gradients):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(metrics[name]), torch.as_tensor(value), msg=name)
+    assert [power_of_2(n) for n in (1, 2, 3, 4, 5, 9, 64)] == [1, 2, 4, 4, 8, 16, 64]
+
+
+@pytest.mark.parametrize("cls", [IMPALA, APPO])
+@pytest.mark.parametrize("lengths", [[7, 16, 0, 3], [4, 2, 1, 3], [3, 2, 1, 0]])
+def test_burn_in_of_ragged_time_lines_is_that_of_each_by_itself(cls: Any, lengths: list[int]) -> None:
+    network = functools.partial(LSTMNetwork, hidden_size=6)
+    fragment = fragment_of(SAMPLE, network=network)
+    whole, cut = to_rollout([fragment], copy=True), to_rollout([ragged(fragment, lengths)], copy=True)
+    algorithm = bare(network, cls, burn_in=3, normalize_returns=False)
+    algorithm.update(first_steps(cut, max(lengths)))
+    expected, num_rows = [torch.zeros_like(x) for x in algorithm.gradients], sum(max(0, n - 3) for n in lengths)
+    for b, n in enumerate(lengths):
+        if n > 3:
+            alone = bare(network, cls, burn_in=3, normalize_returns=False)
+            line = first_steps(whole[b : b + 1], n)
+            if n < 16:
+                line["last_observation"] = whole["observation"][b : b + 1, n]
+            line["final_step"] = torch.where(line["final_step"] < n, line["final_step"], -1)
+            alone.update(line)
+            expected = [x + (n - 3) / num_rows * y for x, y in zip(expected, alone.gradients)]
+    assert any(x.any() for x in expected) == (num_rows > 0)
+    for found, gradient in zip(algorithm.gradients, expected):
+        torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
+
+
+def first_steps(rollout: Rollout, num: int) -> Rollout:
+    """A rollout of 16 steps without those that follow the first `num`."""
+    columns = {path: x[:, :num] if x.shape[1:2] == (16,) else x for path, x in iterate(rollout.to_dict())}
+    return Rollout(nest(columns), [len(rollout)])
 
 
 @pytest.mark.parametrize("network", [MLP, functools.partial(LSTMNetwork, hidden_size=6)], ids=["MLP", "LSTM"])

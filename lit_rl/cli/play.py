@@ -1,30 +1,15 @@
-"""The commands that train nothing: `lit-rl recipes`, `lit-rl play`, `lit-rl plot` and `lit-rl data`."""
+"""`lit-rl play`."""
 
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import jsonargparse
-import numpy as np
-
-from lit_rl.cli import recipe_index
-from lit_rl.cli.data import data
-from lit_rl.envs.make import EnvConfig
+from lit_rl.cli import own_parser
 from lit_rl.options import Count, CountOrZero, check
-from lit_rl.viewing.curves import draw
-from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
-from lit_rl.viewing.timeline import Timeline
-from lit_rl.viewing.video import check_format, display_is_there, render_modes
 
-
-def recipes(args: Sequence[str]) -> None:
-    """`lit-rl recipes`: lists the recipes that `--config` finds, with their measured results."""
-    parser = _parser("recipes", "List the recipes that --config finds, with their measured results.")
-    parser.parse_args(args)
-    print(recipe_index.table())
-    print("\nMedian over seeds of the mean return of greedy episodes. %: of games against random actions.")
-    print("Run one: lit-rl fit --config ppo_cartpole")
+if TYPE_CHECKING:
+    from lit_rl.envs.make import EnvConfig
 
 
 def play(args: Sequence[str]) -> None:
@@ -35,7 +20,7 @@ def play(args: Sequence[str]) -> None:
         CheckpointError: if the checkpoint cannot be read, or does not say how to make its environment.
         EnvError: if the environment cannot be made, or raises.
     """
-    parser = _parser("play", "Play a checkpoint in the environment it was trained in.")
+    parser = own_parser("play")
     parser.add_argument("checkpoint", help="a file that a lit_rl run wrote")
     parser.add_argument("--episodes", type=int, default=5, help="how many whole episodes")
     parser.add_argument("--video", type=str | None, default=None, help="record them to this .mp4 or .gif file")
@@ -68,6 +53,13 @@ def play(args: Sequence[str]) -> None:
         help="package.module:function, if the mapping of several policies is your own",
     )
     options = parser.parse_args(args)
+
+    import numpy as np
+
+    from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
+    from lit_rl.viewing.timeline import Timeline
+    from lit_rl.viewing.video import check_format
+
     check("episodes", options.episodes, Count)
     check("seed", options.seed, CountOrZero)
     check("timeline_steps", options.timeline_steps, Count)
@@ -103,29 +95,10 @@ def play(args: Sequence[str]) -> None:
         print(f"Video: {options.video}")
 
 
-def plot(args: Sequence[str]) -> None:
-    """`lit-rl plot`: draws learning curves of runs.
-
-    Raises:
-        OptionError: if there is no such run or metric, or the picture cannot be drawn.
-    """
-    parser = _parser("plot", "Draw learning curves. Runs that differ in their seed alone are one curve with a band.")
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs, that CSVLogger wrote")
-    parser.add_argument("--metric", action="append", help="a logged name; again for another panel")
-    parser.add_argument("--x", default="env_steps", help="the logged name of the x axis")
-    parser.add_argument("--smooth", type=int, default=1, help="mean over so many points")
-    parser.add_argument("-o", "--output", default="curves.png", help="a .png, .svg or .pdf file")
-    options = parser.parse_args(args)
-    metrics = options.metric or ["rollout/return_mean"]
-    for curve in draw(options.runs, metrics, options.x, options.output, options.smooth):
-        runs = f"median of {curve.num_runs} runs" if curve.num_runs > 1 else "1 run"
-        end = f"{curve.x[-1]:,.0f}" if curve.x[-1].is_integer() else f"{curve.x[-1]:.4g}"
-        print(f"{curve.label}: {metrics[0]} {curve.median[-1]:.4g} at {options.x} {end} ({runs})")
-    print(f"Curves: {options.output}")
-
-
-def _window(env: EnvConfig) -> bool:
+def _window(env: "EnvConfig") -> bool:
     """Whether there is a display, and an environment that uses it; says so where not."""
+    from lit_rl.viewing.video import display_is_there, render_modes
+
     modes: tuple[str, ...] = ()
     if env.vectorization != "native":
         made: Any = env.make_multi_agent() if env.is_multi_agent else env.make()
@@ -141,12 +114,3 @@ def _window(env: EnvConfig) -> bool:
         print(f"There is no display, so no window is shown. {instead}", file=sys.stderr)
         return False
     return True
-
-
-def _parser(name: str, description: str) -> jsonargparse.ArgumentParser:
-    return jsonargparse.ArgumentParser(
-        prog=f"lit-rl {name}", description=description, exit_on_error=False, allow_abbrev=False
-    )
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "play": play, "plot": plot, "data": data}

@@ -1,0 +1,125 @@
+"""What options and classes are called in RLlib, Stable-Baselines3 and CleanRL, for hints in messages.
+
+Light: it names the classes that have an option, and imports them when it is asked.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+import lit_rl
+
+# By a name of theirs, ours that may be meant, the likeliest first.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "anneal_lr": ("lr_schedule",),
+    "batch_size": ("minibatch_size",),
+    "buffer_capacity": ("buffer_size",),
+    "capacity": ("buffer_size",),
+    "clip_coef": ("clip",),
+    "clip_param": ("clip",),
+    "clip_range": ("clip",),
+    "clip_range_vf": ("value_clip",),
+    "clip_vloss": ("value_clip",),
+    "clip_rewards": ("reward_clip",),
+    "critics": ("num_critics",),
+    "custom_model": ("network",),
+    "double_q": ("double",),
+    "ent_coef": ("entropy_coef", "initial_alpha"),
+    "entropy_coeff": ("entropy_coef",),
+    "env_config": ("env_kwargs",),
+    "env_id": ("env",),
+    "environment": ("env",),
+    "eval_freq": ("evaluation",),
+    "evaluation_duration": ("evaluation",),
+    "evaluation_interval": ("evaluation",),
+    "exploration_final_eps": ("epsilon",),
+    "exploration_fraction": ("epsilon_schedule",),
+    "exploration_initial_eps": ("epsilon_schedule",),
+    "features_extractor_class": ("network",),
+    "gradient_steps": ("update_to_data",),
+    "grad_clip": ("max_grad_norm",),
+    "hidden_sizes": ("network",),
+    "initial_epsilon": ("epsilon_schedule",),
+    "kl_coeff": ("kl_coef",),
+    "lambda": ("gae_lambda", "lambda_"),
+    "lambda_": ("gae_lambda",),
+    "gae_lambda": ("lambda_",),
+    "learning_rate": ("lr",),
+    "model": ("network",),
+    "model_config": ("network",),
+    "n_critics": ("num_critics",),
+    "n_envs": ("num_envs_per_env_runner",),
+    "n_epochs": ("num_epochs",),
+    "n_eval_episodes": ("evaluation",),
+    "n_quantiles": ("num_quantiles",),
+    "n_steps": ("rollout_length", "n_step"),
+    "net_arch": ("network",),
+    "num_env_runner": ("num_env_runners",),
+    "num_envs": ("num_envs_per_env_runner",),
+    "num_sgd_iter": ("num_epochs",),
+    "num_steps": ("rollout_length",),
+    "num_steps_sampled_before_learning_starts": ("learning_starts",),
+    "num_workers": ("num_env_runners",),
+    "polyak": ("tau",),
+    "policy": ("policy_class", "network"),
+    "policy_kwargs": ("network",),
+    "prioritized_replay_alpha": ("priority_alpha",),
+    "prioritized_replay_beta": ("priority_beta",),
+    "q_lr": ("critic_lr",),
+    "policy_lr": ("actor_lr",),
+    "replay_buffer_config": ("buffer_size",),
+    "rollout_fragment_length": ("rollout_length",),
+    "rollout_steps": ("rollout_length",),
+    "sgd_minibatch_size": ("minibatch_size",),
+    "start_steps": ("learning_starts",),
+    "target_network_frequency": ("target_update_interval",),
+    "target_network_update_freq": ("target_update_interval",),
+    "timesteps": ("max_env_steps",),
+    "total_steps": ("max_env_steps",),
+    "total_timesteps": ("max_env_steps",),
+    "train_batch_size": ("rollout_length", "batch_size"),
+    "train_batch_size_per_learner": ("rollout_length", "batch_size"),
+    "train_freq": ("env_steps_per_batch", "update_to_data"),
+    "twin_q": ("num_critics",),
+    "update_epochs": ("num_epochs",),
+    "use_lstm": ("network",),
+    "vec_env": ("vectorization",),
+    "vec_env_cls": ("vectorization",),
+    "vf_coef": ("value_coef",),
+    "vf_loss_coeff": ("value_coef",),
+    "vf_share_layers": ("share_encoder",),
+    "warmup_steps": ("learning_starts",),
+}
+CLASSES = {
+    "A2C": "PPO with num_epochs=1 and a minibatch_size of the whole rollout is A2C.",
+    "A3C": "IMPALA and APPO learn from runners that do not wait for each other.",
+    "C51": "DQN(distributional='categorical') is C51.",
+    "DDPG": "SAC and TQC learn the same tasks.",
+    "DoubleDQN": "DQN has double=True.",
+    "MAPPO": "PPO(central_critic='state') in MultiAgent is MAPPO.",
+    "MaskablePPO": "PPO reads action masks.",
+    "QRDQN": "DQN(distributional='quantile') is QR-DQN.",
+    "RecurrentPPO": "PPO(network=LSTMNetwork) has memory.",
+    "TD3": "SAC and TQC learn the same tasks.",
+}
+OWNERS = (
+    "RolloutDataModule", "ReplayDataModule", "OfflineDataModule", "PPO", "IMPALA", "APPO", "DQN", "Rainbow", "SAC",
+    "TQC", "MARWIL", "CQL", "IQL", "MultiAgent", "Evaluation",
+)  # fmt: skip
+
+
+def hint_on_class(name: str, known: Iterable[str]) -> str:
+    """What a class that is not there may stand for: a sentence after a space, or "".
+
+    Args:
+        name: of the class.
+        known: names of those that are there.
+    """
+    if name in CLASSES:
+        return f" {CLASSES[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def owners() -> list[type]:
+    """The classes among whose options those of others are looked for."""
+    return [getattr(lit_rl, name) for name in OWNERS]
