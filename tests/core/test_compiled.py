@@ -261,7 +261,11 @@ class Uncompilable(PPO):
 @pytest.mark.parametrize(
     ("algorithm", "trainer", "words"),
     [
-        (OtherOptimizer, {}, r"compile=True: .* return torch.optim.Adam or lit_rl.*RMSprop, got torch.optim.*RMSprop"),
+        (
+            OtherOptimizer,
+            {},
+            r"compile=True: .* return torch.optim.Adam, lit_rl.*RMSprop or lit_rl.*LaProp, got torch.optim.*RMSprop",
+        ),
         (PPO, {"precision": "bf16-mixed"}, "expected Trainer.precision='32-true'., got 'bf16-mixed'"),
         (partial(PPO, network=LSTMNetwork, sequence_length=8), {}, "compile=True: .* has memory"),
         (Uncompilable, {}, "the gradient step of Uncompilable with this network cannot be compiled"),
