@@ -1,5 +1,6 @@
 """Recorded data, for off-policy and imitation algorithms."""
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -15,15 +16,30 @@ from lit_rl.datamodules.streams import StreamLoader
 from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import OptionError
 from lit_rl.files.columns import PRESETS
+from lit_rl.files.data_files import DataFiles, OwnDataset, open_dataset, open_files, size_of
+from lit_rl.files.finding import File
 from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
-from lit_rl.options import Count, Fraction, InstanceOf, OneOf, Paths, PositiveFraction, UnitInterval
+from lit_rl.options import (
+    ByteSize,
+    Count,
+    Data,
+    Fraction,
+    InstanceOf,
+    OneOf,
+    PositiveFraction,
+    UnitInterval,
+    is_dataset,
+)
 from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.feed import ALONE
+from lit_rl.replay.making import row_bytes
 from lit_rl.replay.options import Steps
+from lit_rl.replay.ray_blocks import Shares, ray_blocks
 from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, rows_of_rank, split
+from lit_rl.replay.streamed_feed import StreamedFeed
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 Columns = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of columns")]
@@ -33,18 +49,26 @@ Preset = Annotated[str, OneOf(*PRESETS)]
 class OfflineDataModule(EvaluatingDataModule):
     """Minibatches drawn from recorded episodes, for off-policy algorithms such as BC, CQL, SAC and DQN.
 
-    The clock is `updates`: schedules, `max_updates` and the loggers' step count gradient updates. All data is kept in
-    memory; every learner process draws from an equal share of the transitions.
+    The clock is `updates`: schedules, `max_updates` and the loggers' step count gradient updates. Data of up to
+    `memory_limit` is kept in memory; every learner process draws from an equal share of the transitions. More data
+    streams: processes of Ray read the files in an order by `seed`, and each transition is learned from once in an epoch
+    of the data.
 
     Args:
         paths: files, folders or globs of episodes that lit_rl recorded; of tables, Parquet, CSV, JSON lines or HDF5,
-            with `columns` or `preset`; or "minari:NAME", a data set of Minari.
+            with `columns` or `preset`; or "minari:NAME", a data set of Minari. Also URIs that pyarrow knows, such as
+            "s3://bucket/folder", and a `ray.data.Dataset`, each row of which is an episode: it always streams.
         columns: of tables: names of columns by "observation", "action", "reward", "terminated", "truncated", "episode",
             "next_observation", "step" and "agent". Several side by side are a list, those of a Dict space a dict.
         preset: names of columns as another tool has them, "rllib", "d4rl" or "lerobot". `columns` replaces some.
         validation_fraction: of the episodes, drawn at random by `seed`: they are not learned from, and say how good the
             algorithm is (`eval/td_error` and its like).
         top_fraction: of the episodes, those of the greatest returns, that are used at all; None uses all.
+        streaming: read files while learning. None: if the data is more than `memory_limit`.
+        memory_limit: that data may take, as bytes or a text such as "4GB". Parquet files count without compression.
+            What streams takes less, but no file may be larger.
+        shuffle_window: transitions of data that streams which are shuffled together, less if they take more than a
+            quarter of `memory_limit`.
         max_updates: the budget of gradient updates. None: the Trainer's limits alone.
         updates_per_batch: updates per Lightning batch: how often metrics are logged.
         batches_per_epoch: Lightning batches in an epoch: how often evaluation and checkpoints can happen.
@@ -64,11 +88,14 @@ class OfflineDataModule(EvaluatingDataModule):
     BUDGET = "max_updates"
 
     clock = "updates"
-    paths: tuple[str, ...]
+    paths: Any
     columns: dict[str, Any] | None
     preset: str | None
     validation_fraction: float
     top_fraction: float | None
+    streaming: bool | None
+    memory_limit: int
+    shuffle_window: int
     max_updates: int | None
     updates_per_batch: int
     batches_per_epoch: int
@@ -81,12 +108,15 @@ class OfflineDataModule(EvaluatingDataModule):
 
     def __init__(
         self,
-        paths: Paths,
+        paths: Data,
         *,
         columns: Columns | None = None,
         preset: Preset | None = None,
         validation_fraction: Fraction = 0.0,
         top_fraction: PositiveFraction | None = None,
+        streaming: bool | None = None,
+        memory_limit: ByteSize = "4GB",
+        shuffle_window: Count = 100_000,
         max_updates: Count | None = None,
         updates_per_batch: Count = 100,
         batches_per_epoch: Count = 10,
@@ -103,8 +133,10 @@ class OfflineDataModule(EvaluatingDataModule):
         if self.evaluation.env is None and self.evaluation.env_kwargs is not None:
             raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
         self._recorded: Recorded | None = None
-        self._feeds: dict[str, RecordedFeed] = {}
+        self._files: DataFiles | OwnDataset | None = None  # if they are not in memory
+        self._feeds: dict[str, RecordedFeed | StreamedFeed] = {}
         self._saved: dict[str, Any] = {}  # where the draws of a checkpoint's run were
+        self._held_out_seed: int | None = None  # of the run that is evaluated, if none is given
         self._judged: dict[str, list[float]] = {}  # by metric, the sum over held-out rows, and their number
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
@@ -119,8 +151,17 @@ class OfflineDataModule(EvaluatingDataModule):
         if stage == "fit" or self.validation_fraction:
             for policy_id, algorithm in self._algorithms.items():
                 self.check_policy(policy_id, algorithm)
+            if self._files is not None:
+                self._check_streams(self._files)
         if stage == "fit":
+            if self._files is not None:
+                self._connect_ray()
             self._say_if_epochs_end_it(self.updates_per_batch * self.batches_per_epoch)
+
+    def teardown(self, stage: str) -> None:
+        for feed in self._feeds.values():
+            feed.close()
+        super().teardown(stage)
 
     def train_dataloader(self) -> StreamLoader:
         self.set_threads()
@@ -159,15 +200,73 @@ class OfflineDataModule(EvaluatingDataModule):
 
     def _read(self) -> EnvSpec | MultiAgentSpec:
         """Read the data, once; returns its spaces."""
-        if self._recorded is None:
-            spec = self.spec
-            self._recorded, found = read_recorded(self.paths, columns=self.columns, preset=self.preset, spec=spec)
+        if self._recorded is None and self._files is None:
+            spec, options = self.spec, dict[str, Any](columns=self.columns, preset=self.preset, spec=self.spec)
+            are_tables = self.columns is not None or self.preset is not None
+            is_read = self.streaming is False or is_dataset(self.paths)
+            files = [] if is_read else size_of(self.paths, are_tables=are_tables)
+            num_bytes = sum(size for _, size in files)
+            if is_dataset(self.paths):
+                self._files = open_dataset(self.paths, **options)
+                found, said = self._files.spec, "it streams"
+            elif self.streaming or num_bytes > self.memory_limit:
+                self._check_sizes(files)
+                self._files = open_files([file for file, _ in files], **options)
+                found, said = self._files.spec, f"{len(files)} files of {num_bytes / 1e9:.3g} GB, which stream"
+            else:
+                self._recorded, found = read_recorded(self.paths, **options)
+                said = self._recorded.summary
             if spec is not None and self.eval_env is not None:
                 self._check_eval_env(spec, found)
-            rank_zero_info(f"{', '.join(self.paths)}: {self._recorded.summary}.")
+            rank_zero_info(f"{'paths' if is_dataset(self.paths) else ', '.join(self.paths)}: {said}.")
             self.spec = spec or found
         assert self.spec is not None
         return self.spec
+
+    def _check_sizes(self, files: Sequence[tuple[File, int]]) -> None:
+        """Refuse what cannot be read one file at a time."""
+        if not files:
+            raise OptionError(
+                f"streaming=True: paths={list(self.paths)!r} are no files, and are read into memory. Leave it out."
+            )
+        largest, size = max(files, key=lambda found: found[1])
+        if size > self.memory_limit:
+            raise OptionError(
+                f"{largest} takes {size:,} bytes in memory, more than memory_limit={self.memory_limit:,}. Write it as "
+                "several files, or raise memory_limit."
+            )
+
+    def _check_streams(self, files: DataFiles | OwnDataset) -> None:
+        """Refuse what needs all data in memory, or files for more learner processes."""
+        algorithm, world_size = self.algorithm, self.attached_trainer.world_size
+        if isinstance(files, OwnDataset):
+            why, advice = "paths is a ray.data.Dataset, and streams", "give the paths of files"
+        elif self.streaming:
+            why, advice = "streaming=True", "leave streaming out"
+        else:
+            why, advice = "the data is more than memory_limit, and streams", "raise memory_limit"
+        for is_asked, what, instead in (
+            (self.validation_fraction, "validation_fraction", "validate on files of their own"),
+            (self.top_fraction is not None, "top_fraction", "select episodes when you write the files"),
+            (isinstance(algorithm, MultiAgent), "a MultiAgent", "train a policy at a time"),
+            (
+                isinstance(algorithm, OffPolicy) and self._draws(algorithm).priority_alpha is not None,
+                "prioritized replay",
+                "set prioritized=False",
+            ),
+        ):
+            if is_asked:
+                raise OptionError(f"{why}: {what} needs all data in memory. Either {instead}, or {advice}.")
+        if isinstance(files, OwnDataset) and world_size > 1:
+            raise OptionError(
+                f"paths is a ray.data.Dataset, which feeds one learner process, and there are {world_size}. Give the "
+                "paths of files."
+            )
+        if world_size > len(files):
+            raise OptionError(
+                f"paths={list(self.paths)!r}: {len(files)} files stream to {world_size} learner processes: expected at "
+                "least a file for each. Write more files, or train with fewer devices."
+            )
 
     def describe_env(self) -> dict[str, Any] | None:
         return None if self.eval_env is None else self.eval_env.to_dict()
@@ -175,7 +274,7 @@ class OfflineDataModule(EvaluatingDataModule):
     @property
     def recorded(self) -> Recorded:
         """The episodes."""
-        assert self._recorded is not None, "they are read when the datamodule is set up"
+        assert self._recorded is not None, "they are read when the datamodule is set up, if they do not stream"
         return self._recorded
 
     # --- whom it feeds ------------------------------------------------------------------------------------------
@@ -199,24 +298,50 @@ class OfflineDataModule(EvaluatingDataModule):
     def remove_policy(self, policy_id: str) -> None:
         self._feeds.pop(policy_id, None)
 
-    def feed(self, policy_id: str = ALONE) -> RecordedFeed:
+    def feed(self, policy_id: str = ALONE) -> RecordedFeed | StreamedFeed:
         """What feeds a policy's algorithm; its networks are needed."""
         algorithm: Any = self._algorithms[policy_id]
         feed = self._feeds.get(policy_id)
         if feed is None or feed.algorithm is not algorithm:
             feed = self._feeds[policy_id] = self._make_feed(policy_id, algorithm)
             if policy_id in self._saved:
-                feed.buffer.go_on(self._saved.pop(policy_id))
+                feed.go_on(self._saved.pop(policy_id))
         return feed
 
-    def _make_feed(self, policy_id: str, algorithm: OffPolicy) -> RecordedFeed:
+    def _draws(self, algorithm: OffPolicy) -> Draws:
+        return Draws.of(
+            algorithm,
+            batch_size=self.batch_size,
+            n_step=self.n_step,
+            prioritized=self.prioritized,
+            priority_alpha=self.priority_alpha,
+        )
+
+    def _streamed_feed(self, algorithm: OffPolicy, files: DataFiles | OwnDataset) -> StreamedFeed:
+        trainer, room = self.attached_trainer, self.memory_limit // 4
+        seed = self._seed_sequence(RECORDED)
+        return StreamedFeed(
+            algorithm,
+            files,
+            draws=self._draws(algorithm),
+            window_rows=min(self.shuffle_window, room // row_bytes(algorithm.policy.spec)),
+            shares=Shares(len(files), seed, trainer.global_rank, trainer.world_size),
+            blocks=functools.partial(ray_blocks, store_bytes=room),
+        )
+
+    def _make_feed(self, policy_id: str, algorithm: OffPolicy) -> RecordedFeed | StreamedFeed:
+        if self._files is not None:
+            return self._streamed_feed(algorithm, self._files)
         trainer, recorded = self.attached_trainer, self.recorded
         policy: Any = self.algorithm.policy
         key = () if policy_id == ALONE else (policy.numbers[policy_id],)
         episodes = episodes_of(recorded, policy_id, None if policy_id == ALONE else policy.mapping)
         if self.top_fraction is not None:
             episodes = best(recorded, episodes, self.top_fraction)
-        learned, held_out = split(episodes, self.validation_fraction, self._seed_sequence(HELD_OUT, *key))
+        held_out_seed = self.seed if self._held_out_seed is None else self._held_out_seed
+        learned, held_out = split(
+            episodes, self.validation_fraction, np.random.SeedSequence(held_out_seed, spawn_key=(HELD_OUT, *key))
+        )
         rank, world_size = trainer.global_rank, trainer.world_size
         rows = rows_of_rank(recorded, learned, rank, world_size)
         if not len(rows):
@@ -229,13 +354,7 @@ class OfflineDataModule(EvaluatingDataModule):
             recorded,
             rows=rows,
             held_out=np.flatnonzero(recorded.is_transition & recorded.rows_of(held_out)),
-            draws=Draws.of(
-                algorithm,
-                batch_size=self.batch_size,
-                n_step=self.n_step,
-                prioritized=self.prioritized,
-                priority_alpha=self.priority_alpha,
-            ),
+            draws=self._draws(algorithm),
             seed=self._seed_sequence(RECORDED, rank, *key),
             rank=rank,
             world_size=world_size,
@@ -279,7 +398,9 @@ class OfflineDataModule(EvaluatingDataModule):
         self._judged = {}
         for policy_id in self._algorithms if self.validation_fraction else ():
             name_of = f"{policy_id}/{{prefix}}/{{name}}" if policy_id else "{prefix}/{name}"
-            for found in self.feed(policy_id).judged():
+            feed = self.feed(policy_id)
+            assert isinstance(feed, RecordedFeed)
+            for found in feed.judged():
                 for name, (total, count) in found.items():
                     sums = self._judged.setdefault(name_of.replace("{name}", name), [0.0, 0.0])
                     sums[0], sums[1] = sums[0] + total, sums[1] + count
@@ -288,7 +409,8 @@ class OfflineDataModule(EvaluatingDataModule):
     @property
     def num_judged(self) -> int:
         """Minibatches of held-out rows, of the rank that has the most."""
-        return sum(self.feed(policy_id).num_parts for policy_id in self._algorithms if self.validation_fraction)
+        feeds = [self.feed(policy_id) for policy_id in self._algorithms if self.validation_fraction]
+        return sum(feed.num_parts for feed in feeds if isinstance(feed, RecordedFeed))
 
     def judged(self, prefix: str) -> dict[str, float]:
         if not self.validation_fraction:
@@ -308,15 +430,20 @@ class OfflineDataModule(EvaluatingDataModule):
         self._feeds, self._saved = {}, {}
 
     def rank_state(self, weights_only: bool = False) -> dict[str, Any]:
-        recorded = {i: feed.buffer.position(whole=not weights_only) for i, feed in self._feeds.items()}
+        recorded = {i: feed.position(whole=not weights_only) for i, feed in self._feeds.items()}
         return {"seed": self.seed, "recorded": self._saved | recorded}
 
     def load_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
         """Go on from what `rank_state` returned on every rank; other numbers of ranks draw from other shares, anew."""
         if not self._seed_given:
             self.seed = states[0]["seed"]
-        self._feeds = {}
+        self._feeds, self._held_out_seed = {}, None
         self._saved = dict(states[rank].get("recorded", {})) if world_size == len(states) else {}
+
+    def load_evaluated(self, states: Sequence[dict[str, Any]]) -> None:
+        """Hold out the episodes that the evaluated run held out, unless a seed is given."""
+        if not self._seed_given:
+            self._feeds, self._held_out_seed = {}, states[0].get("seed")
 
 
 class OfflineLoader(EpisodeLoader):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+PUBLIC = {
     "AgentId": "lit_rl.envs.multi_agent",
     "Algorithm": "lit_rl.algorithm",
     "APPO": "lit_rl.modules",
@@ -58,7 +58,7 @@ _PUBLIC = {
     "Video": "lit_rl.callbacks",
 }
 _RENAMED = {"EpisodeWriter": "lit_rl.callbacks"}  # says so when it is made
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from lit_rl.algorithm import Algorithm as Algorithm
@@ -110,8 +110,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC or name in _RENAMED:
-        value = getattr(importlib.import_module((_PUBLIC | _RENAMED)[name]), name)
+    if name in PUBLIC or name in _RENAMED:
+        value = getattr(importlib.import_module((PUBLIC | _RENAMED)[name]), name)
         globals()[name] = value
         return value
     peers = importlib.import_module("lit_rl.peers")

@@ -572,10 +572,14 @@ class Algorithm(TakesOptions, L.LightningModule):
         upgrade(checkpoint)
         found = section(checkpoint)
         self.check_fits(found, checkpoint["state_dict"])
-        if self._trainer is not None and self._trainer.training:
+        if self._trainer is None:
+            return
+        states = [rank["data"] for rank in found["ranks"]]
+        if self._trainer.training:
             self._resume = found
-            states = [rank["data"] for rank in found["ranks"]]
             self.source.load_ranks(states, self.global_rank, self.trainer.world_size)
+        else:
+            self.source.load_evaluated(states)
 
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint of another algorithm, policy or network: see `files.fits`."""

@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -125,6 +126,25 @@ class InstanceOf(Limit):
         return self.words
 
 
+class Bytes(Limit):
+    """A number of bytes, or a text such as "4GB" or "500 MB"; kept as the number."""
+
+    UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+    TEXT = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?B)")
+
+    def accepts(self, value: Any) -> bool:
+        return PLAIN[int].accepts(value) and value > 0 if not isinstance(value, str) else self.kept(value) > 0
+
+    def kept(self, value: Any) -> int:
+        if not isinstance(value, str):
+            return int(value)
+        found = self.TEXT.fullmatch(value.strip().upper())
+        return 0 if found is None else int(float(found[1]) * self.UNITS[found[2]])
+
+    def __repr__(self) -> str:
+        return "a number of bytes, or a text such as '4GB'"
+
+
 class ListOfCounts(Limit):
     """A list of whole numbers of at least 1; it may be empty."""
 
@@ -179,6 +199,24 @@ class SeveralPaths(Limit):
         return "a path, or a list of paths"
 
 
+class PathsOrDataset(SeveralPaths):
+    """A path or several, or a `ray.data.Dataset`."""
+
+    def accepts(self, value: Any) -> bool:
+        return is_dataset(value) or super().accepts(value)
+
+    def kept(self, value: Any) -> Any:
+        return value if is_dataset(value) else super().kept(value)
+
+    def __repr__(self) -> str:
+        return "a path, or a list of paths, or a ray.data.Dataset"
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether something is a `ray.data.Dataset`. Ray is not imported to know it."""
+    return any(cls.__module__ == "ray.data.dataset" and cls.__name__ == "Dataset" for cls in type(value).__mro__)
+
+
 Positive = Annotated[float, Within(0.0, open_low=True)]
 NonNegative = Annotated[float, Within(0.0)]
 UnitInterval = Annotated[float, Within(0.0, 1.0)]
@@ -193,6 +231,8 @@ Names = Annotated[Sequence[str], ListOfNames()]
 Groups = Annotated[Sequence[Sequence[str]], ListOfGroups()]
 Arguments = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of arguments")]
 Paths = Annotated[Sequence[str] | str, SeveralPaths()]
+ByteSize = Annotated[int | str, Bytes()]
+Data = Annotated[Sequence[str] | str, PathsOrDataset()]
 Folder = Annotated[str | Path, InstanceOf((str, Path), "a folder's path")]
 
 # The limits of types that are written without one.

@@ -90,6 +90,10 @@ class Source(Protocol):
         """Go on from what `rank_state` returned on every rank, be they as many now or not."""
         return
 
+    def load_evaluated(self, states: Sequence[dict[str, Any]]) -> None:
+        """A checkpoint is evaluated: know of what `rank_state` returned on every rank of its run."""
+        return
+
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def begin_evaluation(self) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_rl.cli import own_parser
+from lit_rl.cli.shared import own_parser
 
 
 def data(args: Sequence[str]) -> None:
@@ -44,11 +44,12 @@ def _check(paths: Sequence[str]) -> None:
     """Say what is wrong with files, each by itself and all together."""
     from lit_rl.errors import DataError
     from lit_rl.files.episodes import Rows, find, read_rows
+    from lit_rl.files.finding import File
     from lit_rl.viewing.recorded import faults
 
     said: list[str] = []
-    read: dict[Path, Rows] = {}
-    files: list[Path] = []
+    read: dict[File, Rows] = {}
+    files: list[File] = []
     for path in paths:
         try:
             files += find([path])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_rl.cli import own_parser
+from lit_rl.cli.shared import own_parser
 from lit_rl.errors import OptionError, write_error
 from lit_rl.options import check_ending
 

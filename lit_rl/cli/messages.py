@@ -12,11 +12,9 @@ import lightning.pytorch.loggers
 import wandb.errors
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-import lit_rl.callbacks
-import lit_rl.datamodules
-import lit_rl.modules
-from lit_rl.cli import end
+import lit_rl
 from lit_rl.cli.configs import class_of, suggestion
+from lit_rl.cli.shared import end
 from lit_rl.errors import LitRLError, OptionError
 from lit_rl.networks import NETWORKS
 from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
@@ -136,12 +134,16 @@ def _no_class(key: str, name: str) -> str:
 def _classes_for(key: str) -> list[str]:
     """The names of the classes that an option takes without their modules."""
     if key == "model":
-        return [*lit_rl.modules.__all__, "MultiAgent"]
+        return [*_of("lit_rl.modules"), "MultiAgent"]
     if key == "data":
-        return list(lit_rl.datamodules.__all__)
+        return _of("lit_rl.datamodules")
     if key.startswith("trainer.callbacks"):
-        return [*lit_rl.callbacks.__all__, *lightning.pytorch.callbacks.__all__]
+        return [*_of("lit_rl.callbacks"), *lightning.pytorch.callbacks.__all__]
     return list(lightning.pytorch.loggers.__all__) if key.startswith("trainer.logger") else []
+
+
+def _of(module: str) -> list[str]:
+    return [name for name, where in lit_rl.PUBLIC.items() if where == module]
 
 
 def _too_early(key: str, arguments: Sequence[str]) -> str:

@@ -1,15 +1,10 @@
 """`lit-rl play`."""
 
-import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from lit_rl.cli import own_parser
+from lit_rl.cli.shared import own_parser
 from lit_rl.options import Count, CountOrZero, check
-
-if TYPE_CHECKING:
-    from lit_rl.envs.make import EnvConfig
 
 
 def play(args: Sequence[str]) -> None:
@@ -58,7 +53,7 @@ def play(args: Sequence[str]) -> None:
 
     from lit_rl.viewing.playing import environment_of, episode_seeds, load_player, play_episodes
     from lit_rl.viewing.timeline import Timeline
-    from lit_rl.viewing.video import check_format
+    from lit_rl.viewing.video import check_format, shows_window
 
     check("episodes", options.episodes, Count)
     check("seed", options.seed, CountOrZero)
@@ -68,7 +63,7 @@ def play(args: Sequence[str]) -> None:
     env = environment_of(options.checkpoint, options.env, options.env_kwargs, options.wrappers)
     own = {name: options[name] for name in ("network", "policy_class", "policies", "policy_mapping")}
     policy = load_player(options.checkpoint, options.seed, **own)
-    window = options.video is None and _window(env)
+    window = options.video is None and shows_window(env)
     timeline = Timeline(options.timeline_steps) if options.timeline else None
     returns, lengths = [], []
     for episode in play_episodes(
@@ -93,24 +88,3 @@ def play(args: Sequence[str]) -> None:
     print(f"Mean of {len(returns)} on {env.env_id}, {how}: return {np.mean(returns):g}, length {np.mean(lengths):g}")
     if options.video is not None:
         print(f"Video: {options.video}")
-
-
-def _window(env: "EnvConfig") -> bool:
-    """Whether there is a display, and an environment that uses it; says so where not."""
-    from lit_rl.viewing.video import display_is_there, render_modes
-
-    modes: tuple[str, ...] = ()
-    if env.vectorization != "native":
-        made: Any = env.make_multi_agent() if env.is_multi_agent else env.make()
-        modes = render_modes(made)
-        made.close()
-    instead = "Record the episodes: --video play.mp4"
-    if "human" not in modes:
-        print(
-            f"{env.env_id} has no window to show. {instead if 'rgb_array' in modes else ''}".rstrip(), file=sys.stderr
-        )
-        return False
-    if not display_is_there():
-        print(f"There is no display, so no window is shown. {instead}", file=sys.stderr)
-        return False
-    return True

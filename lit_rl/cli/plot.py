@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lit_rl.cli import own_parser
+from lit_rl.cli.shared import own_parser
 
 
 def plot(args: Sequence[str]) -> None:

@@ -21,11 +21,11 @@ import lit_rl.modules  # so that short class names such as PPO are found
 import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
-from lit_rl.cli import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.configs import check_config, check_groups
 from lit_rl.cli.quiet import quieten
 from lit_rl.cli.recipe_index import recipe_files
+from lit_rl.cli.shared import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lit_rl.cli import own_parser, recipe_index
+from lit_rl.cli import recipe_index
+from lit_rl.cli.shared import own_parser
 
 
 def recipes(args: Sequence[str]) -> None:

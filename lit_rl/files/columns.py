@@ -3,15 +3,14 @@
 Shapes: N rows.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl.errors import DataError, OptionError
+from lit_rl.files.finding import File
 from lit_rl.files.tables import Table
 from lit_rl.recorded import Recorded, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
@@ -72,35 +71,35 @@ def _leaves(part: str, names: Any) -> dict[str, list[str] | str]:
     return dict(iterate(names, part)) if isinstance(names, Mapping) else {part: names}
 
 
-def _names(columns: Mapping[str, Any]) -> list[str]:
+def names_of(columns: Mapping[str, Any]) -> list[str]:
     """Of all columns, each once."""
     leaves = [names for part, given in columns.items() for names in _leaves(part, given).values()]
     return list(dict.fromkeys(name for names in leaves for name in ([names] if isinstance(names, str) else names)))
 
 
 def read_tables(
-    paths: Sequence[Path], columns: dict[str, Any], preset: str | None, spec: EnvSpec | MultiAgentSpec | None
+    tables: Iterable[Table], columns: dict[str, Any], preset: str | None, spec: EnvSpec | MultiAgentSpec | None
 ) -> tuple[Recorded, EnvSpec | MultiAgentSpec]:
     """The episodes of tables, and their spaces.
 
     Args:
-        paths: of the files.
+        tables: of equal columns.
         columns: see `columns_of`.
         preset: whose names these are, some of which may be missing.
         spec: the spaces, if they are known.
     """
-    found, agents = [], list[str | None]()
-    for path in paths:
-        table = Table(path)
+    found, paths, agents = [], list[File](), list[str | None]()
+    for table in tables:
         here = {
             part: names
             for part, names in columns.items()
-            if part not in OPTIONAL.get(preset or "", ()) or set(_names({part: names})) <= set(table.names)
+            if part not in OPTIONAL.get(preset or "", ()) or set(names_of({part: names})) <= set(table.names)
         }
         if "reward" not in here:
-            rank_zero_info(f"{path}: no column holds rewards: they are 0.")
+            say(f"{table.path}: no column holds rewards: they are 0.")
         recorded, own = _of_table(table, here, preset)
         found.append(recorded)
+        paths.append(table.path)
         agents += own
     shapes = [{name: x.shape[1:] for name, x in recorded.columns.items()} for recorded in found]
     for path, shape in zip(paths, shapes):
@@ -116,12 +115,12 @@ def read_tables(
 
 def _of_table(table: Table, columns: dict[str, Any], preset: str | None) -> tuple[Recorded, list[str | None]]:
     """The episodes of one file, and whose time line each is."""
-    raw = table.read(_names(columns))
+    raw = table.read(names_of(columns))
     if preset == "rllib" and not isinstance(next(iter(raw.values())), np.ndarray) and _is_list(raw[columns["reward"]]):
         raw = table.explode(raw)  # a line of JSON is a SampleBatch of several steps
     numbers = {
         name: table.numbers(name, raw[name])
-        for name in _names({part: x for part, x in columns.items() if part not in ("episode", "agent")})
+        for name in names_of({part: x for part, x in columns.items() if part not in ("episode", "agent")})
     }
     if len({len(array) for array in numbers.values()}) > 1:
         sizes = ", ".join(f"{name!r} {len(array)}" for name, array in numbers.items())
@@ -248,16 +247,23 @@ def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{path} of shape {shape}" for path, shape in shapes.items())
 
 
+def say(message: str) -> None:
+    """Log a message once for all ranks."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info  # which processes that read files alone lack
+
+    rank_zero_info(message)
+
+
 # --- spaces ----------------------------------------------------------------------------------------------
 
 
-def _inferred(recorded: Recorded, path: Path) -> EnvSpec:
+def _inferred(recorded: Recorded, path: File) -> EnvSpec:
     """Spaces in which everything recorded is, which is said."""
     found = {}
     for name in ("observation", "action"):
         leaves = {p: _space(name, x[~recorded.closing]) for p, x in recorded.columns.items() if p.split("/")[0] == name}
         found[name] = leaves.get(name) or _nested({p.removeprefix(f"{name}/"): x for p, x in leaves.items()})
-    rank_zero_info(
+    say(
         f"{path}: spaces are taken from the data: observation {found['observation']}, action {found['action']}. Give "
         "evaluation.env if the environment has others."
     )
@@ -287,7 +293,7 @@ def _space(name: str, x: np.ndarray) -> spaces.Space:
     return spaces.Box(np.where(low < high, low, low - 1).astype(np.float32), high, shape, np.float32)
 
 
-def _fit(recorded: Recorded, spec: EnvSpec, path: Path) -> None:
+def _fit(recorded: Recorded, spec: EnvSpec, path: File) -> None:
     """Give columns the shapes and dtypes of spaces, in place.
 
     Raises:

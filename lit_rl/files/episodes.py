@@ -26,11 +26,11 @@ before a row is read. pyarrow is imported when a file is read or written.
 Shapes: N rows, E time lines: an agent's rows in one episode.
 """
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import DataError, SpaceError
+from lit_rl.errors import DataError, OptionError, SpaceError
+from lit_rl.files.finding import File, expand, find_files, open_input
 from lit_rl.files.parquet import refuse_extension_types
 from lit_rl.observations import out_of_range
 from lit_rl.recorded import Recorded
@@ -99,50 +100,46 @@ def schema_of(spec: Spec, metadata: Mapping[str, Any]) -> Any:
 # --- finding files --------------------------------------------------------------------------------------------------
 
 
-def find(paths: Sequence[str | Path]) -> list[Path]:
+def find(paths: Sequence[str | File] | str | Path) -> list[File]:
     """The Parquet files that paths name, each once: files, folders and patterns such as "runs/*/episodes".
 
     Raises:
-        DataError: for a path that names none.
+        DataError: for a path that names none, or a folder that has not all that its manifest says.
     """
-    found: dict[Path, None] = {}
-    for path in map(str, [paths] if isinstance(paths, str | Path) else paths):
-        named = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
-        if not named:
-            raise DataError(f"paths={path!r}: there is no such file or folder.")
-        for name in map(Path, named):
-            files = sorted(name.glob("*.parquet")) if name.is_dir() else [name]
-            if not name.exists():
-                raise DataError(f"paths={path!r}: there is no such file or folder.")
-            if not files and not (name / MANIFEST).exists():
-                raise DataError(f"paths={path!r}: there is no Parquet file in it.")
-            found |= dict.fromkeys(files)
-            for missing in set(_shards_of(name)) - {file.name for file in files} if name.is_dir() else ():
-                raise DataError(
-                    f"{name / missing} is missing: {name / MANIFEST} has it. Restore it, or delete the manifest."
-                )
-    if not found:
-        raise DataError(f"paths={list(map(str, paths))}: there are no episodes in it.")
-    return list(found)
+    given = [paths] if isinstance(paths, str | Path) else paths
+    try:
+        for folder in (named for path in given for named in expand(path) if isinstance(named, Path)):
+            for manifest in sorted(folder.rglob(MANIFEST)):
+                for shard in _shards_of(manifest.parent):
+                    if not (manifest.parent / shard).exists():
+                        raise DataError(
+                            f"{manifest.parent / shard} is missing: {manifest} has it. Restore it, or delete the "
+                            "manifest."
+                        )
+        return find_files(given, [".parquet"])
+    except OptionError as error:
+        raise DataError(str(error)) from error
 
 
-def is_own(path: str | Path) -> bool:
+def is_own(path: str | File) -> bool:
     """Whether a file, or the files of a folder or a pattern, have this schema, be they whole or not."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for named in map(Path, glob.glob(str(path), recursive=True) if not Path(path).exists() else [str(path)]):
-        if (named / MANIFEST).exists():
+    try:
+        named = expand(path)
+        if any(next(folder.rglob(MANIFEST), None) for folder in named if isinstance(folder, Path)):
             return True
-        for file in sorted(named.glob("*.parquet")) if named.is_dir() else [named]:
-            if file.match(SHARDS):
-                return True
-            refuse_extension_types(file)
-            try:
-                return KEY in (pq.read_metadata(file).metadata or {})
-            except (pa.ArrowException, OSError):
-                return False
-    return False
+        file = find_files(named, [".parquet"])[0]
+    except OptionError:
+        return False
+    if fnmatch(file.name, SHARDS):
+        return True
+    try:
+        refuse_extension_types(file)
+        return KEY in (pq.read_metadata(open_input(file)).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -176,7 +173,7 @@ def _shards_of(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class File:
+class EpisodeFile:
     """A file whose types are those of the schema; its rows are not read yet.
 
     Attributes:
@@ -189,7 +186,7 @@ class File:
         columns: those that it has.
     """
 
-    path: Path
+    path: File
     format: int
     spec: Spec
     env: dict[str, Any] | None
@@ -198,7 +195,7 @@ class File:
     columns: frozenset[str]
 
 
-def open_file(path: Path) -> File:
+def open_file(path: File) -> EpisodeFile:
     """Look at a file's metadata and types.
 
     Raises:
@@ -209,7 +206,7 @@ def open_file(path: Path) -> File:
 
     refuse_extension_types(path)
     try:
-        with pq.ParquetFile(path) as file:
+        with open_input(path) as source, pq.ParquetFile(source) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole Parquet file: {_line(error)}") from error
@@ -235,10 +232,12 @@ def open_file(path: Path) -> File:
             raise DataError(
                 f"{path}: column {field.name!r} has the type {schema.field(field.name).type}, expected {field.type}."
             )
-    return File(path, number, spec, head.get("env"), tuple(head.get("ids", ())), num_rows, frozenset(schema.names))
+    return EpisodeFile(
+        path, number, spec, head.get("env"), tuple(head.get("ids", ())), num_rows, frozenset(schema.names)
+    )
 
 
-def refuse_bytes(path: Path, schema: Any) -> None:
+def refuse_bytes(path: File, schema: Any) -> None:
     """Refuse columns of bytes, which could hold pickled objects.
 
     Raises:
@@ -252,14 +251,13 @@ def refuse_bytes(path: Path, schema: Any) -> None:
             )
 
 
-def check_digest(path: Path) -> None:
+def check_digest(path: File) -> None:
     """Refuse a file that is not what its folder's manifest says.
 
     Raises:
         DataError: if there is such an entry, and it is of another content.
     """
-    entry = _shards_of(path.parent).get(path.name)
-    if entry is None:
+    if not isinstance(path, Path) or (entry := _shards_of(path.parent).get(path.name)) is None:
         return
     size = path.stat().st_size
     if size != entry["bytes"]:
@@ -307,7 +305,7 @@ class Rows:
         agents: whose time line each is; None where there is one agent.
     """
 
-    files: Sequence[File]
+    files: Sequence[EpisodeFile]
     first: np.ndarray
     columns: dict[str, np.ndarray]
     begins: np.ndarray
@@ -323,7 +321,7 @@ class Rows:
         return f"{file.path}, episode {self.columns['episode'][row]}, t={self.columns['t'][row]}"
 
 
-def read(paths: Sequence[str | Path]) -> tuple[Recorded, Spec]:
+def read(paths: Sequence[str | File]) -> tuple[Recorded, Spec]:
     """Recorded episodes, and the spec of their environment.
 
     Args:
@@ -342,7 +340,7 @@ def read(paths: Sequence[str | Path]) -> tuple[Recorded, Spec]:
     return Recorded(columns=kept, reward=reward, begins=rows.begins[:-1], agents=rows.agents, **flags), rows.spec
 
 
-def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
+def read_rows(paths: Sequence[File], more: Sequence[str] = ()) -> Rows:
     """The rows of files, checked.
 
     Args:
@@ -352,7 +350,7 @@ def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
     for path in paths:
         check_digest(path)
     files = [open_file(path) for path in paths]
-    _check_alike(files)
+    check_alike(files)
     spec, first = files[0].spec, np.cumsum([0, *(file.num_rows for file in files)])
     leaves = spaces_of(spec)
     fields = {path: (row_dtype(space), space.shape or ()) for path, space in leaves.items()}
@@ -374,7 +372,7 @@ def read_rows(paths: Sequence[Path], more: Sequence[str] = ()) -> Rows:
     return rows
 
 
-def _check_alike(files: Sequence[File]) -> None:
+def check_alike(files: Sequence[EpisodeFile]) -> None:
     """Refuse files of environments with different spaces or agents."""
     spec, first = files[0].spec, files[0].path
     for file in files[1:]:
@@ -389,7 +387,7 @@ def _check_alike(files: Sequence[File]) -> None:
             raise DataError(f"{file.path} has the agents {sorted(agents[0])}, {first} has {sorted(agents[1])}.")
 
 
-def _fill(file: File, columns: dict[str, np.ndarray]) -> None:
+def _fill(file: EpisodeFile, columns: dict[str, np.ndarray]) -> None:
     """Read a file into arrays."""
     for name, chunks in _read_columns(file, [name for name in columns if name in file.columns]):
         at, column = 0, columns[name]
@@ -403,7 +401,7 @@ def _fill(file: File, columns: dict[str, np.ndarray]) -> None:
             at += len(chunk)
 
 
-def _fill_agents(file: File, column: np.ndarray, names: dict[str, int]) -> None:
+def _fill_agents(file: EpisodeFile, column: np.ndarray, names: dict[str, int]) -> None:
     """Read whose rows a file has, as numbers of `names`, to which those that are new are added."""
     ((_, chunks),) = _read_columns(file, ["agent"])
     at = 0
@@ -416,12 +414,12 @@ def _fill_agents(file: File, column: np.ndarray, names: dict[str, int]) -> None:
         at += len(chunk)
 
 
-def _read_columns(file: File, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _read_columns(file: EpisodeFile, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file.path) as opened:
+        with open_input(file.path) as source, pq.ParquetFile(source) as opened:
             table = opened.read(columns=list(names), use_threads=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.path} is damaged: {_line(error)}") from error
@@ -512,7 +510,7 @@ def _outside(space: gym.Space, column: np.ndarray) -> np.ndarray:
     return wrong.reshape(len(column), -1).any(1)
 
 
-def _newer(path: Path, number: Any) -> Any:
+def _newer(path: File, number: Any) -> Any:
     raise DataError(f"{path} has format {number}, this lit_rl reads up to {FORMAT}. Update lit_rl.")
 
 

@@ -12,18 +12,20 @@ from gymnasium import spaces
 
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files import episodes
-from lit_rl.files.columns import PRESETS, columns_of, read_tables
-from lit_rl.files.tables import Table, files_in
+from lit_rl.files.columns import PRESETS, columns_of, names_of, read_tables
+from lit_rl.files.finding import File, find_files
+from lit_rl.files.tables import FORMATS, Table
 from lit_rl.recorded import Recorded, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import from_env, iterate, row_dtype, space_leaves
 
 MINARI = "minari:"
+ROWS, EPISODE = "ray.data.Dataset", "(row)"
 ROUNDING = 1e-4  # of a Box's width: actions may lie so far outside, and are clipped
 
 
 def read_recorded(
-    paths: Sequence[str],
+    paths: Sequence[str | File],
     *,
     columns: Mapping[str, Any] | None = None,
     preset: str | None = None,
@@ -42,7 +44,7 @@ def read_recorded(
         OptionError: if there are no such files, or the options contradict each other.
         DataError: if a file is damaged, or is not what it must be.
     """
-    named = [path.removeprefix(MINARI) for path in paths if path.startswith(MINARI)]
+    named = [str(path).removeprefix(MINARI) for path in paths if str(path).startswith(MINARI)]
     if named:
         if len(named) < len(paths) or columns is not None or preset is not None:
             raise OptionError(f"paths={list(paths)!r}: expected data sets of Minari alone, without columns and preset.")
@@ -52,16 +54,49 @@ def read_recorded(
     if columns is None and preset is None:
         strange = next((path for path in paths if not episodes.is_own(path)), None)
         if strange is not None:
-            table = Table(files_in([strange])[0])
+            table = Table(find_files([strange], FORMATS)[0])
             raise OptionError(
                 f"paths={str(table.path)!r}: these are no episodes that lit_rl wrote. Say what its columns are, with "
                 f"columns={{'observation': [...], 'action': ..., ...}} or preset={' or '.join(map(repr, PRESETS))}. "
                 f"There are {', '.join(map(repr, table.names))}."
             )
         return episodes.read(paths)
-    recorded, found = read_tables(files_in(paths), columns_of(columns or {}, preset), preset, spec)
+    tables = (Table(file) for file in find_files(paths, FORMATS))
+    recorded, found = read_tables(tables, columns_of(columns or {}, preset), preset, spec)
     _check_actions(recorded, single(found), str(paths[0]))
     return recorded, found
+
+
+def read_rows(
+    rows: Mapping[str, np.ndarray],
+    *,
+    columns: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    spec: EnvSpec | MultiAgentSpec | None = None,
+) -> tuple[Recorded, EnvSpec | MultiAgentSpec]:
+    """Episodes of a table of which each row is a whole one, and their spaces.
+
+    Args:
+        rows: by column, what it holds of each episode: an array of its steps.
+        columns, preset, spec: see `read_recorded`.
+
+    Raises:
+        OptionError, DataError: as `read_recorded`.
+    """
+    named = columns_of({**(columns or {}), "episode": EPISODE}, preset)
+    found: dict[str, np.ndarray] = {}
+    for name in names_of(named):
+        if name in rows:
+            steps = [np.asarray(x) for x in rows[name]]
+            if not all(x.ndim for x in steps):
+                raise DataError(
+                    f"{ROWS}: column {name!r} has one value a row: expected an array of an episode's steps."
+                )
+            found[name] = np.concatenate(steps)
+            found[EPISODE] = np.repeat(np.arange(len(steps)), [len(x) for x in steps])
+    recorded, spec = read_tables([Table.of_arrays(ROWS, found)], named, preset, spec)
+    _check_actions(recorded, single(spec), ROWS)
+    return recorded, spec
 
 
 def _check_actions(recorded: Recorded, spec: EnvSpec, where: str) -> None:

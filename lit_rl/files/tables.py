@@ -1,7 +1,6 @@
 """Tables of numbers in files: named columns of Parquet, CSV, JSON lines and HDF5. No code that a file holds is run."""
 
-import glob
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lit_rl.errors import DataError, OptionError
+from lit_rl.files.finding import File, open_input
 from lit_rl.files.parquet import refuse_extension_types
 
 FORMATS = {
@@ -16,31 +16,6 @@ FORMATS = {
 }  # fmt: skip
 JSON_BLOCK = 64 * 2**20  # bytes: no line may be longer
 SHOWN = 12  # names of columns in a message
-
-
-def files_in(paths: Sequence[str], endings: Collection[str] = tuple(FORMATS)) -> list[Path]:
-    """The files that paths, folders (with what is below them) and globs mean, sorted within each.
-
-    Raises:
-        OptionError: if one of them means none.
-    """
-    found: list[Path] = []
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            here = sorted(file for ending in endings for file in path.rglob(f"*{ending}") if file.is_file())
-            if not here:
-                raise OptionError(f"paths={given!r}: the folder has no file that ends in {', '.join(endings)}.")
-        elif glob.has_magic(str(path)) and not path.exists():
-            here = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-            if not here:
-                raise OptionError(f"paths={given!r}: no file matches it.")
-        else:
-            here = [path]
-            if not path.exists():
-                raise OptionError(f"paths={given!r}: there is no such file or folder.")
-        found += here
-    return found
 
 
 class Table:
@@ -51,7 +26,7 @@ class Table:
         names: of its columns; of HDF5 the paths of its data sets.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: File):
         self.path = path
         ending = path.suffix.lower()
         if ending not in FORMATS:
@@ -64,6 +39,18 @@ class Table:
             raise
         except Exception as error:  # pyarrow and h5py raise a dozen kinds
             raise self._unreadable(error) from error
+
+    @classmethod
+    def of_arrays(cls, name: str, arrays: Mapping[str, np.ndarray]) -> "Table":
+        """A table that is in memory: arrays of equal length by column.
+
+        Args:
+            name: what it is called in messages.
+            arrays: by column.
+        """
+        table = cls.__new__(cls)
+        table.path, table.names, table._format, table._file = Path(name), list(arrays), "arrays", arrays
+        return table
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Columns by name, numpy arrays or pyarrow's, for `numbers` and `codes`.
@@ -78,6 +65,8 @@ class Table:
         try:
             if self._format == "HDF5":
                 return {name: self._file[name][()] for name in names}
+            if self._format == "arrays":
+                return {name: self._file[name] for name in names}
             table = self._file.read(columns=list(names)) if self._format == "Parquet" else self._file
             return {name: table.column(name) for name in names}
         except Exception as error:
@@ -126,19 +115,19 @@ class Table:
         import pyarrow.parquet as pq
 
         refuse_extension_types(self.path)
-        self._file = pq.ParquetFile(self.path)
+        self._file = pq.ParquetFile(open_input(self.path))
         return self._file.schema_arrow.names
 
     def _open_csv(self) -> list[str]:
         from pyarrow import csv
 
-        self._file = csv.read_csv(self.path)
+        self._file = csv.read_csv(open_input(self.path))
         return self._file.column_names
 
     def _open_json(self) -> list[str]:
         from pyarrow import json
 
-        self._file = json.read_json(self.path, read_options=json.ReadOptions(block_size=JSON_BLOCK))
+        self._file = json.read_json(open_input(self.path), read_options=json.ReadOptions(block_size=JSON_BLOCK))
         return self._file.column_names
 
     _open_jsonl = _open_json
@@ -148,7 +137,8 @@ class Table:
             raise OptionError(f"paths={str(self.path)!r}: HDF5 files are read by h5py, which is missing. Install h5py.")
         import h5py
 
-        self._file, names = h5py.File(self.path, "r"), list[str]()
+        source = self.path if isinstance(self.path, Path) else open_input(self.path)
+        self._file, names = h5py.File(source, "r"), list[str]()
         self._file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
         return names
 

@@ -1,20 +1,21 @@
 """What feeds an algorithm from recorded episodes: minibatches to learn from, and held-out rows to judge it by."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.errors import OptionError
+from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.policy.mapping import EpisodeInfo, PolicyMapping
 from lit_rl.recorded import Recorded
 from lit_rl.replay.feed import drawn
+from lit_rl.replay.making import as_policy_acts, heads_of_sequences
 from lit_rl.replay.recorded_buffer import RecordedBuffer
-from lit_rl.trees import iterate, nest
+from lit_rl.trees import iterate
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class Draws:
         is_prioritized = own["prioritized"] if prioritized is None else prioritized
         return cls(batch_size or own["batch_size"], (low, high), priority_alpha if is_prioritized else None)
 
+    def check(self, algorithm: OffPolicy) -> None:
+        """Refuse minibatches that hold no sequence.
+
+        Raises:
+            OptionError: if an algorithm with memory would be given such.
+        """
+        length = algorithm.sequence_length
+        if length is not None and self.batch_size < length:
+            raise OptionError(
+                f"batch_size={self.batch_size}: expected at least one sequence, sequence_length={length} rows. "
+                "Raise it."
+            )
+
 
 class RecordedFeed:
     """Minibatches of recorded episodes for one algorithm.
@@ -75,11 +89,7 @@ class RecordedFeed:
         world_size: int = 1,
     ):
         policy, length = algorithm.policy, algorithm.sequence_length
-        if length is not None and draws.batch_size < length:
-            raise OptionError(
-                f"batch_size={draws.batch_size}: expected at least one sequence, sequence_length={length} rows. "
-                "Raise it."
-            )
+        draws.check(algorithm)
         self.algorithm, self.draws = algorithm, draws
         recorded = as_policy_acts(policy, recorded)
         options: dict[str, Any] = {
@@ -91,9 +101,8 @@ class RecordedFeed:
         )
         self.held_out = RecordedBuffer(recorded, policy.spec, rows=held_out, has_is_init=True, **options)
         heads = held_out
-        if length is not None:  # sequences that are next to each other
-            firsts = recorded.begins[np.searchsorted(recorded.begins, held_out, side="right") - 1]
-            heads = held_out[(held_out - firsts) % length == 0]
+        if length is not None:
+            heads = heads_of_sequences(recorded, held_out, length)
         self._heads = np.array_split(heads, world_size)[rank]
         self._greatest_share = -(-len(heads) // world_size)
 
@@ -113,6 +122,26 @@ class RecordedFeed:
         """A `priority` that `update` wrote into a minibatch goes back to its rows."""
         if "priority" in minibatch.keys():  # noqa: SIM118
             self.buffer.update_priorities(minibatch["index"], minibatch["priority"])
+
+    def position(self, *, whole: bool = True) -> dict[str, Any]:
+        """What is to be drawn next: see `RecordedBuffer.position`."""
+        return self.buffer.position(whole=whole)
+
+    def go_on(self, position: Mapping[str, Any]) -> None:
+        """Draw what was to be drawn next when `position` was asked.
+
+        Raises:
+            CheckpointError: if that was of other data.
+        """
+        if "files" in position:
+            raise CheckpointError(
+                "In the checkpoint's run the data streamed, here it is in memory. Resume with the same streaming and "
+                "memory_limit, or begin a new run with init_from."
+            )
+        self.buffer.go_on(position)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     # --- to judge by --------------------------------------------------------------------------------------------
 
@@ -183,16 +212,6 @@ def rows_of_rank(recorded: Recorded, episodes: np.ndarray, rank: int, world_size
     rows = np.flatnonzero(recorded.is_transition & recorded.rows_of(episodes))
     share = len(rows) // world_size
     return rows[rank * share : (rank + 1) * share]
-
-
-def as_policy_acts(policy: Any, recorded: Recorded) -> Recorded:
-    """The same episodes with actions as a policy gives them, instead of as the environment was given them.
-
-    A squashed policy's lie in [-1, 1] whatever the bounds are, and a Discrete one's begin at 0.
-    """
-    columns = {path: x for path, x in recorded.columns.items() if path.partition("/")[0] == "action"}
-    actions = policy.from_env(nest(columns)["action"])
-    return replace(recorded, columns={**recorded.columns, **dict(iterate(actions, "action"))})
 
 
 def best(recorded: Recorded, episodes: np.ndarray, fraction: float) -> np.ndarray:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from lit_rl.errors import OptionError
 from lit_rl.files.episodes import Rows, spaces_of
+from lit_rl.files.finding import File
 from lit_rl.options import check_ending
 from lit_rl.spec import class_counts
 from lit_rl.viewing.figures import save_figure
@@ -151,7 +152,7 @@ def _count(number: int) -> str:
     return f"{number:,}"
 
 
-def faults(found: Mapping[Path, Rows]) -> list[str]:
+def faults(found: Mapping[File, Rows]) -> list[str]:
     """What is wrong with files that can be read, taken together: a sentence each."""
     said, owner = [], {}  # type: ignore[var-annotated]
     for path, rows in found.items():
@@ -159,7 +160,7 @@ def faults(found: Mapping[Path, Rows]) -> list[str]:
             other = owner.setdefault((path.parent, number), path)
             if other != path:
                 said.append(f"{path} has episode {number}, which {other} has too.")
-    ids: dict[str, Path] = {}
+    ids: dict[str, File] = {}
     for path, rows in found.items():
         for id_ in rows.files[0].ids:
             other = ids.setdefault(id_, path)

@@ -97,6 +97,25 @@ def display_is_there() -> bool:
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
+def shows_window(env: EnvConfig) -> bool:
+    """Whether there is a display, and an environment that uses it; says so where not."""
+    modes: tuple[str, ...] = ()
+    if env.vectorization != "native":
+        made: Any = env.make_multi_agent() if env.is_multi_agent else env.make()
+        modes = render_modes(made)
+        made.close()
+    instead = "Record the episodes: --video play.mp4"
+    if "human" not in modes:
+        print(
+            f"{env.env_id} has no window to show. {instead if 'rgb_array' in modes else ''}".rstrip(), file=sys.stderr
+        )
+        return False
+    if not display_is_there():
+        print(f"There is no display, so no window is shown. {instead}", file=sys.stderr)
+        return False
+    return True
+
+
 def framed(env: Any, add: Callable[[np.ndarray], None]) -> Any:
     """An environment, of one agent or several, that hands a picture to `add` after each reset and step."""
     env = adapted(env)

@@ -304,7 +304,8 @@ def test_the_usage_names_every_subcommand(capsys) -> None:
 def test_help_and_mistakes_wait_for_no_import() -> None:
     code = """
 import sys
-from lit_rl.cli import OWN, main
+from lit_rl.cli import main
+from lit_rl.cli.shared import OWN
 for command in ("--help", "--version", "recipes", *[f"{name} --help" for name in OWN], "fitt"):
     try:
         main(command.split())

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_rl.cli import OWN, main, recipe_index
+from lit_rl.cli import main, recipe_index
 from lit_rl.cli.recipe_index import ENV_STEPS, MEASURED, NOT_MEASURED, read_recipe, recipe_files
+from lit_rl.cli.shared import OWN
 
 RECIPES = recipe_files()
 

@@ -274,7 +274,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no column": (change(reward=None), "has no column 'reward'. It has episode, t, agent, observation,"),
     "no folder": (lambda: shutil.rmtree("data"), "paths='data': there is no such file or folder."),
     "an empty folder": (
-        lambda: [path.unlink() for path in Path("data").iterdir()], "paths='data': there is no Parquet file in it."
+        lambda: [path.unlink() for path in Path("data").iterdir()],
+        "paths='data': the folder has no file that ends in .parquet.",
     ),
     "a truncated file": (cut(1000), f"{FIRST} is no whole Parquet file: "),
     "an empty file": (cut(0), f"{FIRST} is no whole Parquet file: "),

@@ -53,7 +53,7 @@ def imported_modules(path: Path) -> set[str]:
     for name in imports(path):
         first, _, rest = name.partition(".")
         if first == "lit_rl":
-            name = lit_rl._PUBLIC.get(rest, name)
+            name = lit_rl.PUBLIC.get(rest, name)
             while name not in MODULES:
                 name = name.rpartition(".")[0]
             found |= {name} | (packages(name) - packages(importer) - {importer})
