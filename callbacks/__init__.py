@@ -2,6 +2,7 @@
 
 from lit_rl.callbacks.diagnostics import Diagnostics
 from lit_rl.callbacks.offline_evaluation import OfflineEvaluation
+from lit_rl.callbacks.predictions import Predictions
 from lit_rl.callbacks.progress import EnvStepsProgressBar
 from lit_rl.callbacks.record import EpisodeWriter, Record
 from lit_rl.callbacks.scale import ScaleEnvRunners
@@ -12,6 +13,7 @@ __all__ = [
     "EnvStepsProgressBar",
     "EpisodeWriter",
     "OfflineEvaluation",
+    "Predictions",
     "Record",
     "ScaleEnvRunners",
     "Video",

@@ -263,10 +263,12 @@ class EnvDataModule(EvaluatingDataModule):
             OptionError: if one of them would never learn.
         """
         budget, trainer = self.max_env_steps, self.attached_trainer
-        for replay in replays.values():
-            if budget is not None and replay.learning_starts >= budget:
+        for policy_id, algorithm in algorithms.items():
+            self._check_room(algorithm, replays[policy_id])
+            starts = replays[policy_id].completed(algorithm.REPLAY).learning_starts
+            if budget is not None and starts >= budget:
                 raise OptionError(
-                    f"learning_starts={replay.learning_starts}: expected less than max_env_steps={budget}, or nothing "
+                    f"learning_starts={starts}: expected less than max_env_steps={budget}, or nothing "
                     "is ever learned. Lower it."
                 )
         self.feeds.setup(
@@ -276,6 +278,17 @@ class EnvDataModule(EvaluatingDataModule):
             seed=functools.partial(self._seed_sequence, REPLAY_BUFFERS, trainer.global_rank),
             log_folder=lambda: Path(trainer.log_dir or trainer.default_root_dir),
         )
+
+    def _check_room(self, algorithm: OffPolicy, replay: Replay) -> None:
+        """Refuse a buffer in which no environment's rows make a sequence before they are overwritten."""
+        if not algorithm.ACROSS_EPISODES:
+            return
+        length, (num_envs, _) = algorithm.hp.sequence_length, self.rollout_shape
+        if replay.buffer_size < 2 * num_envs * (length + 1):
+            raise OptionError(
+                f"sequence_length={length}: expected sequences that fit into buffer_size={replay.buffer_size}: for "
+                f"{num_envs} environments at least {2 * num_envs * (length + 1)} rows. Lower it, or raise buffer_size."
+            )
 
     def start_runners(self, epsilons: Epsilons = (0.0,)) -> None:
         """Have the runners that wait begin to collect, with the weights the policy has now.

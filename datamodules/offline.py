@@ -295,6 +295,7 @@ class OfflineDataModule(EvaluatingDataModule):
                 f"{what}={type(algorithm).__name__}: OfflineDataModule feeds imitation and off-policy algorithms such "
                 "as BC, CQL, SAC and DQN. Use RolloutDataModule."
             )
+        algorithm.check_learns_from_recorded()
 
     def remove_policy(self, policy_id: str) -> None:
         self._feeds.pop(policy_id, None)

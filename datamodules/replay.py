@@ -118,6 +118,8 @@ class ReplayDataModule(EnvDataModule):
                 f"model={type(algorithm).__name__}: it learns from the returns of recorded episodes: expected an "
                 "OfflineDataModule, or offline_paths beside the environment."
             )
+        if self.offline_paths is not None:
+            algorithm.check_learns_from_recorded()
 
     def add_policy(self, policy_id: str, algorithm: Any, number: int) -> None:
         self.feeds.add(policy_id, algorithm, self.replay, number)

@@ -18,6 +18,7 @@ PUBLIC = {
     "Diagnostics": "lit_rl.callbacks",
     "DiscreteCQL": "lit_rl.modules",
     "DQN": "lit_rl.modules",
+    "DreamerV3": "lit_rl.modules",
     "EnvRunner": "lit_rl.runners.env_runner",
     "EnvSpec": "lit_rl.spec",
     "EnvStepsProgressBar": "lit_rl.callbacks",
@@ -30,6 +31,7 @@ PUBLIC = {
     "ImpalaResNet": "lit_rl.networks",
     "IQL": "lit_rl.modules",
     "load_policy": "lit_rl.files.loading",
+    "LatentPolicy": "lit_rl.policy",
     "LSTMNetwork": "lit_rl.networks",
     "MARWIL": "lit_rl.modules",
     "MLP": "lit_rl.networks",
@@ -42,6 +44,7 @@ PUBLIC = {
     "Placement": "lit_rl.runners.placement",
     "Policy": "lit_rl.policy",
     "PPO": "lit_rl.modules",
+    "Predictions": "lit_rl.callbacks",
     "QPolicy": "lit_rl.policy",
     "Rainbow": "lit_rl.modules",
     "Replay": "lit_rl.replay.options",
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from lit_rl.callbacks import Diagnostics as Diagnostics
     from lit_rl.callbacks import EnvStepsProgressBar as EnvStepsProgressBar
     from lit_rl.callbacks import OfflineEvaluation as OfflineEvaluation
+    from lit_rl.callbacks import Predictions as Predictions
     from lit_rl.callbacks import Record as Record
     from lit_rl.callbacks import ScaleEnvRunners as ScaleEnvRunners
     from lit_rl.callbacks import Video as Video
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     from lit_rl.modules import SAC as SAC
     from lit_rl.modules import TQC as TQC
     from lit_rl.modules import DiscreteCQL as DiscreteCQL
+    from lit_rl.modules import DreamerV3 as DreamerV3
     from lit_rl.modules import Rainbow as Rainbow
     from lit_rl.multi_agent import MultiAgent as MultiAgent
     from lit_rl.networks import MLP as MLP
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
     from lit_rl.networks import MultiInput as MultiInput
     from lit_rl.networks import NatureCNN as NatureCNN
     from lit_rl.policy import EpisodeInfo as EpisodeInfo
+    from lit_rl.policy import LatentPolicy as LatentPolicy
     from lit_rl.policy import Policy as Policy
     from lit_rl.policy import QPolicy as QPolicy
     from lit_rl.policy import Random as Random

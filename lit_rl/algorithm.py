@@ -95,6 +95,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     POLICY: type[Policy] = Policy
     NETWORKS: tuple[str, ...] = ("network",)  # the options that are networks
     LEARNS_AGAIN = False  # whether `update` may be given a rollout again, some of which is not new: see `Rollout`
+    COMPILES_MEMORY = False  # whether its loss can be compiled, though its policy has memory
     OF_ONE_RANK: tuple[str, ...] = ()  # the parts of `rank_state` that a new rank does not take from the first
 
     policy: Policy

@@ -128,6 +128,15 @@ def share(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
+def gather_rows(x: Tensor) -> Tensor:
+    """The rows [N, ...] of every rank, in the order of the ranks; all have as many."""
+    if world_size() == 1:
+        return x
+    found = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(found, x.contiguous())
+    return torch.cat(found)
+
+
 def gather(value: Result) -> list[Result]:
     """Every rank's `value`, in the order of the ranks."""
     if world_size() == 1:

@@ -336,6 +336,42 @@ class SquashedGaussian:
         return action if len(self._shape) == 1 else action.reshape(*action.shape[:-1], *self._shape)
 
 
+class BoundedGaussian(DiagonalGaussian):
+    """For Box spaces with bounds: a Gaussian whose mean and standard deviation are bounded, as DreamerV3 has it.
+
+    The parameters are d numbers x and d numbers y: mean = tanh(x), std = 0.1 + 0.9 sigmoid(y + 2). The recorded action
+    is the sample, which may lie outside of [-1, 1]; the environment is given it clipped, and scaled to its bounds.
+    """
+
+    def __init__(self, space: spaces.Box):
+        super().__init__(space)
+        squashed = SquashedGaussian(space)  # which refuses a space without bounds
+        self._scaled = squashed.to_env
+
+    def sample(self, parameters: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return super().sample(self.bounded(torch.from_numpy(parameters)).numpy(), rng)
+
+    def mode(self, parameters: np.ndarray) -> np.ndarray:
+        return self._shaped(np.tanh(parameters[..., : self.num_outputs]))
+
+    def uniform(self, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.uniform(-1, 1, (len(legal), *self._shape)).astype(np.float32)
+
+    def evaluate(self, parameters: Tensor, action: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().evaluate(self.bounded(parameters), action, noise)
+
+    def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
+        return super().kl(self.bounded(parameters), self.bounded(other))
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        return self._scaled(np.clip(action, -1, 1))
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        """Means and log standard deviations, [*B, 2d]."""
+        mean, std = parameters.split(self.num_outputs, -1)
+        return torch.cat([torch.tanh(mean), torch.log(0.1 + 0.9 * torch.sigmoid(std + 2))], -1)
+
+
 def _gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
     """KL divergence of independent Gaussians from others, each [*B, d]; [*B]."""
     ratio, shift = 2 * (log_std - other_log_std), (mean - other_mean) * torch.exp(-other_log_std)

@@ -139,3 +139,84 @@ def quantile_huber_loss(quantiles: Tensor, target: Tensor) -> Tensor:
     weight = (tau.unsqueeze(-1) - (error.detach() < 0).to(tau.dtype)).abs()
     huber = torch.where(size < 1, 0.5 * error.square(), error.abs() - 0.5)
     return (weight * huber).mean(-1).sum(-1)
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|): Webber 2012; numbers of any size, made small. `symexp` is its inverse.
+
+    >>> symlog(torch.tensor([-1.0, 0.0]))
+    tensor([-0.6931,  0.0000])
+    """
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """sign(x) (exp(|x|) - 1).
+
+    >>> symexp(symlog(torch.tensor([-3.0, 0.5])))
+    tensor([-3.0000,  0.5000])
+    """
+    return x.sign() * x.abs().expm1()
+
+
+def symexp_bins(num: int, limit: float = 20.0) -> Tensor:
+    """An odd number of bins [Z] from -symexp(limit) to symexp(limit), evenly spaced before symexp; exactly symmetric.
+
+    >>> symexp_bins(3, limit=1.0)
+    tensor([-1.7183,  0.0000,  1.7183])
+    """
+    positive = symexp(torch.linspace(0.0, limit, num // 2 + 1))[1:]
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+def two_hot_mean(log_probs: Tensor, bins: Tensor) -> Tensor:
+    """The mean [*N] of a distribution over symmetric bins [Z] with log-probabilities [*N, Z].
+
+    Each bin is added up with the one opposite first, so that rounding leaves no trace: the greatest bin is 5e8, and
+    equal probabilities have the mean 0 exactly.
+
+    >>> two_hot_mean(torch.zeros(255).log_softmax(-1), symexp_bins(255))
+    tensor(0.)
+    """
+    probs, middle = log_probs.exp(), len(bins) // 2
+    return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ bins[middle + 1 :]
+
+
+def two_hot_loss(log_probs: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+    """Cross entropy [*N] of log-probabilities [*N, Z] of bins and of numbers [*N, J], summed over these.
+
+    A number's probability is shared out between the bins beside it, such that the mean is the number: eq. 8 to 10 of
+    Hafner et al. 2023, arXiv:2301.04104. A number beyond the last bin counts as that bin.
+
+    >>> two_hot_loss(torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.0]), torch.tensor([-1.0, 1.0, 3.0]))
+    tensor(1.0397)
+    """
+    target = target.detach().clamp(bins[0], bins[-1])
+    below = (torch.bucketize(target, bins, right=True) - 1).clamp(max=len(bins) - 2)
+    above_share = (target - bins[below]) / (bins[below + 1] - bins[below])
+    pairs = torch.cat([below, below + 1], -1)
+    shares = torch.cat([1 - above_share, above_share], -1)
+    return -(log_probs.gather(-1, pairs) * shares).sum(-1)
+
+
+def categorical_kl(log_probs: Tensor, other: Tensor) -> Tensor:
+    """KL divergence [*N] of S categorical distributions together from others, log-probabilities [*N, S, K] each.
+
+    >>> categorical_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())
+    tensor(0.1438)
+    """
+    return (log_probs.exp() * (log_probs - other)).sum((-2, -1))
+
+
+def kl_losses(posterior: Tensor, prior: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
+    """The dynamics and the representation loss [*N] of latents with log-probabilities [*N, S, K]: eq. 5 of DreamerV3.
+
+    max(KL(sg(posterior) || prior), free_bits) moves the prior, max(KL(posterior || sg(prior)), free_bits) the
+    posterior. The maximum is of each row's sum over latents; below it there is no gradient.
+
+    >>> kl_losses(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.5, 0.5]]]).log(), free_bits=1.0)
+    (tensor([1.]), tensor([1.]))
+    """
+    dynamics = categorical_kl(posterior.detach(), prior).clamp(min=free_bits)
+    representation = categorical_kl(posterior, prior.detach()).clamp(min=free_bits)
+    return dynamics, representation

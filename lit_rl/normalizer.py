@@ -159,3 +159,33 @@ class ReturnNormalizer(RunningMoments):
     def scaled(self, reward: Tensor) -> Tensor:
         """Rewards scaled and clipped to +-10."""
         return (reward / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)
+
+
+class ReturnRange(nn.Module):
+    """The range between two percentiles of returns, smoothed over updates: what DreamerV3 divides advantages by.
+
+    low <- (1 - rate) low + rate P5(returns), high likewise with P95; both begin at 0. The scale is max(1, high - low):
+    small returns are not made larger. Percentiles are those of all ranks' returns.
+
+    Args:
+        rate: of the newest returns.
+    """
+
+    limits: Tensor
+    _percentiles: Tensor
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self._rate = rate
+        self.register_buffer("limits", torch.zeros(2))
+        self.register_buffer("_percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+
+    def moved(self, returns: Tensor) -> Tensor:
+        """The limits [2] after these returns [*N], which are kept only if they become `limits`."""
+        returns = distributed.gather_rows(returns.detach().flatten())
+        return torch.lerp(self.limits, torch.quantile(returns, self._percentiles), self._rate)
+
+    @staticmethod
+    def scale(limits: Tensor) -> Tensor:
+        """What advantages are divided by, []."""
+        return (limits[1] - limits[0]).clamp(min=1.0)

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.algorithm import Algorithm, Update
+from lit_rl.errors import OptionError
 from lit_rl.learner.refusals import check_streams
 from lit_rl.options import CountOrZero, TwoOrMore, UnitInterval
 
@@ -28,9 +29,13 @@ class OffPolicy(Algorithm):
 
     Attributes:
         REPLAY: the datamodule's options that have this value where they are not set.
+        ACROSS_EPISODES: whether its sequences go on across the ends of episodes, see `SequenceBuffer`.
     """
 
-    REPLAY: Mapping[str, Any] = {"batch_size": 256, "update_to_data": 1.0, "n_step": 1, "prioritized": False}
+    REPLAY: Mapping[str, Any] = {
+        "batch_size": 256, "learning_starts": 256, "update_to_data": 1.0, "n_step": 1, "prioritized": False
+    }  # fmt: skip
+    ACROSS_EPISODES = False
 
     def __init__(
         self,
@@ -62,6 +67,18 @@ class OffPolicy(Algorithm):
     def wants_returns_to_go(self) -> bool:
         """Whether minibatches must have `return_to_go`, `to_go_discount` and `to_go_observation`: recorded data has."""
         return False
+
+    def check_learns_from_recorded(self) -> None:
+        """Refuse recorded episodes, if the algorithm cannot learn from them.
+
+        Raises:
+            OptionError: which says why.
+        """
+        if self.ACROSS_EPISODES:
+            raise OptionError(
+                f"model={type(self).__name__}: it learns from sequences with the states that its policy had, which "
+                "recorded episodes lack. Use ReplayDataModule without offline_paths."
+            )
 
     def epsilon_at(self, env_steps: int) -> float:
         """The probability of random actions after `env_steps`."""

@@ -201,3 +201,31 @@ def n_step_in_sequences(reward: Tensor, end: Tensor, gamma: float, num_steps: in
         total[:, : length - k] += gamma**k * reward[:, k:] * goes_on[:, : length - k]
         row += goes_on
     return total, gamma ** (row - first + 1), row
+
+
+def lambda_returns(reward: Tensor, discount: Tensor, is_last: Tensor, bootstrap: Tensor, *, lambda_: float) -> Tensor:
+    """Lambda-returns of the rows 0 to T - 2 of sequences that go on across the ends of episodes, [B, T - 1].
+
+    R_t = r_{t+1} + d_{t+1} ((1 - c_{t+1}) V_{t+1} + c_{t+1} R_{t+1}),  c_t = lambda (1 - is_last_t),  R_{T-1} = V_{T-1}
+
+    eq. 12 of Hafner et al. 2023, arXiv:2301.04104, for rewards that are received on arriving. What a last row's own
+    return is has no meaning: the next row begins another episode.
+
+    Args:
+        reward: received on arriving at each row, [B, T].
+        discount: of what comes after each row, [B, T]: 0 where an episode has terminated.
+        is_last: where an episode ends, terminated or truncated, [B, T].
+        bootstrap: V, what each row's return is estimated at, [B, T].
+        lambda_: 0 believes the next row's estimate, 1 the last one's.
+
+    >>> one, false = torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool)
+    >>> lambda_returns(one, 0.5 * one, false, 0 * one, lambda_=1.0)
+    tensor([[1.5000, 1.0000]])
+    """
+    keep = lambda_ * ~is_last
+    known = reward + discount * (1 - keep) * bootstrap
+    following, found = bootstrap[:, -1], []
+    for row, factor in zip(known[:, 1:].flip(1).unbind(1), (discount * keep)[:, 1:].flip(1).unbind(1)):
+        following = torch.addcmul(row, factor, following)
+        found.append(following)
+    return torch.stack(found[::-1], 1)

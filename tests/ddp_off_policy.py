@@ -28,6 +28,7 @@ from lit_rl import (
     SAC,
     TQC,
     DiscreteCQL,
+    DreamerV3,
     Evaluation,
     LSTMNetwork,
     Rainbow,
@@ -115,9 +116,41 @@ def gradients(rank: int, world_size: int, folder: Path) -> None:
                     gradient /= world_size
                 kind_of = f"{'memory' if memory else 'rows'}{', one rank alone' if alone else ''}"
                 found[f"{name}, {kind_of}: {parameter}"] = gradient
+    dreamer_gradients(rank, world_size, found)
     torch.save(found, folder / f"off-policy-{world_size}-{rank}.pt")
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def dreamer_gradients(rank: int, world_size: int, found: dict[str, torch.Tensor]) -> None:
+    """Those of DreamerV3, on a share of four sequences."""
+    torch.manual_seed(0)
+    algorithm = DreamerV3(spec=DISCRETE, size="nano", horizon=3, return_rate=1.0)
+    algorithm.configure_model()
+    for head in (algorithm.model.reward, algorithm.critic):  # so that returns differ, and their percentiles matter
+        torch.nn.init.normal_(head.logits.weight)
+    g, n = torch.Generator().manual_seed(1), (4, 5)
+    is_last = torch.rand(n, generator=g) < 0.3
+    state = {name: torch.from_numpy(x) for name, x in algorithm.policy.initial_state(4).items()}
+    batch = TensorDict(
+        {
+            "observation": torch.randn(*n, 3, generator=g), "previous_action": torch.randint(3, n, generator=g),
+            "reward": torch.randn(n, generator=g), "is_first": torch.zeros(n, dtype=torch.bool), "is_last": is_last,
+            "is_terminal": is_last, "state": state,
+        },
+        [4],
+    )  # fmt: skip
+    algorithm.draw_noise(batch)
+    share = 4 // world_size
+    algorithm.draw_noise = lambda batch: None  # type: ignore[method-assign]
+    algorithm.optimize = lambda loss: loss.backward()  # type: ignore[assignment,method-assign]
+    algorithm.update(batch[rank * share :][:share])
+    for name, parameter in algorithm.named_parameters():
+        if parameter.grad is not None:
+            if world_size > 1:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size
+            found[f"DreamerV3, rows: {name}"] = parameter.grad
 
 
 def train(folder: Path, run: str) -> None:

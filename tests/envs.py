@@ -106,6 +106,26 @@ class ClockEnv(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, self._t == 5, {}
 
 
+class TurningEnv(gym.Env):
+    """A pointer at a random angle, turned to either side by an action; the reward is its cosine, the limit 24 steps."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._t, self._angle = 0, self.np_random.uniform(0, 2 * np.pi)
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._angle += 0.5 if action else -0.3
+        self._t += 1
+        return self._obs(), float(np.cos(self._angle)), False, self._t == 24, {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([np.cos(self._angle), np.sin(self._angle)], np.float32)
+
+
 class CycleEnv(gym.Env):
     """Five steps and a truncation, always the same: the reward is 1 for the action t % 2."""
 

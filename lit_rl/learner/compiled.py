@@ -44,7 +44,7 @@ class CompiledStep:
     """
 
     def __init__(self, algorithm: Any, optimizer: LightningOptimizer, clipping: Clipping):
-        if algorithm.policy.has_memory:  # whose gradients through time are written by hand
+        if algorithm.policy.has_memory and not algorithm.COMPILES_MEMORY:  # gradients through time written by hand
             name = type(algorithm.policy.encoder).__name__
             raise OptionError(f"compile=True: expected a network without memory, but {name} has memory. Leave it out.")
         self._algorithm = algorithm
@@ -115,7 +115,7 @@ class CompiledStep:
         """The compiled form of a function of batches, which are the last argument; one for each of their shapes."""
         if key in self._compiled:
             return self._own(self._compiled[key](*arguments))
-        size = len(leaves(arguments[-1]["action"])[0])
+        size = len(leaves(arguments[-1]["observation"])[0])
         rank_zero_info(f"Compiling the gradient step for a batch of size {size} ...")
         started, self._compiled[key] = time.perf_counter(), self._compile(function)
         try:

@@ -89,6 +89,11 @@ class ReplayBuffer:
         """Transitions that can be drawn."""
         return self._num_transitions
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether there is anything to draw."""
+        return self._num_transitions > 0
+
     # --- writing ------------------------------------------------------------------------------------------------
 
     def extend(self, rows: Mapping[str, np.ndarray], envs: Iterable[int], rollout_length: int | None = None) -> int:
@@ -142,6 +147,10 @@ class ReplayBuffer:
         self._next[now] = links
         if self._previous is not None:
             self._previous[links] = now
+        if len(finals):  # what follows a final observation is the next episode
+            self._next[finals] = position[final_b, final_t + 1]
+            if self._previous is not None:
+                self._previous[position[final_b, final_t + 1]] = finals
         flags = rows["terminated"] * TERMINATED
         flags |= done * DONE
         flags |= rows["is_init"] * IS_INIT

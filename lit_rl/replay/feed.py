@@ -15,6 +15,7 @@ from lit_rl.errors import OptionError
 from lit_rl.off_policy import OffPolicy
 from lit_rl.replay.buffer import ReplayBuffer
 from lit_rl.replay.options import CompleteReplay, Replay
+from lit_rl.replay.sequences import SequenceBuffer
 from lit_rl.replay.stream import ReplayStream
 from lit_rl.rollout import mask_of
 from lit_rl.runners.fragment import Epsilons, Fragment
@@ -29,6 +30,8 @@ MOST_SLOTS = 2**32  # more than any env runner has
 def drawn(buffer: ReplayBuffer, algorithm: OffPolicy, num: int, num_steps: tuple[int, int], beta: float) -> TensorDict:
     """A minibatch of `num` rows as an algorithm takes it: transitions or, with memory, the sequences that they fill."""
     length, gamma = algorithm.sequence_length, algorithm.gamma
+    if isinstance(buffer, SequenceBuffer):
+        return buffer.sample_across(num // buffer.length)
     if length is None:
         return buffer.sample(num, gamma=gamma, num_steps=num_steps, beta=beta)
     return buffer.sample_sequences(
@@ -50,7 +53,7 @@ class ReplayFeed:
         owed: updates that rows ask for and are not made yet.
         stored: rows of all ranks since the buffer was empty.
         env_steps: of all ranks so far, with those that are not learned from yet.
-        some_are_empty: whether the buffers of some ranks have no rows.
+        some_are_empty: whether there is nothing to draw from the buffers of some ranks.
         recorded: recorded episodes, of which a part of every minibatch is; None if there are none.
         recorded_fraction: that part.
     """
@@ -86,25 +89,47 @@ class ReplayFeed:
             OptionError: if there is no room for it, or a minibatch holds no sequence.
         """
         options, policy, length = self.options, self.algorithm.policy, self.algorithm.sequence_length
+        if self.algorithm.ACROSS_EPISODES:
+            self._check_across()
         if length is not None and options.batch_size < length:
             raise OptionError(
                 f"batch_size={options.batch_size}: expected at least one sequence, sequence_length={length} rows. "
                 "Raise it."
             )
+        state = dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None
         try:
+            if self.algorithm.ACROSS_EPISODES:
+                assert state is not None and length is not None
+                return SequenceBuffer(
+                    policy.spec, options.buffer_size, state=state, length=length, storage_dir=storage_dir, seed=seed
+                )
             return ReplayBuffer(
                 policy.spec,
                 options.buffer_size,
-                state=dict(iterate(policy.initial_state(1), "state")) if policy.has_memory else None,
+                state=state,
                 priority_alpha=options.priority_alpha if options.prioritized else None,
                 storage_dir=storage_dir,
                 seed=seed,
             )
+        except OptionError:
+            raise
         except (MemoryError, OSError, ValueError) as error:
             message = " ".join(str(error).split())
             raise OptionError(
                 f"buffer_size={options.buffer_size}: no room for so many rows: {message}. Lower it."
             ) from error
+
+    def _check_across(self) -> None:
+        """Refuse options that sequences across the ends of episodes cannot have.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        name, options = type(self.algorithm).__name__, self.options
+        if options.prioritized:
+            raise OptionError(f"prioritized=True: {name} draws new rows first, and all others alike. Leave it out.")
+        if options.num_steps != (1, 1):
+            raise OptionError(f"n_step={options.n_step}: {name} sums rewards itself, see its lambda_. Leave it out.")
 
     def extend(self, fragments: Sequence[tuple[int, Fragment]], rollout_length: int) -> int:
         """Append the fragments of runners, each after its runner's number; returns how many rows that were."""
@@ -123,20 +148,27 @@ class ReplayFeed:
         """So many rows came in so many env steps, of all ranks: updates are owed for them after the warm-up."""
         world_size = distributed.world_size()
         self.stored += taken
-        if not self.is_warming_up and self.stored >= self.options.batch_size * world_size:
+        waits = self.algorithm.ACROSS_EPISODES and self.some_are_empty  # no environment has gone on for long enough
+        if not waits and not self.is_warming_up and self.stored >= self.options.batch_size * world_size:
             self.owed += taken / world_size * self.options.update_to_data
         self.env_steps += env_steps
 
     # --- minibatches ----------------------------------------------------------------------------------------------
 
     def minibatches(self, is_over: Callable[[], bool]) -> Iterator[TensorDict]:
-        """Those that are due, until the run is over. A `priority` that `update` writes goes back to the buffer."""
+        """Those that are due, until the run is over.
+
+        A `priority` that `update` writes goes back to the buffer, and so do `latents`.
+        """
         while self.owed > 1 - ROUNDING and not is_over():
             self.owed -= 1
             minibatch = self.draw()
             yield minibatch
             if "priority" in minibatch.keys():  # noqa: SIM118
                 self._take_back(minibatch["index"], minibatch["priority"])
+            if "latents" in minibatch.keys():  # noqa: SIM118
+                assert isinstance(self.buffer, SequenceBuffer)
+                self.buffer.write_states(minibatch["following"], minibatch["latents"])
 
     def stream(self, env_steps: int, is_over: Callable[[], bool]) -> ReplayStream:
         """Those that are due as a batch, which brings so many env steps of all ranks."""
@@ -340,12 +372,12 @@ class ReplayFeeds(dict[str, ReplayFeed]):
                 own = [(n, f.of(policy_id)) for n, f in fragments if f.has(policy_id, numbers[policy_id])]
             taken.append(feed.extend(own, rollout_length))
         env_steps = sum(fragment.entry.delivered for _, fragment in fragments)  # with several agents not those taken
+        empty = [int(feed.buffer is None or not feed.buffer.can_draw) for feed in self.values()]
         if distributed.world_size() > 1:
-            empty = [int(not feed.buffer) for feed in self.values()]
             counts = distributed.all_reduce_sum(torch.tensor([*taken, *empty, env_steps], device=device)).tolist()
             taken, empty, env_steps = counts[: len(self)], counts[len(self) : -1], counts[-1]
-            for feed, num_ranks in zip(self.values(), empty):
-                feed.some_are_empty = num_ranks > 0
+        for feed, num_ranks in zip(self.values(), empty):
+            feed.some_are_empty = num_ranks > 0
         for feed, rows in zip(self.values(), taken):
             feed.count(rows, env_steps)
         return env_steps
@@ -357,6 +389,8 @@ class ReplayFeeds(dict[str, ReplayFeed]):
             prefix = f"{policy_id}/replay" if policy_id else "replay"
             if feed.buffer is not None:
                 found[f"{prefix}/transitions"] = float(len(feed.buffer))
+            if isinstance(feed.buffer, SequenceBuffer):
+                found[f"{prefix}/ratio"] = feed.buffer.ratio
             if feed.options.prioritized:
                 found[f"{prefix}/beta"] = feed.beta
         return found

@@ -42,11 +42,13 @@ class Replay(OptionFields):
         buffer_size: rows of the buffer, of each learner process. A transition takes one row, and the final observation
             of each episode another.
         batch_size: transitions per gradient update and learner process. With memory they come as `batch_size /
-            sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC.
-        learning_starts: env steps, over all learner processes, before the first update.
+            sequence_length` sequences. None takes the algorithm's own: 128 for DQN, 256 for SAC, 1,024
+            for DreamerV3.
+        learning_starts: env steps, over all learner processes, before the first update. None takes the algorithm's
+            own: 256, or 1,024 for DreamerV3.
         random_warmup: whether actions are random until then, instead of the policy's.
         update_to_data: gradient updates per env step of a learner process; 0.25 is one for every four. None takes the
-            algorithm's own: 0.125 for DQN, 1 for SAC.
+            algorithm's own: 0.125 for DQN, 1 for SAC, 0.5 for DreamerV3.
         n_step: rewards summed before bootstrapping; `[low, high]` draws the number anew for each transition. None takes
             the algorithm's own: 3 for DQN and Rainbow, 1 for SAC.
         prioritized: draw surprising transitions more often: Schaul et al. 2016, arXiv:1511.05952. None takes the
@@ -62,7 +64,7 @@ class Replay(OptionFields):
 
     buffer_size: Count = 100_000
     batch_size: Count | None = None
-    learning_starts: Count = 256
+    learning_starts: Count | None = None
     random_warmup: bool = True
     update_to_data: Positive | None = None
     n_step: Steps | None = None
@@ -79,7 +81,7 @@ class Replay(OptionFields):
             return
         if batch_size > self.buffer_size:
             raise OptionError(f"buffer_size={self.buffer_size}: expected at least batch_size={batch_size}. Raise it.")
-        if batch_size > self.learning_starts:
+        if self.learning_starts is not None and batch_size > self.learning_starts:
             raise OptionError(
                 f"learning_starts={self.learning_starts}: expected at least batch_size={batch_size} env steps. Raise "
                 "it."
@@ -114,6 +116,7 @@ class CompleteReplay(Replay):
     """A `Replay` that leaves nothing to the algorithm."""
 
     batch_size: Count
+    learning_starts: Count
     update_to_data: Positive
     n_step: Steps
     prioritized: bool

@@ -154,8 +154,8 @@ def test_tables_of_options_are_those_that_make_docs_writes(page: Path) -> None:
 def test_there_is_a_table_for_every_class_whose_options_are_documented() -> None:
     tables = [names for page in PAGES for _, names, chosen, _ in TABLE.findall(page.read_text()) if not chosen]
     assert sorted(", ".join(tables).split(", ")) == [
-        "APPO", "BC", "CQL", "DQN", "DiscreteCQL", "Evaluation", "FaultTolerance", "IMPALA", "IQL", "MARWIL",
-        "MultiAgent", "OfflineDataModule", "OfflineEvaluation", "PPO", "Placement", "Rainbow", "Record",
+        "APPO", "BC", "CQL", "DQN", "DiscreteCQL", "DreamerV3", "Evaluation", "FaultTolerance", "IMPALA", "IQL",
+        "MARWIL", "MultiAgent", "OfflineDataModule", "OfflineEvaluation", "PPO", "Placement", "Rainbow", "Record",
         "ReplayDataModule", "RolloutDataModule", "SAC", "TQC", "cli.cluster.Cluster",
     ]  # fmt: skip
 

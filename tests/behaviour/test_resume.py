@@ -16,7 +16,19 @@ from gymnasium import spaces
 from helpers import assert_same, make_runner
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_rl import APPO, DQN, IMPALA, MLP, PPO, SAC, GRUNetwork, LSTMNetwork, ReplayDataModule, RolloutDataModule
+from lit_rl import (
+    APPO,
+    DQN,
+    IMPALA,
+    MLP,
+    PPO,
+    SAC,
+    DreamerV3,
+    GRUNetwork,
+    LSTMNetwork,
+    ReplayDataModule,
+    RolloutDataModule,
+)
 from lit_rl.envs.make import EnvConfig
 
 ON_POLICY = {"num_envs_per_env_runner": 3, "rollout_length": 16, "rollouts_per_epoch": 2, "max_env_steps": 480}
@@ -60,6 +72,10 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "DQN with memory": lambda: (
         DQN(network=functools.partial(GRUNetwork, hidden_size=16), sequence_length=8, burn_in=4),
         ReplayDataModule(RepeatPreviousEnv, seed=3, **OFF_POLICY),
+    ),
+    "DreamerV3": lambda: (
+        DreamerV3(size="nano", sequence_length=8, horizon=3, lr=1e-3, warmup=5),
+        ReplayDataModule("CartPole-v1", seed=3, update_to_data=0.25, **OFF_POLICY),
     ),
     "SAC": lambda: (SAC(network=SMALL), ReplayDataModule("Pendulum-v1", seed=3, **OFF_POLICY)),
 }

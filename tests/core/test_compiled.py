@@ -25,6 +25,7 @@ from lit_rl import (
     SAC,
     TQC,
     DiscreteCQL,
+    DreamerV3,
     Evaluation,
     LSTMNetwork,
     Rainbow,
@@ -60,6 +61,11 @@ CASES: dict[str, Any] = {
         Rainbow,
         {"lr": 1e-3, "network": partial(MLP, hidden_sizes=[8]), "v_min": 0, "v_max": 5, "num_atoms": 11},
     ),
+    "DreamerV3": (
+        DreamerV3,
+        {"size": "nano", "blocks": 2, "sequence_length": 8, "horizon": 3, "lr": 1e-3, "warmup": 10}
+        | {"max_grad_norm": 50.0},
+    ),
     "SAC": (SAC, SAC_OPTIONS | {"critic_lr": 2e-3, "alpha_lr": 5e-3, "lr_schedule": "linear"}),
     "SAC, shared": (SAC, SAC_OPTIONS | {"share_encoder": True, "actor_lr": 1e-3, "max_grad_norm": 1.0}),
     "SAC, discrete": (SAC, SAC_OPTIONS),
@@ -90,7 +96,7 @@ def fit(make_trainer: Any, case: str, *, path: Any = None, steps: int = 320, **o
     if cls in (PPO, IMPALA, APPO):
         data: Any = RolloutDataModule(CycleEnv, rollout_length=32 if cls is PPO else 4, **more)
     else:
-        env = CycleEnv if case in ("DQN", "Rainbow", "SAC, discrete", "DiscreteCQL") else "Pendulum-v1"
+        env = CycleEnv if case in ("DQN", "Rainbow", "SAC, discrete", "DiscreteCQL", "DreamerV3") else "Pendulum-v1"
         data = ReplayDataModule(
             env, learning_starts=80, batch_size=16, buffer_size=400, env_steps_per_batch=40, update_to_data=0.25,
             **more,
@@ -255,7 +261,11 @@ class Uncompilable(PPO):
 @pytest.mark.parametrize(
     ("algorithm", "trainer", "words"),
     [
-        (OtherOptimizer, {}, r"compile=True: .* return torch.optim.Adam or lit_rl.*RMSprop, got torch.optim.*RMSprop"),
+        (
+            OtherOptimizer,
+            {},
+            r"compile=True: .* return torch.optim.Adam, lit_rl.*RMSprop or lit_rl.*LaProp, got torch.optim.*RMSprop",
+        ),
         (PPO, {"precision": "bf16-mixed"}, "expected Trainer.precision='32-true'., got 'bf16-mixed'"),
         (partial(PPO, network=LSTMNetwork, sequence_length=8), {}, "compile=True: .* has memory"),
         (Uncompilable, {}, "the gradient step of Uncompilable with this network cannot be compiled"),

@@ -1,0 +1,112 @@
+"""The layers of DreamerV3's networks: RMSNorm and SiLU after each, block-diagonal matrices, convolutions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-4  # of RMSNorm
+KERNEL = 5
+
+
+def truncated_normal(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
+    """Normal numbers of variance scale^2 / fan_in, none of more than two standard deviations."""
+    std = 1.1368 / math.sqrt(fan_in)  # cut off at two, the rest has the standard deviation 1 / 1.1368
+    nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
+    weight.detach().mul_(scale)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that begins as DreamerV3's does.
+
+    Args:
+        in_features, out_features: as of `nn.Linear`.
+        scale: of the first weights; 0 makes the first outputs 0.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 1.0):
+        super().__init__(in_features, out_features)
+        truncated_normal(self.weight, in_features, scale)
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """A linear layer whose matrix is block-diagonal: input and output are cut into so many blocks of equal size.
+
+    Args:
+        in_features: of all blocks together.
+        out_features: of all blocks together.
+        blocks: of them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, blocks: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, in_features // blocks, out_features // blocks))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        truncated_normal(self.weight, in_features)  # of all blocks: so does the author's code count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] to [B, out_features], or the input [B, blocks, in_features / blocks]."""
+        blocks = len(self.weight)
+        if blocks == 1:
+            return torch.addmm(self.bias, x.flatten(1), self.weight[0])
+        out = torch.bmm(x.unflatten(1, (blocks, -1)).transpose(0, 1) if x.ndim == 2 else x.transpose(0, 1), self.weight)
+        return out.transpose(0, 1).flatten(1) + self.bias
+
+
+class NormedSiLU(nn.Module):
+    """SiLU of RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(nn.functional.rms_norm(x.float(), self.scale.shape, self.scale, EPSILON))
+
+
+def normed(in_features: int, *sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes, each followed by RMSNorm and SiLU."""
+    layers: list[nn.Module] = []
+    for size in sizes:
+        layers += [Linear(in_features, size), NormedSiLU(size)]
+        in_features = size
+    return nn.Sequential(*layers)
+
+
+class ConvLayer(nn.Module):
+    """A convolution that keeps height and width, RMSNorm over the channels and SiLU.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        pool: whether the greatest of every two by two pixels is kept, between convolution and norm.
+        scale_up: whether each pixel is doubled first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, pool: bool = False, scale_up: bool = False):
+        super().__init__()
+        self.convolution = convolution(in_channels, out_channels)
+        self.norm = NormedSiLU(out_channels)
+        self._pool, self._scale_up = pool, scale_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._scale_up:
+            x = doubled(x)
+        x = self.convolution(x)
+        if self._pool:
+            x = nn.functional.max_pool2d(x, 2)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution that keeps height and width, with first weights as in `Linear`."""
+    layer = nn.Conv2d(in_channels, out_channels, KERNEL, padding="same")
+    truncated_normal(layer.weight, in_channels * KERNEL * KERNEL)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Images [N, C, h, w] of twice the height and width."""
+    return x.repeat_interleave(2, -1).repeat_interleave(2, -2)

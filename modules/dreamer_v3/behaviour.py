@@ -1,0 +1,144 @@
+"""Actor and critic, which learn from what the world model imagines. Section 3.2 of the paper.
+
+Shapes: B sequences, L rows; N = B * L imagined ones, H steps each; F features, A numbers of an action, P parameters of
+the action distribution, S latents, Z bins.
+"""
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl.modules.dreamer_v3.world_model import TwoHotHead, WorldModel
+from lit_rl.normalizer import ReturnRange
+from lit_rl.policy.latent import LatentPolicy
+from lit_rl.returns import lambda_returns
+
+
+class Imagined(NamedTuple):
+    """What the world model imagines while the policy acts in it, without gradients.
+
+    Attributes:
+        features: of the states, the first of which are real, [N, H + 1, F].
+        action: taken in them, but for the last, as numbers, [N, H, A].
+        reward: received on arriving at them, [N, H + 1].
+        discount: gamma times the chance that the episode goes on there, [N, H + 1].
+    """
+
+    features: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+
+
+@torch.no_grad()
+def imagine(
+    policy: LatentPolicy, model: WorldModel, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor
+) -> Imagined:
+    """H steps of the prior from N states.
+
+    Args:
+        policy: acts, and has the RSSM.
+        model: predicts rewards and ends.
+        deter, stoch: of the states, [N, D] and [N, S * K].
+        noise: uniform numbers, [N, H, S].
+        action_noise: what actions are made of, [N, H, 1] or [N, H, A].
+    """
+    rssm, features, actions = policy.encoder.rssm, [torch.cat([deter, stoch], -1)], []
+    for uniform, own in zip(noise.unbind(1), action_noise.unbind(1)):
+        action = policy.imagined_action(features[-1], own)
+        deter = rssm.step(deter, stoch, rssm.embed(action))
+        stoch = rssm.sample(rssm.prior(deter), uniform)
+        features.append(torch.cat([deter, stoch], -1))
+        actions.append(action)
+    whole = torch.stack(features, 1)
+    return Imagined(whole, torch.stack(actions, 1), *model.predict(whole))
+
+
+class Targets(NamedTuple):
+    """What actor and critic learn from: no gradient flows into it.
+
+    Attributes:
+        returns: lambda-returns of the imagined states but for the last, [N, H].
+        advantage: [N, H].
+        weight: the chance, discounted, that an imagined state is reached at all, [N, H].
+        scale: what advantages were divided by, [].
+        limits: of the range of returns after these, see `ReturnRange`.
+    """
+
+    returns: Tensor
+    advantage: Tensor
+    weight: Tensor
+    scale: Tensor
+    limits: Tensor
+
+
+@torch.no_grad()
+def targets_of(
+    imagined: Imagined, value: Tensor, returns_range: ReturnRange, *, lambda_: float, normalize: bool
+) -> Targets:
+    """Targets of what was imagined, with the critic's values [N, H + 1] of its states: eqs. 11 and 12."""
+    is_last = torch.zeros_like(value, dtype=torch.bool)  # an end is only ever more or less probable
+    returns = lambda_returns(imagined.reward, imagined.discount, is_last, value, lambda_=lambda_)
+    limits = returns_range.moved(returns)
+    scale = returns_range.scale(limits) if normalize else torch.ones_like(limits[0])
+    advantage = (returns - value[:, :-1]) / scale
+    return Targets(returns, advantage, imagined.discount.cumprod(1)[:, :-1], scale, limits)
+
+
+def policy_loss(
+    policy: LatentPolicy, imagined: Imagined, targets: Targets, *, entropy_coef: float
+) -> tuple[Tensor, Tensor]:
+    """-weight (log pi(a|s) advantage + entropy_coef H(pi(.|s))) and the entropy, [N, H] each: eq. 11, REINFORCE.
+
+    Features and actions were imagined without gradients: none reaches the world model.
+    """
+    parameters = policy.action_parameters(imagined.features[:, :-1])
+    log_prob, entropy = policy.distribution.evaluate(parameters, policy.as_action(imagined.action))
+    return -targets.weight * (log_prob * targets.advantage + entropy_coef * entropy), entropy
+
+
+def value_loss(critic: TwoHotHead, slow: TwoHotHead, log_probs: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy to targets, and to what the slow critic says, which holds the critic back: [*N], eq. 10.
+
+    Args:
+        critic: of log-probabilities [*N, Z] for features [*N, F].
+        slow: follows it.
+        log_probs: the critic's for these features.
+        features: of states.
+        target: [*N], without gradient.
+    """
+    with torch.no_grad():
+        slow_value = slow.mean(slow(features))
+    return critic.loss(log_probs, target, slow_value)
+
+
+def replay_value_loss(
+    critic: TwoHotHead,
+    slow: TwoHotHead,
+    features: Tensor,
+    batch: TensorDict,
+    bootstrap: Tensor,
+    *,
+    gamma: float,
+    lambda_: float,
+) -> Tensor:
+    """The critic's loss on the rows that were replayed, [B, L - 1]; its gradient also shapes the latents.
+
+    A lambda-return sums the rewards that were received. It bootstraps from returns that were imagined from the rows.
+
+    Args:
+        critic, slow: see `value_loss`.
+        features: of the posterior's latents, [B, L, F].
+        batch: of rows.
+        bootstrap: the first imagined return of each row, [B, L].
+        gamma: discount per env step.
+        lambda_: of the lambda-returns.
+    """
+    discount = gamma * (~batch["is_terminal"]).float()
+    with torch.no_grad():
+        target = lambda_returns(batch["reward"], discount, batch["is_last"], bootstrap, lambda_=lambda_)
+    features = features[:, :-1]
+    loss = value_loss(critic, slow, critic(features), features, target)
+    return torch.where(batch["is_last"][:, :-1], 0.0, loss)
