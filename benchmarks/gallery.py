@@ -1,8 +1,8 @@
-"""Pictures of the recipes' results, and docs/results/README.md, which shows them all.
+"""Pictures of the recipes' results, and the part of docs/results/README.md that shows them all.
 
     .venv/bin/python benchmarks/gallery.py
 
-Draws every docs/results/<recipe>.json anew, in the style of `lit-rl plot`. Nothing is trained.
+Draws every docs/results/<recipe>.json that the page's table names, in the style of `lit-rl plot`. Nothing is trained.
 """
 
 import json
@@ -22,13 +22,14 @@ from lit_rl.viewing.figures import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
+PAGE, MARK = OUT / "README.md", "<!-- curves: benchmarks/gallery.py writes what follows -->\n"
 OVERVIEW = ("ppo_cartpole", "ppo_lunarlander", "sac_halfcheetah", "ppo_stateless_cartpole_lstm", "tqc_pendulum",
             "mappo_simple_spread")  # fmt: skip
 ROW = re.compile(r"^\| (?P<task>.*?) \| \[(?P<algorithm>.*?)\]\((?P<page>.*?)\) \|.*\| `(?P<recipe>\w+)` \|$", re.M)
 
 
 class Task(NamedTuple):
-    """What README's table says of a recipe."""
+    """What the page's table says of a recipe."""
 
     task: str
     algorithm: str
@@ -37,8 +38,8 @@ class Task(NamedTuple):
 
 
 def tasks() -> list[Task]:
-    """The rows of README's table, in order."""
-    return [Task(**found.groupdict()) for found in ROW.finditer((ROOT / "README.md").read_text())]
+    """The rows of the page's table, in order."""
+    return [Task(**found.groupdict()) for found in ROW.finditer(PAGE.read_text().partition(MARK)[0])]
 
 
 def is_of_games(result: dict[str, Any]) -> bool:
@@ -100,18 +101,8 @@ def draw_on(axes: Any, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(results: Sequence[tuple[Task, dict[str, Any]]]) -> str:
-    """docs/results/README.md."""
-    lines = [
-        "# Results",
-        "",
-        "Every recipe that was measured, over all its seeds. Blue: the mean return of the last 100 training episodes, "
-        "or of recorded data of the greedy policy: the median of the seeds and a band from the lowest to the highest. "
-        "Orange: the mean return of 100 greedy episodes played by the last checkpoint of each seed. Training acts at "
-        "random, greedy episodes do not, so the second is often above the first. The figures, each seed's curve, the "
-        "command and the commit are in the JSON file of the same name.",
-        "",
-        "Drawn by [gallery.py](../../benchmarks/gallery.py) from these files; measured by `make results`.",
-    ]
+    """What follows the mark in docs/results/README.md."""
+    lines: list[str] = []
     for task, result in results:
         runs = result["runs"]
         returns = ", ".join(f"{run['return_mean']:g}" for run in runs)
@@ -120,7 +111,7 @@ def text(results: Sequence[tuple[Task, dict[str, Any]]]) -> str:
         seeds = f"seeds {runs[0]['seed']} to {runs[-1]['seed']}" if len(runs) > 1 else f"seed {runs[0]['seed']}"
         unit = " % of games" if is_of_games(result) else ""
         bar = "" if result["bar"] is None else f"; the bar is {result['bar']:g}"
-        said = f"**{task.task}, [{task.algorithm}](../../{task.page})**: {result['median']:g}{unit} after {after}"
+        said = f"**{task.task}, [{task.algorithm}]({task.page})**: {result['median']:g}{unit} after {after}"
         lines += [
             "",
             f"{said} ({seeds}: {returns}{bar}). [Recipe](../../recipes/{task.recipe}.yaml), "
@@ -132,7 +123,7 @@ def text(results: Sequence[tuple[Task, dict[str, Any]]]) -> str:
 
 
 def measured() -> list[tuple[Task, dict[str, Any]]]:
-    """The recipes in README's table that have a result, in order."""
+    """The recipes in the table that have a result, in order."""
     bars = yaml.safe_load((ROOT / "benchmarks" / "bars.yaml").read_text())
     found = []
     for task in tasks():
@@ -148,8 +139,8 @@ def main() -> None:
         draw(result, OUT / f"{task.recipe}.png")
     by_recipe = {task.recipe: (task, result) for task, result in results}
     draw_overview([by_recipe[name] for name in OVERVIEW], ROOT / "docs" / "curves.png")
-    (OUT / "README.md").write_text(text(results))
-    print(f"{len(results)} pictures, {OUT / 'README.md'}")
+    PAGE.write_text(PAGE.read_text().partition(MARK)[0] + MARK + text(results))
+    print(f"{len(results)} pictures, {PAGE}")
 
 
 if __name__ == "__main__":

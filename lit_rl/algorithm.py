@@ -38,11 +38,13 @@ from lit_rl.learner.weight_averaging import keepers
 from lit_rl.networks import NetworkFactory, check_nameable, check_same_in_training, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy
+from lit_rl.quiet import leave_out_noise
 from lit_rl.rollout import Rollout, mask_of
 from lit_rl.schedules import Scheduled
 from lit_rl.source import Source, source_of
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
+leave_out_noise()
 ClipBy = Annotated[str, OneOf("global_norm", "norm", "value")]
 MAX_SKIPPED = 5  # optimizer steps in a row: one more would be no better
 MAX_SAVED_BATCHES = 10

@@ -4,20 +4,14 @@ import logging
 import sys
 import warnings
 
+from lit_rl.quiet import leave_out_noise
+
 
 def quieten() -> None:
-    """Leave out what Lightning says to everybody and what does not apply here; a warning is one line."""
+    """As `leave_out_noise`; and a warning is one line, and what Lightning tells goes to stdout."""
     warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*LightningCLI's args parameter is intended to run from within Python.*",
-        ".*The dirpath has changed from.*",  # a resumed run logs to a folder of its own
-        ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    advice = ("litlogger", "litmodels", "`weights_only` was not set", "TPU available: False")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in advice))
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended to run from within Python.*")
+    leave_out_noise()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers = [_Printed()]
 
