@@ -114,6 +114,6 @@ def test_a_config_with_the_options_of_subcommands_stands_before_them(capsys) -> 
 def test_texts_of_the_help_end_with_their_sentence(capsys) -> None:
     cli.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "lit-rl {fit,validate,test,predict,recipes,play,plot,data} [--config RECIPE]" in said
+    assert "lit-rl {fit,validate,test,predict,recipes,play,plot,data,evaluate} [--config RECIPE]" in said
     for end in ("on the way.", "with a checkpoint.", "instead of eval/.", "each step to a file."):
         assert end in said
