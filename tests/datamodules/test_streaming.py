@@ -55,6 +55,12 @@ def read_here(read: ReadFiles, part: int, store_bytes: int) -> Iterator[Any]:
 
 
 @pytest.fixture
+def short(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray, of which each execution reads few files: a process is asked for each, although it has only a few rows."""
+    monkeypatch.setattr("lit_rl.replay.ray_blocks.PARTS", 8)
+
+
+@pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "ray_blocks", read_here)
     monkeypatch.setattr(OfflineDataModule, "_connect_ray", lambda self: None)
@@ -300,7 +306,7 @@ def test_a_checkpoint_is_judged_by_the_episodes_that_its_run_held_out(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("short")
 def test_ray_gives_the_same_rows_in_the_same_order(folder: str, make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(make_trainer, through_ray := Watched(), make_data(folder, max_updates=14))
     monkeypatch.setattr(offline, "ray_blocks", read_here)
@@ -309,7 +315,7 @@ def test_ray_gives_the_same_rows_in_the_same_order(folder: str, make_trainer, mo
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("short")
 def test_the_file_of_a_process_that_is_lost_is_read_again_and_no_row_comes_twice(
     folder: str, make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +332,7 @@ def test_the_file_of_a_process_that_is_lost_is_read_again_and_no_row_comes_twice
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("short")
 def test_a_mistake_in_a_file_is_one_sentence_also_through_ray(folder: str, make_trainer) -> None:
     write_file(Path(folder) / "5.parquet", 90, 4, reward=[float("nan")] * 12)
     with pytest.raises(DataError, match=r"5\.parquet: column 'reward' is nan in row 0: expected numbers\.$"):
@@ -334,7 +340,7 @@ def test_a_mistake_in_a_file_is_one_sentence_also_through_ray(folder: str, make_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("short")
 def test_each_row_of_an_own_dataset_is_an_episode_and_its_epoch_begins_anew(folder: str, make_trainer) -> None:
     import ray.data
 
