@@ -389,9 +389,15 @@ def test_agents_of_different_spaces_need_policies_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("options", [{"burn_in": 2, "network": LSTMNetwork}, {"compile": True}])
-def test_what_needs_time_lines_of_one_length_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="with several agents time lines differ in length from batch to batch"):
-        quiet_trainer().fit(IMPALA(**options), data(**TURNS))
+def test_time_lines_of_many_lengths_are_burnt_in_and_compiled_for_few_shapes(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    trainer = quiet_trainer(limit_val_batches=0)
+    trainer.fit(algorithm := IMPALA(**options), data(**TURNS, max_env_steps=640))
+    assert algorithm.updates_done == trainer.global_step == 20  # none was skipped
+    assert len(compiled) == (1 if "compile" in options else 0)
 
 
 def test_a_resumed_run_goes_on_with_its_counts(tmp_path: Any) -> None:
