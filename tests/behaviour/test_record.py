@@ -155,6 +155,7 @@ def test_eval_runners_record_each_evaluation_once(ray_session: None) -> None:
     assert set(versions.tolist()) == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_env_runners_in_ray_record_what_their_environments_did(ray_session: None) -> None:
     data = source(num_env_runners=2, num_envs_per_env_runner=1)

@@ -489,6 +489,7 @@ def test_actions_that_exploration_chose_are_the_ones_that_are_remembered() -> No
     np.testing.assert_array_equal(state["action"], np.eye(3)[action])
 
 
+@pytest.mark.slow
 def test_it_learns_to_name_what_it_sees() -> None:
     algorithm = DreamerV3(
         size="nano", sequence_length=8, horizon=2, lr=3e-3, warmup=10, entropy_coef=0.01, return_rate=0.1, gamma=0.9
@@ -500,6 +501,7 @@ def test_it_learns_to_name_what_it_sees() -> None:
     assert greedy_return(algorithm, data) >= 0.9  # at random 0.25
 
 
+@pytest.mark.slow
 def test_it_learns_to_hit_what_it_sees() -> None:
     algorithm = DreamerV3(
         size="nano", sequence_length=8, horizon=2, lr=3e-3, warmup=10, entropy_coef=0.003, return_rate=0.1, gamma=0.9
@@ -511,6 +513,7 @@ def test_it_learns_to_hit_what_it_sees() -> None:
     assert greedy_return(algorithm, data) >= -0.2  # random actions -0.67, 0 always -0.33
 
 
+@pytest.mark.slow
 def test_it_predicts_what_comes_of_actions_and_that_a_time_limit_ends_nothing() -> None:
     algorithm = DreamerV3(size="nano", deter=48, sequence_length=20, horizon=2, lr=3e-3, warmup=20)
     data = ReplayDataModule(
