@@ -9,9 +9,9 @@ begins anew would mislead a policy that is good already. Counted are the env ste
 episodes, played every 2,048 steps, is 475.
 
 `sac`: `iql_pendulum`, then SAC's critics alone by the recorded data (`critic_warmup`), since IQL's say little of
-actions that nobody recorded, then SAC online from both. Counted is how much of the return is lost after 1,000, 2,000 and 5,000 env
-steps, as a share of the gap between random actions and the policy that IQL learned: greedy, on 100 start states that
-are always the same.
+actions that nobody recorded, then SAC online from both. Counted is how much of the return is lost after 1,000, 2,000
+and 5,000 env steps, as a share of the gap between random actions and the policy that IQL learned: greedy, on 100 start
+states that are always the same.
 
 The data are made by `benchmarks/offline_data.py`. Settings were chosen on seeds 11 to 13. Writes
 `docs/results/handover_ppo.json` and `handover_sac.json`.
