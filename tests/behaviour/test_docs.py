@@ -95,8 +95,10 @@ def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 @each_block("python ray")
-def test_python_block_with_ray_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_python_block_runs(block, monkeypatch)
+def test_python_block_with_ray_runs(
+    block: Block, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    test_python_block_runs(block, monkeypatch, capsys)
 
 
 @pytest.fixture
