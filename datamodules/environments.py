@@ -350,20 +350,17 @@ class EnvDataModule(EvaluatingDataModule):
 
     def say_how_it_runs(self) -> None:
         """One line on what makes the run as fast as it is."""
-        learners, num_envs = self.algorithm.learners, self.num_envs_per_env_runner
-        many = f"{num_envs} environment{'s' if num_envs > 1 else ''}"
-        if self.num_env_runners:
-            runners = f"{self.num_env_runners} Ray env runner{'s' if self.num_env_runners > 1 else ''}"
-            where = f"{many} in each of {runners}" if self.num_env_runners > 1 else f"{many} in {runners}"
-        else:
-            where = f"{many} in this process"
+        learners, num_runners, where = self.algorithm.learners, self.num_env_runners, "this process"
+        if num_runners:
+            where = f"{'each of ' if num_runners > 1 else ''}{_count(num_runners, 'Ray env runner')}"
         acts = " Actions are computed in numpy." if all(each.policy.acts_in_numpy for each in learners) else ""
-        threads = torch.get_num_threads()
-        compiled = [each.hparams["compile"] for each in learners if "compile" in each.hparams]
-        steps = "compiled" if compiled and all(compiled) else "eager; compile=True pays in runs of minutes"
+        compiled, steps = [each.hparams["compile"] for each in learners if "compile" in each.hparams], "eager"
+        if compiled:
+            steps = "compiled" if all(compiled) else "eager; compile=True pays in runs of minutes"
         rank_zero_info(
-            f"Collecting from {where} (vectorization={self.env.vectorization}).{acts} Learning on {threads} torch "
-            f"thread{'s' if threads > 1 else ''} (gradient steps are {steps if compiled else 'eager'})."
+            f"Collecting from {_count(self.num_envs_per_env_runner, 'environment')} in {where} "
+            f"(vectorization={self.env.vectorization}).{acts} Learning on "
+            f"{_count(torch.get_num_threads(), 'torch thread')} (gradient steps are {steps})."
         )
 
     def say_if_done(self) -> None:
@@ -444,3 +441,7 @@ class EnvDataModule(EvaluatingDataModule):
                 "rollout_length."
             )
         self._say_if_epochs_end_it(self._rows_per_epoch)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

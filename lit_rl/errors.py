@@ -1,6 +1,8 @@
 """Mistakes a user can mend. The command line prints their message alone; anything else keeps its traceback."""
 
+import difflib
 import traceback
+from collections.abc import Iterable
 
 
 class LitRLError(Exception):
@@ -32,6 +34,12 @@ def env_error(env_id: str, what: str, error: Exception) -> Exception:
         frames = traceback.extract_tb(error.__traceback__)
         message = (frames[-1].line if frames else "") or "no message"
     return EnvFailure(f"env={env_id} {what}: {type(error).__name__}: {message}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence, after a space, with the name that may be meant; "" if none is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def sentence(error: Exception) -> str:

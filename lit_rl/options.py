@@ -11,7 +11,6 @@ and keeps those.
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lit_rl import peers
-from lit_rl.errors import OptionError
+from lit_rl.errors import OptionError, did_you_mean
 
 Made = TypeVar("Made")
 
@@ -392,8 +391,7 @@ def hint(cls: type, name: str) -> str:
             if ours in (options_of(owner) or {}):
                 called = "It" if ours == asked else f"It is called {ours!r} here, and"
                 return f" {called} is an option of {owner.__name__}."
-    close = difflib.get_close_matches(asked, [option for option in options if option != name], n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(asked, [option for option in options if option != name])
 
 
 def hint_on_points(cls: type, name: str) -> str:

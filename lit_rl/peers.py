@@ -3,10 +3,10 @@
 Light: it names the classes that have an option, and imports them when it is asked.
 """
 
-import difflib
 from collections.abc import Iterable
 
 import lit_rl
+from lit_rl.errors import did_you_mean
 
 # By a name of theirs, ours that may be meant, the likeliest first.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -116,8 +116,7 @@ def hint_on_class(name: str, known: Iterable[str]) -> str:
     """
     if name in CLASSES:
         return f" {CLASSES[name]}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(name, known)
 
 
 def owners() -> list[type]:

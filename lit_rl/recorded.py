@@ -147,3 +147,11 @@ def joined(parts: Sequence[Recorded], agents: Sequence[str] | None = None) -> Re
         begins=np.concatenate([part.begins + begin for part, begin in zip(parts, begins)]),
         agents=agents,
     )
+
+
+def first_not_finite(x: np.ndarray) -> int | None:
+    """The first row of [N, ...] with a number that is not finite; None if there is none."""
+    if x.dtype.kind != "f" or np.isfinite(x.sum()):  # the sum is cheaper than a mask
+        return None
+    wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
+    return int(wrong.argmax()) if wrong.any() else None

@@ -4,7 +4,6 @@ PyTorch and Lightning take seconds to import: nothing here does, nor do the libr
 their options, so that help is there at once.
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 import lit_rl
 from lit_rl.cli.quiet import quieten
 from lit_rl.cli.shared import OWN, SUBCOMMANDS, end, help_text, import_from_folder
-from lit_rl.errors import LitRLError, OptionError
+from lit_rl.errors import LitRLError, OptionError, did_you_mean
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -44,10 +43,10 @@ def _run(first: str | None, arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(f"lit_rl.cli.{first}"), first)(arguments[1:])
         return
     if not set(SUBCOMMANDS) & set(arguments):
-        close = difflib.get_close_matches(first or "", SUBCOMMANDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         given = " is missing" if first is None else f"={first!r}"
-        raise OptionError(f"subcommand{given}: expected one of {', '.join(SUBCOMMANDS)}.{hint}")
+        raise OptionError(
+            f"subcommand{given}: expected one of {', '.join(SUBCOMMANDS)}.{did_you_mean(first or '', SUBCOMMANDS)}"
+        )
     if "lightning" not in sys.modules:
         print(f"lit-rl {lit_rl.__version__}: loading PyTorch and Lightning ...", file=sys.stderr, flush=True)
     from lit_rl.cli import program

@@ -1,7 +1,6 @@
 """What the command line says when something is wrong: one sentence."""
 
 import ast
-import difflib
 import re
 from collections.abc import Sequence
 from typing import NoReturn, get_args
@@ -15,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import lit_rl
 from lit_rl.cli.configs import class_of, suggestion
 from lit_rl.cli.shared import end
-from lit_rl.errors import LitRLError, OptionError
+from lit_rl.errors import LitRLError, OptionError, did_you_mean
 from lit_rl.networks import NETWORKS
 from lit_rl.options import Limit, ListOfCounts, ListOfGroups, ListOfNames, limit_of, options_of
 from lit_rl.peers import hint_on_class
@@ -127,9 +126,8 @@ def _no_class(key: str, name: str) -> str:
         if not hint and key in ("model", "data"):
             hint = f" There are {', '.join(sorted(known))}."
         return f"there is no class {name}.{hint}" if hint else f"there is no class {name}"
-    close = difflib.get_close_matches(name, NETWORKS, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(sorted(NETWORKS))}."
-    return f"there is no class {name}. {hint} One of your own is named package.module.Class."
+    hint = did_you_mean(name, NETWORKS) or f" There are {', '.join(sorted(NETWORKS))}."
+    return f"there is no class {name}.{hint} One of your own is named package.module.Class."
 
 
 def _classes_for(key: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
 import datetime
-import difflib
 import os
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from lit_rl.cli.configs import check_config, check_groups
 from lit_rl.cli.quiet import quieten
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.cli.shared import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
-from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.errors import CheckpointError, OptionError, did_you_mean
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
 from lit_rl.source import Source, source_of
@@ -237,9 +236,8 @@ def recipe_path(name: str) -> str:
     recipes = recipe_files()
     if name in recipes:
         return str(recipes[name])
-    close = difflib.get_close_matches(name, recipes, n=1)
-    said = f"Did you mean {close[0]!r}?" if close else "`lit-rl recipes` lists them."
-    raise OptionError(f"config={name!r}: expected a YAML file or a recipe's name. {said}")
+    said = did_you_mean(name, recipes) or " `lit-rl recipes` lists them."
+    raise OptionError(f"config={name!r}: expected a YAML file or a recipe's name.{said}")
 
 
 def _check_order(args: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """What the names of environments and wrappers mean: "package.module:Class"."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from lit_rl.errors import EnvError, OptionError
+from lit_rl.errors import EnvError, OptionError, did_you_mean
 
 Wrapper = str | dict[str, dict[str, Any]] | Callable[[Any], Any]
 
@@ -70,8 +69,7 @@ def check_arguments(wrapper: Callable[..., Any], kwargs: dict[str, Any]) -> None
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     unknown = [option for option in kwargs if option not in named]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken):
-        close = difflib.get_close_matches(unknown[0], named, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(unknown[0], named)
         raise OptionError(f"wrappers: {_name(wrapper)}({unknown[0]}=...): there is no such option.{hint}")
     missing = [option for option, p in named.items() if p.default is p.empty and option not in kwargs]
     if missing:

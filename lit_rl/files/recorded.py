@@ -15,7 +15,7 @@ from lit_rl.files import episodes
 from lit_rl.files.columns import PRESETS, columns_of, names_of, read_tables
 from lit_rl.files.finding import File, find_files
 from lit_rl.files.tables import FORMATS, Table
-from lit_rl.recorded import Recorded, joined
+from lit_rl.recorded import Recorded, first_not_finite, joined
 from lit_rl.spec import EnvSpec, MultiAgentSpec, single
 from lit_rl.trees import from_env, iterate, row_dtype, space_leaves
 
@@ -136,13 +136,8 @@ def _check_finite(recorded: Recorded, where: str) -> None:
         DataError: naming the first.
     """
     for name, x in {**recorded.columns, "reward": recorded.reward}.items():
-        if x.dtype.kind == "f" and not np.isfinite(x.sum()):  # the sum is cheaper than a mask
-            wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
-            if wrong.any():
-                row = int(wrong.argmax())
-                raise DataError(
-                    f"{where}: {name}={x[row].tolist()} in {_step(recorded, row)}: expected finite numbers."
-                )
+        if (row := first_not_finite(x)) is not None:
+            raise DataError(f"{where}: {name}={x[row].tolist()} in {_step(recorded, row)}: expected finite numbers.")
 
 
 def _step(recorded: Recorded, row: int) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from lit_rl.errors import DataError, OptionError
 from lit_rl.files.finding import File, open_input
 from lit_rl.files.parquet import refuse_extension_types
+from lit_rl.recorded import first_not_finite
 
 FORMATS = {
     ".parquet": "Parquet", ".csv": "CSV", ".json": "JSON lines", ".jsonl": "JSON lines", ".h5": "HDF5", ".hdf5": "HDF5",
@@ -89,13 +90,8 @@ class Table:
             array = np.concatenate(chunks) if len(chunks) > 1 else chunks[0] if chunks else np.zeros(0)
         if array.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: column {name!r} holds {array.dtype} values: expected numbers.")
-        if array.dtype.kind == "f" and not np.isfinite(array.sum()):  # the sum is cheaper than a mask
-            wrong = ~np.isfinite(array).reshape(len(array), -1).all(1)
-            if wrong.any():
-                row = int(wrong.argmax())
-                raise DataError(
-                    f"{self.path}: column {name!r} is {array[row].tolist()} in row {row}: expected numbers."
-                )
+        if (row := first_not_finite(array)) is not None:
+            raise DataError(f"{self.path}: column {name!r} is {array[row].tolist()} in row {row}: expected numbers.")
         return array
 
     def codes(self, name: str, column: Any) -> tuple[np.ndarray, list[str]]:

@@ -1,15 +1,17 @@
 """LaProp with adaptive gradient clipping."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_rl.learner.optimizers import OwnOptimizer
+
 SMALLEST_NORM = 1e-3  # of a parameter, as the clipping counts it
 
 
-class LaProp(torch.optim.Optimizer):
+class LaProp(OwnOptimizer):
     """LaProp (Ziyin et al. 2020, arXiv:2002.04839) after adaptive gradient clipping (Brock et al. 2021, 2102.06171).
 
     g <- g min(1, agc max(1e-3, |p|) / |g|)            of each tensor by itself
@@ -18,8 +20,6 @@ class LaProp(torch.optim.Optimizer):
 
     Momentum comes after the scaling, so that one large gradient is not remembered by its size. The learning rate grows
     from 0 in the first step to `lr` after `warmup` steps.
-
-    If `found_inf` is set, a tensor as for torch's fused optimizers, a step is taken where it is 0: nobody waits for it.
 
     Args:
         parameters: to be stepped.
@@ -30,9 +30,6 @@ class LaProp(torch.optim.Optimizer):
         warmup: steps.
     """
 
-    _step_supports_amp_scaling = True  # so torch names it, see `GradientSteps`
-    found_inf: Tensor | None = None
-
     def __init__(
         self,
         parameters: Iterable[Any],
@@ -42,23 +39,10 @@ class LaProp(torch.optim.Optimizer):
         agc: float | None = 0.3,
         warmup: int = 1000,
     ):
-        # "capturable": torch then loads the number of steps onto the parameters' device, where they are counted.
         options = {"lr": lr, "betas": betas, "eps": eps, "agc": agc, "warmup": warmup, "capturable": True}
         super().__init__(parameters, options)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
-            if stepped:
-                self._step(group, stepped)
-        return loss
-
-    def _step(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
         for p in stepped:
             if not self.state[p]:
                 zero = torch.zeros((), dtype=torch.float32, device=p.device)
