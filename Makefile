@@ -20,8 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "make venv: $(PYTHON) is $$found: expected Python 3.11 or newer. Name one: make venv PYTHON=python3.11" >&2; \
 	  exit 1; }
 	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "make venv: installs PyTorch, then lit_rl and what it needs, into .venv: about 2 GB, two minutes or more"
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkpoint, draw its learning curve
@@ -32,7 +33,8 @@ train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkp
 	  $(BIN)/lit-rl plot $$run --metric rollout/return_mean --metric eval/return_mean -o $$run/curve.png >/dev/null \
 	    && echo "Checkpoint: $$newest, curve: $$run/curve.png, log: $$run/metrics.csv"
 
-test: venv  ## run the tests (ARGS="-m 'not slow'" for the quick ones)
+test: venv  ## run the tests, a quarter of an hour on two idle cores (ARGS="-m 'not slow'" for the quick ones)
+	@echo "make test: about 15 minutes on two idle cores; about 5 with ARGS=\"-m 'not slow'\""
 	$(BIN)/pytest -n 2 --dist worksteal --durations=30 $(ARGS)
 
 chaos: venv  ## the long form of the tests that kill and break things: half an hour (ARGS="--chaos-seed 1")

@@ -4,7 +4,6 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,7 @@ from lit_rl import distributed
 from lit_rl.datamodules.evaluating import REPLAY_BUFFERS, RUNNERS, EvaluatingDataModule
 from lit_rl.envs.make import Env, EnvConfig, Vectorization, Wrapper
 from lit_rl.errors import CheckpointError, OptionError
+from lit_rl.files import rescue
 from lit_rl.files.checkpoint import files_beside
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import Count, CountOrZero, Positive, check
@@ -30,6 +30,7 @@ from lit_rl.runners.ray_pool import RunnerPool
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 log = logging.getLogger(__name__)
+LARGE_NETWORK = 100_000  # parameters of an algorithm: from here on, a second torch thread can pay
 EVALUATION_OPTIONS = ("episodes", "deterministic", "timeout_s", "env_kwargs", "parallel")  # with eval_ before, once
 
 
@@ -134,10 +135,6 @@ class EnvDataModule(EvaluatingDataModule):
 
     def find_spec(self) -> EnvSpec | MultiAgentSpec:
         return self._try_out(self.env)
-
-    @property
-    def num_runners(self) -> int:
-        return self.num_env_runners + super().num_runners
 
     @property
     def eval_env(self) -> EnvConfig:
@@ -276,7 +273,7 @@ class EnvDataModule(EvaluatingDataModule):
             replays,
             added=added,
             seed=functools.partial(self._seed_sequence, REPLAY_BUFFERS, trainer.global_rank),
-            log_folder=lambda: Path(trainer.log_dir or trainer.default_root_dir),
+            log_folder=lambda: rescue.log_folder(trainer),
         )
 
     def _check_room(self, algorithm: OffPolicy, replay: Replay) -> None:
@@ -357,10 +354,13 @@ class EnvDataModule(EvaluatingDataModule):
         compiled, steps = [each.hparams["compile"] for each in learners if "compile" in each.hparams], "eager"
         if compiled:
             steps = "compiled" if all(compiled) else "eager; compile=True pays in runs of minutes"
+        threads, size = torch.get_num_threads(), max(sum(x.numel() for x in each.parameters()) for each in learners)
+        if threads == 1 and size >= LARGE_NETWORK:
+            steps += "; torch_threads=2 or more pays on a machine that does nothing else"
         rank_zero_info(
             f"Collecting from {_count(self.num_envs_per_env_runner, 'environment')} in {where} "
             f"(vectorization={self.env.vectorization}).{acts} Learning on "
-            f"{_count(torch.get_num_threads(), 'torch thread')} (gradient steps are {steps})."
+            f"{_count(threads, 'torch thread')} (gradient steps are {steps})."
         )
 
     def say_if_done(self) -> None:

@@ -27,7 +27,6 @@ from lit_rl.source import Source
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 TRY_OUTS = 3  # of an environment that raises, before training
-SMALL_NETWORK = 100_000  # parameters: below, a second thread slows the learner down
 # What a seed is for: the first number of every SeedSequence's spawn key.
 RUNNERS, EVALUATION, REPLAY_BUFFERS, FRAGMENTS, RECORDED, HELD_OUT = range(6)
 
@@ -42,7 +41,7 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
         ray_address: of a running Ray to join; None starts one on this machine (or takes RAY_ADDRESS).
         placement: what Ray reserves for an env runner and where it puts it, see `Placement`.
         fault_tolerance: which failures of env runners and environments are survived, see `FaultTolerance`.
-        torch_threads: of the learner process; None takes 1 for a small network, else what the runners leave.
+        torch_threads: of the learner process; None takes OMP_NUM_THREADS, or 1 where that is not set.
 
     Attributes:
         BUDGET: the option that is its budget.
@@ -91,11 +90,6 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
     def find_spec(self) -> EnvSpec | MultiAgentSpec:
         """The spaces of what is learned from."""
         raise NotImplementedError(f"{type(self).__name__} must define find_spec.")
-
-    @property
-    def num_runners(self) -> int:
-        """Processes beside the learner that are at work while it learns."""
-        return self.evaluation.num_env_runners if self.evaluation.parallel else 0
 
     # --- Lightning's hooks --------------------------------------------------------------------------------------
 
@@ -223,13 +217,11 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
                 )
 
     def set_threads(self) -> None:
-        """Small networks learn faster on one thread, and far faster on a machine that others use too."""
+        """One thread, unless more are asked for: on a machine that others use too, two can be ten times slower."""
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
-            return
-        left = (os.cpu_count() or 1) // self.attached_trainer.num_devices - self.num_runners
-        small = sum(p.numel() for p in self.algorithm.parameters()) < SMALL_NETWORK
-        torch.set_num_threads(1 if small else max(1, min(torch.get_num_threads(), left)))
+        elif not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(1)
 
     @property
     def attached_trainer(self) -> L.Trainer:

@@ -10,7 +10,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.learner.refusals import check_critic
 from lit_rl.networks import (
     CentralCritic,
-    NetworkFactory,
+    Network,
     ValueHead,
     ValueNetwork,
     build_network,
@@ -48,7 +48,7 @@ class ActorCritic(Algorithm):
 
     critic: ValueNetwork | ValueHead
 
-    def __init__(self, *, critic_network: NetworkFactory | dict[str, Any] | None = None, **options: Any):
+    def __init__(self, *, critic_network: Network | None = None, **options: Any):
         super().__init__(**options)
         self.critic_network = critic_network
 

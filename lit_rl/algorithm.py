@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import time
@@ -35,7 +36,7 @@ from lit_rl.learner.reporting import Reporter
 from lit_rl.learner.signals import Interruption
 from lit_rl.learner.steps import MOST_UNREAD
 from lit_rl.learner.weight_averaging import keepers
-from lit_rl.networks import NetworkFactory, check_nameable, check_same_in_training, describe_network
+from lit_rl.networks import Network, check_nameable, check_same_in_training, describe_network
 from lit_rl.options import OneOf, Positive, TakesOptions
 from lit_rl.policy import Policy
 from lit_rl.quiet import leave_out_noise
@@ -94,6 +95,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         init_from: a checkpoint; when the networks are built its policy is copied, and all else of equal name and shape.
     """
 
+    BY_NAME = "expected options by name, such as lr=3e-4. The environment goes to the datamodule."
     POLICY: type[Policy] = Policy
     NETWORKS: tuple[str, ...] = ("network",)  # the options that are networks
     LEARNS_AGAIN = False  # whether `update` may be given a rollout again, some of which is not new: see `Rollout`
@@ -110,7 +112,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         *,
         max_grad_norm: Positive | None = None,
         grad_clip_by: ClipBy = "global_norm",
-        network: NetworkFactory | dict[str, Any] | None = None,
+        network: Network | None = None,
         policy_class: type[Policy] | None = None,
         spec: dict[str, Any] | None = None,
     ):
@@ -157,7 +159,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         """What `gradient_step` minimises, and any tree of tensors beside it."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(batch) to call gradient_step.")
 
-    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
+    def default_network(self, spec: EnvSpec) -> Network | None:
         """The policy's network where none is asked for; None for the observation space's default."""
         return None
 
@@ -430,7 +432,7 @@ class Algorithm(TakesOptions, L.LightningModule):
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = LitCheckpointIO()
+            strategy.checkpoint_io = LitCheckpointIO(functools.partial(rescue.is_of_a_callback, self.trainer))
         if stage == "fit":
             self.budget = self.source.budget
             self.follow_schedules()  # one that cannot be followed is refused now
@@ -523,6 +525,14 @@ class Algorithm(TakesOptions, L.LightningModule):
         return metrics
 
     # --- Lightning's hooks: evaluation --------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        if self._reporter is not None:
+            self._reporter.begin_evaluation()
+
+    def on_validation_end(self) -> None:
+        if self._reporter is not None:
+            self._reporter.end_evaluation()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Nothing: an episode was played when it became a batch."""

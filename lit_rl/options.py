@@ -299,12 +299,18 @@ class TakesOptions:
 
     Attributes:
         RENAMED: options of earlier versions, and how each is written now.
+        BY_NAME: what to say to whoever gives options without their names.
     """
 
     RENAMED: Mapping[str, str] = {}
+    BY_NAME = "expected options by name."
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         _check_known(cls, options)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        taken = [p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters]
+        if len(args) >= sum(taken) > 0 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):  # with self
+            raise OptionError(f"{cls.__name__}({', '.join(map(repr, args))}): {cls.BY_NAME}")
         return super().__new__(cls)
 
     def take_options(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_rl.errors import OptionError, SpaceError
 from lit_rl.learner.refusals import check_memory
 from lit_rl.learner.targets import Follower, target_of
-from lit_rl.networks import MLP, NetworkFactory, build_network, check_same_in_training, has_memory, output_size
+from lit_rl.networks import MLP, Network, build_network, check_same_in_training, has_memory, output_size
 from lit_rl.networks.ensemble import Critics
 from lit_rl.networks.inputs import FlatInput
 from lit_rl.off_policy import OffPolicy
@@ -76,8 +76,8 @@ class QActorCritic(OffPolicy):
         tau: PositiveFraction = 0.005,
         num_critics: Count = 2,
         critic_hidden_sizes: Counts = (256, 256),
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
-        network: NetworkFactory | dict[str, Any] | None = None,
+        critic_network: Network | None = None,
+        network: Network | None = None,
         share_encoder: bool | None = None,
         compile: bool = False,
         **options: Any,
@@ -87,7 +87,7 @@ class QActorCritic(OffPolicy):
         self.lr = self.scheduled("lr")
         self.critic_network = critic_network
 
-    def default_network(self, spec: EnvSpec) -> NetworkFactory | None:
+    def default_network(self, spec: EnvSpec) -> Network | None:
         if has_images(spec.observation_space):
             return None
         return functools.partial(MLP, hidden_sizes=[256, 256], activation="relu")

@@ -18,7 +18,7 @@ from lit_rl.learner.host import Host
 from lit_rl.learner.rmsprop import RMSprop
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, value_loss
-from lit_rl.networks import NetworkFactory
+from lit_rl.networks import Network
 from lit_rl.options import CountOrZero, NonNegative, OneOf, Positive, UnitInterval
 from lit_rl.rollout import (
     bootstrap_values,
@@ -124,7 +124,7 @@ class IMPALA(ActorCritic):
         normalize_returns: bool = False,
         share_encoder: bool | None = None,
         central_critic: CentralInput | None = None,
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
+        critic_network: Network | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,

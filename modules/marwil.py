@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl import distributed
 from lit_rl.errors import OptionError
 from lit_rl.losses import value_loss
-from lit_rl.networks import NetworkFactory, ValueNetwork, build_network, check_same_in_training, has_memory
+from lit_rl.networks import Network, ValueNetwork, build_network, check_same_in_training, has_memory
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import NonNegative, Positive, PositiveFraction, options_of
 from lit_rl.rollout import mask_of, mean_of_rows, means_of_rows
@@ -96,7 +96,7 @@ class MARWIL(OffPolicy):
         adam_eps: Positive = 1e-8,
         normalize_observations: bool = False,
         normalize_values: bool = True,
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
+        critic_network: Network | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,

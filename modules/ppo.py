@@ -15,7 +15,7 @@ from lit_rl.errors import OptionError
 from lit_rl.learner.host import Host
 from lit_rl.learner.steps import where_taken
 from lit_rl.losses import approximate_kl, clipped_value_loss, ppo_clip, value_loss
-from lit_rl.networks import NetworkFactory
+from lit_rl.networks import Network
 from lit_rl.options import Count, CountOrZero, NonNegative, Positive, UnitInterval
 from lit_rl.rollout import (
     length_of,
@@ -129,7 +129,7 @@ class PPO(ActorCritic):
         normalize_values: bool | None = None,
         share_encoder: bool | None = None,
         central_critic: CentralInput | None = None,
-        critic_network: NetworkFactory | dict[str, Any] | None = None,
+        critic_network: Network | None = None,
         state_dependent_std: bool = False,
         log_std_init: float = 0.0,
         squash_actions: bool = False,

@@ -162,5 +162,11 @@ def own_error(error: BaseException | None) -> LitRLError | MisconfigurationExcep
     while error is not None and not isinstance(error, LitRLError | MisconfigurationException):
         if isinstance(error, wandb.errors.UsageError):
             return OptionError(f"trainer.logger=WandbLogger: {error} Without an account: WANDB_MODE=offline.")
+        unknown = re.match(r"Early stopping conditioned on metric `([^`]*)` which is not available", str(error))
+        if unknown:
+            return OptionError(
+                f"EarlyStopping(monitor={unknown[1]!r}): nothing of this name was logged before the end of the first "
+                "epoch it looks at. `eval/*` is there once an evaluation has ended; strict=False waits for it."
+            )
         error = error.__cause__ or error.__context__
     return error

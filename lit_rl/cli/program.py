@@ -142,7 +142,8 @@ class CLI(LightningCLI):
         if not trainer.is_global_zero or trainer.interrupted or not isinstance(algorithm, Algorithm):
             return
         taken = datetime.timedelta(seconds=round(time.perf_counter() - self._started))
-        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken}"]
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in algorithm.reporter.shares().items())
+        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken} ({shares})"]
         for name in ("rollout/return_mean", "eval/return_mean"):
             if name in trainer.callback_metrics:
                 said.append(f"{name} {float(trainer.callback_metrics[name]):.4g}")

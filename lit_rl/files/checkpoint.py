@@ -24,12 +24,15 @@ from lit_rl.files.snapshots import attach
 class LitCheckpointIO(CheckpointIO):
     """Writes a checkpoint to a temporary file beside its target, flushes it to disk, and renames it.
 
-    A crash or a full disk leaves the previous file as it was. The file that is replaced stays, as `<path>.previous`.
-    What `weights_only` loading would refuse on the day of the resume is refused when it is saved, with the key that
-    holds it.
+    A crash or a full disk leaves the previous file as it was. What `weights_only` loading would refuse on the day of
+    the resume is refused when it is saved, with the key that holds it.
+
+    Args:
+        keeps_replaced: whether the file that one at this path replaces stays, as `<path>.previous`; None: always.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_replaced: Callable[[Path], bool] | None = None) -> None:
+        self._keeps_replaced = keeps_replaced or (lambda path: True)
         # By target, what this object wrote there: how to know it again, and the files beside it.
         self._written: dict[Path, tuple[Any, set[Path]]] = {}
 
@@ -42,6 +45,7 @@ class LitCheckpointIO(CheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_strays(target.parent)
             kept, files = self._newest_whole(target)
+            keeps = previous_of(target).exists() or self._keeps_replaced(target)
             # Files have names of their own, never used again: until the new checkpoint is in place, all sets are there.
             beside = _attach_replay(checkpoint, target)
             with temporary_file(target) as file:
@@ -49,12 +53,12 @@ class LitCheckpointIO(CheckpointIO):
                 digests.seal(file)
                 file.flush()
                 os.fsync(file.fileno())
-                if kept == target:
+                if kept == target and keeps:
                     _keep(target)
                 os.replace(file.name, target)
             flush(target.parent)
             self._written[target] = _identity(target), beside
-            _remove_others(target, beside | files)
+            _remove_others(target, beside | files if keeps else beside)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise CheckpointError(
                 f"Cannot write the checkpoint {target}: {write_error(error)}. The previous one is kept."

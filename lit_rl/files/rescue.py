@@ -19,6 +19,12 @@ def save_checkpoint(trainer: L.Trainer, name: str) -> Path:
     return path
 
 
+def is_of_a_callback(trainer: L.Trainer, path: Path) -> bool:
+    """Whether a checkpoint's path is in the folder of a `ModelCheckpoint`: else the user chose it."""
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return path.resolve().parent in [Path(folder).resolve() for folder in folders if folder]
+
+
 def save_batch(batch: TensorDict, path: Path) -> str:
     """Write a batch as nested dicts of tensors, unless it is too large; returns where it is, or why it is not there."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in batch.values(True, True))

@@ -23,6 +23,21 @@ class Reporter:
         self._unlogged: tuple[dict[str, float], int] | None = None  # the last update's metrics, and their step
         self._batch_ended = self._new_ended = time.perf_counter()  # any batch, and one in which the clock went on
         self._per_s = 0.0
+        self._began, self._evaluation_began = self._batch_ended, 0.0
+        self._spent = {"collecting": 0.0, "updating": 0.0, "evaluating": 0.0}  # seconds
+
+    def begin_evaluation(self) -> None:
+        """What follows is no training."""
+        self._evaluation_began = time.perf_counter()
+
+    def end_evaluation(self) -> None:
+        """What followed `begin_evaluation` is over."""
+        self._spent["evaluating"] += time.perf_counter() - self._evaluation_began
+
+    def shares(self) -> dict[str, float]:
+        """What the time since training began was spent on, 0 to 1. The rest is the Trainer's and the callbacks'."""
+        passed = max(time.perf_counter() - self._began, 1e-9)
+        return {name: seconds / passed for name, seconds in self._spent.items()}
 
     def resume_timing(self) -> None:
         """Training goes on now: what was before (evaluation, checkpoints) is not its time."""
@@ -47,6 +62,9 @@ class Reporter:
             self._new_ended = ended
         metrics[f"time/{self._clock}_per_s"] = self._per_s
         self._batch_ended = ended
+        self._spent["updating"] += metrics["time/update_s"]
+        self._spent["collecting"] += metrics.get("time/sample_s", 0.0)
+        metrics |= {f"time/{name}": share for name, share in self.shares().items()}
         trainer = self._trainer
         values = {name: float(value) for name, value in metrics.items()} | {self._clock: float(step)}
         self._tell(values)

@@ -2,6 +2,7 @@
 
 from lit_rl.networks.build import (
     NETWORKS,
+    Network,
     NetworkFactory,
     as_input,
     build_network,
@@ -27,6 +28,7 @@ __all__ = [
     "LSTMNetwork",
     "MultiInput",
     "NatureCNN",
+    "Network",
     "NetworkFactory",
     "ValueHead",
     "ValueNetwork",

@@ -13,7 +13,7 @@ memory takes and returns a state as well: see `lit_rl.networks.recurrent`.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,10 +22,33 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.errors import CheckpointError, LitRLError, OptionError
+from lit_rl.options import Limit
 from lit_rl.spec import has_images, is_image
 from lit_rl.trees import Tree, children, from_env, is_leaf, iterate, map_tree
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
+
+
+class MakesNetwork(Limit):
+    """What makes a network for an observation space."""
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, dict) or (callable(value) and not isinstance(value, nn.Module))
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if self.accepts(value):
+            return value
+        given = f"a {type(value).__name__} object" if isinstance(value, nn.Module) else repr(value)
+        raise OptionError(
+            f"{name}={given}: expected a callable from an observation space to an nn.Module, such as the class itself "
+            "or a functools.partial of it: functools.partial(MLP, hidden_sizes=[64, 64])."
+        )
+
+    def __repr__(self) -> str:
+        return "a callable or a dict"
+
+
+Network = Annotated[NetworkFactory | dict[str, Any], MakesNetwork()]
 
 # Which names a checkpoint may ask for. A file never makes lit_rl import anything.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
@@ -104,13 +127,7 @@ def build_network(
         return named_network(network, option)(observation_space)
     if isinstance(network, dict):
         network = _from_config(network, option)
-    if isinstance(network, nn.Module) or not callable(network):
-        given = f"a {type(network).__name__} object" if isinstance(network, nn.Module) else repr(network)
-        raise OptionError(
-            f"{option}={given}: expected a callable from an observation space to an nn.Module, "
-            "such as the class itself or a functools.partial of it."
-        )
-    function = _unwrap(network)[0]
+    function = _unwrap(MakesNetwork()(option, network))[0]
     name = getattr(function, "__name__", type(function).__name__)
     try:
         module = network(observation_space)

@@ -15,7 +15,7 @@ from lit_rl.learner.laprop import LaProp
 from lit_rl.learner.targets import Follower, target_of
 from lit_rl.modules.dreamer_v3.behaviour import imagine, policy_loss, replay_value_loss, targets_of, value_loss
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead, WorldModel
-from lit_rl.networks import NetworkFactory
+from lit_rl.networks import Network
 from lit_rl.normalizer import ReturnRange
 from lit_rl.off_policy import OffPolicy
 from lit_rl.options import (
@@ -134,7 +134,7 @@ class DreamerV3(OffPolicy):
         normalize_returns: bool = True,
         gamma: UnitInterval = 1 - 1 / 333,
         sequence_length: TwoOrMore = 64,
-        network: NetworkFactory | dict[str, Any] | None = None,
+        network: Network | None = None,
         compile: bool = False,
         **options: Any,
     ):

@@ -191,11 +191,20 @@ def test_a_run_begins_with_how_it_runs_and_ends_with_what_came_of_it(
     ]
     path = runs()[0] / "checkpoints" / "last.ckpt"
     found = re.fullmatch(
-        r"Done: 512 env steps in 0:00:\d\d, rollout/return_mean ([\d.]+), eval/return_mean ([\d.]+), checkpoint (.*)",
+        r"Done: 512 env steps in 0:00:\d\d \(collecting \d+%, updating \d+%, evaluating \d+%\), "
+        r"rollout/return_mean ([\d.]+), eval/return_mean ([\d.]+), checkpoint (.*)",
         lines[-1],
     )
     assert found is not None and float(found[1]) > 8 and float(found[2]) > 8 and found[3].endswith(".ckpt")
     assert path.exists() and Path(found[3]).parent == path.parent
+
+
+def test_early_stopping_on_what_was_never_logged_is_answered_in_a_sentence(capsys: pytest.CaptureFixture) -> None:
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "eval/return"]
+    with pytest.raises(SystemExit):
+        lit_rl("fit", *TINY, *stopping)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lit-rl: error: EarlyStopping(monitor='eval/return'): nothing of this name was logged")
 
 
 def test_runs_without_a_seed_differ_and_say_theirs(
@@ -356,6 +365,7 @@ def test_a_sweeps_command_runs_offline_and_its_parameters_arrive(monkeypatch: py
     assert checkpoint["hyper_parameters"]["lr"] == 0.0042 and checkpoint["hyper_parameters"]["num_epochs"] == 4
     assert int(checkpoint["state_dict"]["env_steps"]) == 2 * 8 * 32
     assert list(Path("runs").rglob("run-*.wandb"))
+    assert [found.name for found in Path("runs").iterdir()] == ["sweeps"]  # not among the recipe's own runs
 
 
 def test_networks_and_a_policy_class_are_named_on_the_command_line() -> None:

@@ -489,6 +489,9 @@ def test_every_way_to_load_takes_the_previous_one(make_trainer, caplog: pytest.L
     trainer.fit(algorithm, RolloutDataModule("CartPole-v1", max_env_steps=128, **options))
     trainer.save_checkpoint(PATH)
     trainer.save_checkpoint(PATH)
+    assert not previous_of(PATH).exists()  # where the user saves, no file appears that was not asked for
+    trainer.strategy.checkpoint_io = LitCheckpointIO()
+    trainer.save_checkpoint(PATH)
     flip(PATH, PATH.stat().st_size // 2)
     obs = np.full(4, 0.1, np.float32)
     assert load_policy(PATH).act(obs)[0] == algorithm.policy.act(obs)[0]

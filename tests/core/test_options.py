@@ -337,6 +337,25 @@ def test_options_of_a_class_are_its_own_and_those_that_reach_its_parents() -> No
             lambda: PPO(entropy_schedule="linear"),
             "PPO(entropy_schedule=...): there is no such option. It is called entropy_coef_schedule now.",
         ),
+        (
+            lambda: PPO("MlpPolicy", "CartPole-v1"),  # type: ignore[misc]
+            "PPO('MlpPolicy', 'CartPole-v1'): expected options by name, such as lr=3e-4. The environment goes to the "
+            "datamodule.",
+        ),
+        (
+            lambda: RolloutDataModule("CartPole-v1", 8),  # type: ignore[misc]
+            "RolloutDataModule('CartPole-v1', 8): expected options by name.",
+        ),
+        (
+            lambda: PPO(network=[64, 64]),  # type: ignore[arg-type]
+            "network=[64, 64]: expected a callable from an observation space to an nn.Module, such as the class itself "
+            "or a functools.partial of it: functools.partial(MLP, hidden_sizes=[64, 64]).",
+        ),
+        (
+            lambda: SAC(critic_network="MLP"),  # type: ignore[arg-type]
+            "critic_network='MLP': expected a callable from an observation space to an nn.Module, such as the class "
+            "itself or a functools.partial of it: functools.partial(MLP, hidden_sizes=[64, 64]).",
+        ),
         (lambda: PPO(learning_rate=1e-3), "PPO(learning_rate=...): there is no such option. It is called 'lr' here."),
         (
             lambda: PPO(n_steps=8),

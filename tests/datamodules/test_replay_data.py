@@ -19,6 +19,7 @@ from tensordict import TensorDict
 
 from lit_rl import DQN, PPO, SAC, Evaluation, LSTMNetwork, Rainbow, ReplayDataModule, load_policy
 from lit_rl.errors import CheckpointError, EnvError, OptionError, ReplayError
+from lit_rl.files.checkpoint import LitCheckpointIO
 from lit_rl.replay.feed import ALONE
 
 pytestmark = pytest.mark.slow  # dozens of short runs; test_dqn and test_sac have quick ones over the same path
@@ -350,6 +351,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 def save(make_trainer: Any, **options: Any) -> tuple[L.Trainer, ReplayDataModule]:
     data = ReplayDataModule(CycleEnv, **SMALL | {"max_env_steps": 200} | options)
     trainer = make_trainer(limit_val_batches=0, max_epochs=1)
+    trainer.strategy.checkpoint_io = LitCheckpointIO()  # keeps the file that is replaced, as for a ModelCheckpoint's
     files = []
 
     class Save(L.Callback):

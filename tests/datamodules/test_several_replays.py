@@ -38,6 +38,7 @@ from lit_rl import (
 )
 from lit_rl.datamodules.environments import EnvDataModule
 from lit_rl.errors import OptionError
+from lit_rl.files.checkpoint import LitCheckpointIO
 from lit_rl.replay import ReplayBuffer
 from lit_rl.replay.feed import MOST_SLOTS
 from lit_rl.runners.fragment import Epsilons
@@ -429,6 +430,7 @@ def test_a_resumed_run_is_the_unbroken_one(case: str, mode: str, tmp_path: Path)
 def test_checkpoints_hold_every_policys_buffer_and_nothing_of_an_earlier_one() -> None:
     algorithm, data = several(DQN(network=TINY), two=sac()), replay_data()
     trainer = fit(algorithm, data)
+    trainer.strategy.checkpoint_io = LitCheckpointIO()  # keeps the file that is replaced, as for a ModelCheckpoint's
     for _ in range(3):
         trainer.save_checkpoint("run.ckpt")
         data.feeds["two"].buffer._snapshots.touch(np.arange(1))
