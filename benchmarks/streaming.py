@@ -18,7 +18,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import functools
 import itertools
 import logging
 import statistics
@@ -39,8 +38,7 @@ from measuring import write
 from lit_rl.distributions import distribution_for
 from lit_rl.files.data_files import open_files, size_of
 from lit_rl.files.episode_folder import EpisodeFolder, TimeLine, WholeEpisode
-from lit_rl.replay.making import row_bytes
-from lit_rl.replay.ray_blocks import Shares, ray_blocks
+from lit_rl.replay.ray_blocks import Shares
 from lit_rl.replay.recorded_feed import Draws
 from lit_rl.replay.streamed_feed import StreamedFeed
 from lit_rl.runners import ray_session
@@ -90,9 +88,9 @@ def streamed(folder: Path, memory_limit: int) -> Iterator[int]:
         algorithm,
         files,
         draws=Draws(BATCH, (1, 1), None),
-        window_rows=min(WINDOW, memory_limit // 4 // row_bytes(SPEC)),
+        shuffle_window=WINDOW,
+        memory_limit=memory_limit,
         shares=Shares(len(files), np.random.SeedSequence(0)),
-        blocks=functools.partial(ray_blocks, store_bytes=memory_limit // 4),
     )
     try:
         while True:

@@ -1,6 +1,5 @@
 """Recorded data, for off-policy and imitation algorithms."""
 
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -17,7 +16,6 @@ from lit_rl.envs.make import EnvConfig, Wrapper
 from lit_rl.errors import CheckpointError, OptionError
 from lit_rl.files.columns import PRESETS
 from lit_rl.files.data_files import DataFiles, OwnDataset, open_dataset, open_files, size_of
-from lit_rl.files.finding import File
 from lit_rl.files.recorded import read_recorded
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.off_policy import OffPolicy
@@ -35,11 +33,10 @@ from lit_rl.options import (
 from lit_rl.recorded import Recorded
 from lit_rl.replay import ReplayStream
 from lit_rl.replay.feed import ALONE
-from lit_rl.replay.making import row_bytes
 from lit_rl.replay.options import Steps
-from lit_rl.replay.ray_blocks import Shares, ray_blocks
+from lit_rl.replay.ray_blocks import Shares
 from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, rows_of_rank, split
-from lit_rl.replay.streamed_feed import StreamedFeed
+from lit_rl.replay.streamed_feed import StreamedFeed, check_sizes, check_streams
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
 Columns = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of columns")]
@@ -212,7 +209,7 @@ class OfflineDataModule(EvaluatingDataModule):
                 self._files = open_dataset(self.paths, **options)
                 found, said = self._files.spec, "it streams"
             elif self.streaming or num_bytes > self.memory_limit:
-                self._check_sizes(files)
+                check_sizes(files, self.paths, self.memory_limit)
                 self._files = open_files([file for file, _ in files], **options)
                 found, said = self._files.spec, f"{len(files)} files of {num_bytes / 1e9:.3g} GB, which stream"
             else:
@@ -224,51 +221,6 @@ class OfflineDataModule(EvaluatingDataModule):
             self.spec = spec or found
         assert self.spec is not None
         return self.spec
-
-    def _check_sizes(self, files: Sequence[tuple[File, int]]) -> None:
-        """Refuse what cannot be read one file at a time."""
-        if not files:
-            raise OptionError(
-                f"streaming=True: paths={list(self.paths)!r} are no files, and are read into memory. Leave it out."
-            )
-        largest, size = max(files, key=lambda found: found[1])
-        if size > self.memory_limit:
-            raise OptionError(
-                f"{largest} takes {size:,} bytes in memory, more than memory_limit={self.memory_limit:,}. Write it as "
-                "several files, or raise memory_limit."
-            )
-
-    def _check_streams(self, files: DataFiles | OwnDataset) -> None:
-        """Refuse what needs all data in memory, or files for more learner processes."""
-        algorithm, world_size = self.algorithm, self.attached_trainer.world_size
-        if isinstance(files, OwnDataset):
-            why, advice = "paths is a ray.data.Dataset, and streams", "give the paths of files"
-        elif self.streaming:
-            why, advice = "streaming=True", "leave streaming out"
-        else:
-            why, advice = "the data is more than memory_limit, and streams", "raise memory_limit"
-        for is_asked, what, instead in (
-            (self.validation_fraction, "validation_fraction", "validate on files of their own"),
-            (self.top_fraction is not None, "top_fraction", "select episodes when you write the files"),
-            (isinstance(algorithm, MultiAgent), "a MultiAgent", "train a policy at a time"),
-            (
-                isinstance(algorithm, OffPolicy) and self._draws(algorithm).priority_alpha is not None,
-                "prioritized replay",
-                "set prioritized=False",
-            ),
-        ):
-            if is_asked:
-                raise OptionError(f"{why}: {what} needs all data in memory. Either {instead}, or {advice}.")
-        if isinstance(files, OwnDataset) and world_size > 1:
-            raise OptionError(
-                f"paths is a ray.data.Dataset, which feeds one learner process, and there are {world_size}. Give the "
-                "paths of files."
-            )
-        if world_size > len(files):
-            raise OptionError(
-                f"paths={list(self.paths)!r}: {len(files)} files stream to {world_size} learner processes: expected at "
-                "least a file for each. Write more files, or train with fewer devices."
-            )
 
     def describe_env(self) -> dict[str, Any] | None:
         return None if self.eval_env is None else self.eval_env.to_dict()
@@ -319,22 +271,29 @@ class OfflineDataModule(EvaluatingDataModule):
             priority_alpha=self.priority_alpha,
         )
 
-    def _streamed_feed(self, algorithm: OffPolicy, files: DataFiles | OwnDataset) -> StreamedFeed:
-        trainer, room = self.attached_trainer, self.memory_limit // 4
-        seed = self._seed_sequence(RECORDED)
-        return StreamedFeed(
-            algorithm,
-            files,
-            draws=self._draws(algorithm),
-            window_rows=min(self.shuffle_window, room // row_bytes(algorithm.policy.spec)),
-            shares=Shares(len(files), seed, trainer.global_rank, trainer.world_size),
-            blocks=functools.partial(ray_blocks, store_bytes=room),
-        )
+    def _check_streams(self, files: DataFiles | OwnDataset) -> None:
+        algorithm = self.algorithm
+        asks = {
+            "validation_fraction": bool(self.validation_fraction),
+            "top_fraction": self.top_fraction is not None,
+            "a MultiAgent": isinstance(algorithm, MultiAgent),
+            "prioritized replay": isinstance(algorithm, OffPolicy)
+            and self._draws(algorithm).priority_alpha is not None,
+        }
+        check_streams(files, self.paths, asks, self.attached_trainer.world_size, streaming=self.streaming)
 
     def _make_feed(self, policy_id: str, algorithm: OffPolicy) -> RecordedFeed | StreamedFeed:
+        rank, world_size = self.attached_trainer.global_rank, self.attached_trainer.world_size
         if self._files is not None:
-            return self._streamed_feed(algorithm, self._files)
-        trainer, recorded = self.attached_trainer, self.recorded
+            return StreamedFeed(
+                algorithm,
+                self._files,
+                draws=self._draws(algorithm),
+                shuffle_window=self.shuffle_window,
+                memory_limit=self.memory_limit,
+                shares=Shares(len(self._files), self._seed_sequence(RECORDED), rank, world_size),
+            )
+        recorded = self.recorded
         policy: Any = self.algorithm.policy
         key = () if policy_id == ALONE else (policy.numbers[policy_id],)
         episodes = episodes_of(recorded, policy_id, None if policy_id == ALONE else policy.mapping)
@@ -344,7 +303,6 @@ class OfflineDataModule(EvaluatingDataModule):
         learned, held_out = split(
             episodes, self.validation_fraction, np.random.SeedSequence(held_out_seed, spawn_key=(HELD_OUT, *key))
         )
-        rank, world_size = trainer.global_rank, trainer.world_size
         rows = rows_of_rank(recorded, learned, rank, world_size)
         if not len(rows):
             raise OptionError(

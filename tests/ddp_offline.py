@@ -1,4 +1,8 @@
-"""Recorded data on two ranks. Started by test_ddp.py: `<folder>`, which holds the data and gets what each rank did."""
+"""Recorded data on two ranks. Started by test_ddp.py: `<folder> memory|stream`.
+
+The folder holds the data, and gets what each rank did. `memory` reads data.parquet, `stream` the files of data/ while
+the ranks learn.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import DQN, OfflineDataModule
+from lit_rl.replay import ray_blocks
 
 
 class Watched(DQN):
@@ -23,7 +28,7 @@ class Watched(DQN):
         return {"row": batch["observation"][:, 0]}
 
 
-def main(folder: Path) -> None:
+def in_memory(folder: Path) -> None:
     columns = {"observation": ["row", "zero"], "action": "action", "reward": "reward", "truncated": "end"}
     data = OfflineDataModule(
         str(folder / "data.parquet"), columns=columns, max_updates=30, updates_per_batch=10, batches_per_epoch=1,
@@ -42,6 +47,19 @@ def main(folder: Path) -> None:
     )  # fmt: skip
 
 
+def streamed(folder: Path) -> None:
+    ray_blocks.PARTS = 8  # files that an execution of Ray Data reads, each in a task of its own
+    columns = {"observation": ["row", "zero"], "action": "action", "reward": "reward", "terminated": "end"}
+    data = OfflineDataModule(
+        str(folder / "data"), columns=columns, streaming=True, shuffle_window=30, max_updates=30, updates_per_batch=5,
+        batches_per_epoch=2, batch_size=8, seed=0,
+    )  # fmt: skip
+    algorithm, trainer = Watched(), quiet_trainer(devices=2, strategy="ddp")
+    trainer.fit(algorithm, data)
+    found = {"weights": algorithm.state_dict(), "updates": algorithm.updates_done, "seen": torch.cat(algorithm.seen)}
+    torch.save(found, folder / f"streamed-{trainer.global_rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    {"memory": in_memory, "stream": streamed}[sys.argv[2]](Path(sys.argv[1]))

@@ -331,7 +331,7 @@ def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is
     rows = np.arange(101)  # the last of each ten is not bootstrapped from: nothing is known of what comes after it
     table = {"row": rows, "zero": 0 * rows, "action": rows % 2, "reward": 0.0 * rows, "end": rows % 10 == 9}
     pq.write_table(pa.table(table), tmp_path / "data.parquet")
-    command_server.run_ranks(tmp_path, TESTS / "ddp_offline.py", tmp_path)
+    command_server.run_ranks(tmp_path, TESTS / "ddp_offline.py", tmp_path, "memory")
     first, second = (torch.load(tmp_path / f"offline-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["updates"] == second["updates"] == 30
     for name, weight in first["weights"].items():
@@ -344,3 +344,22 @@ def test_ranks_learn_from_equal_shares_of_recorded_data_and_judge_by_all_that_is
     assert not set(held_out.int().tolist()) & (shares[0] | shares[1])
     for one in (first, second):
         assert one["metrics"]["eval/row"] == pytest.approx(float(held_out.unique().mean()))
+
+
+@pytest.mark.ray
+def test_ranks_stream_each_recorded_transition_once_in_an_epoch(tmp_path: Path, command_server: CommandServer) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(5):  # an odd number: each rank reads three files of one epoch, two of the next
+        rows = 24 * number + np.arange(24)
+        table = {"row": rows, "zero": 0 * rows, "action": rows % 2, "reward": 0.0 * rows, "end": rows % 6 == 5}
+        pq.write_table(pa.table(table), tmp_path / "data" / f"{number}.parquet")
+    command_server.run_ranks(tmp_path, TESTS / "ddp_offline.py", tmp_path, "stream")
+    first, second = (torch.load(tmp_path / f"streamed-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["updates"] == second["updates"] == 30
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and torch.isfinite(weight).all()
+    assert len(first["seen"]) == len(second["seen"]) == 30 * 8  # four epochs of 120 rows
+    ends = {0: [72, 120, 192, 240], 1: [48, 120, 168, 240]}  # of each epoch, in what each rank was given
+    for epoch in range(4):
+        parts = [one["seen"][([0] + ends[rank])[epoch] : ends[rank][epoch]] for rank, one in enumerate((first, second))]
+        assert sorted(torch.cat(parts).int().tolist()) == list(range(120))

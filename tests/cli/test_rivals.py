@@ -49,3 +49,15 @@ def test_each_task_compares_lit_rl_with_rivals(rivals: ModuleType) -> None:
     for _, systems in rivals.TASKS.values():
         assert {"lit_rl", "lit_rl, compiled", "SB3", "sbx"} <= systems.keys()
         assert systems.keys() - {"lit_rl", "lit_rl, compiled"} <= rivals.PACKAGES.keys()
+
+
+def test_the_comparison_with_d3rlpy_has_students_interval_and_ratios_seed_by_seed(rivals: ModuleType) -> None:
+    found = importlib.import_module("d3rlpy_offline").compared(
+        {
+            "lit_rl": [{"return_mean": x, "updates_per_cpu_s": speed} for x, speed in ((-1, 30), (-2, 40), (-3, 90))],
+            "d3rlpy": [{"return_mean": x, "updates_per_cpu_s": speed} for x, speed in ((-4, 20), (-4, 20), (-7, 30))],
+        }
+    )
+    assert found["ratios"] == [1.5, 2.0, 3.0] and found["median_ratio"] == 2.0
+    assert found["lit_rl"]["return_mean"] == -2.0 and found["d3rlpy"]["updates_per_cpu_s"] == 20
+    assert found["lit_rl"]["interval"] == [-4.5, 0.5]  # -2 +- 4.303 / sqrt(3)

@@ -20,6 +20,7 @@ from lit_rl import DQN, LSTMNetwork, MultiAgent, OfflineDataModule, Rainbow
 from lit_rl.datamodules import offline
 from lit_rl.errors import CheckpointError, DataError, OptionError
 from lit_rl.files.episode_folder import EpisodeFolder, TimeLine, WholeEpisode
+from lit_rl.replay import streamed_feed
 from lit_rl.replay.ray_blocks import ReadFiles, Shares, ray_blocks
 from lit_rl.replay.windows import Windows
 from lit_rl.spec import EnvSpec
@@ -62,7 +63,7 @@ def short(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "ray_blocks", read_here)
+    monkeypatch.setattr(streamed_feed, "ray_blocks", read_here)
     monkeypatch.setattr(OfflineDataModule, "_connect_ray", lambda self: None)
 
 
@@ -309,7 +310,7 @@ def test_a_checkpoint_is_judged_by_the_episodes_that_its_run_held_out(
 @pytest.mark.usefixtures("short")
 def test_ray_gives_the_same_rows_in_the_same_order(folder: str, make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(make_trainer, through_ray := Watched(), make_data(folder, max_updates=14))
-    monkeypatch.setattr(offline, "ray_blocks", read_here)
+    monkeypatch.setattr(streamed_feed, "ray_blocks", read_here)
     fit(make_trainer, here := Watched(), make_data(folder, max_updates=14))
     assert_same(torch.cat(through_ray.seen).to_dict(), torch.cat(here.seen).to_dict())
 
@@ -323,10 +324,10 @@ def test_the_file_of_a_process_that_is_lost_is_read_again_and_no_row_comes_twice
         return ray_blocks(OnceKilled(read, tmp_path / "killed"), part, store_bytes)
 
     monkeypatch.setattr("lit_rl.replay.ray_blocks.BLOCK_BYTES", 64)
-    monkeypatch.setattr(offline, "ray_blocks", killed)
+    monkeypatch.setattr(streamed_feed, "ray_blocks", killed)
     fit(make_trainer, survived := Watched(), make_data(folder, max_updates=10))
     assert (tmp_path / "killed").exists()
-    monkeypatch.setattr(offline, "ray_blocks", read_here)
+    monkeypatch.setattr(streamed_feed, "ray_blocks", read_here)
     fit(make_trainer, here := Watched(), make_data(folder, max_updates=10))
     assert_same(torch.cat(survived.seen).to_dict(), torch.cat(here.seen).to_dict())
 
