@@ -133,7 +133,7 @@ def make(folder: Path) -> Iterator[str]:
 
         for name in ("cartpole_expert", "cartpole_medium", "cartpole_mixed", "pendulum_expert", "pendulum_mixed"):
             out = folder / name
-            if (out / "manifest.json").exists():
+            if (out / "_manifest.json").exists():
                 yield name
                 continue
             shutil.rmtree(out, ignore_errors=True)

@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 
 from lit_rl.errors import OptionError
-from lit_rl.evaluation.estimating import NUM_UPDATES, Behavior, Estimators, estimate, refusal, whole_episodes
+from lit_rl.evaluation.estimating import Behavior, Estimators, estimate, refusal, whole_episodes
 from lit_rl.multi_agent import MultiAgent
 from lit_rl.options import Count, TakesOptions, UnitInterval
 from lit_rl.recorded import Recorded
@@ -25,14 +25,15 @@ class OfflineEvaluation(TakesOptions, L.Callback):
             one, instead of the policy as it draws its actions. Discrete actions only.
         behavior: where the densities of the policy that played are from: "recorded" with the episodes, or a "fit" of a
             policy to their actions.
-        num_updates: gradient steps of fitted Q evaluation.
+        num_updates: gradient steps of fitted Q evaluation; None takes what values need, 10,000 where gamma is
+            0.99.
     """
 
     estimators: tuple[str, ...]
     every: int
     epsilon: float | None
     behavior: str
-    num_updates: int
+    num_updates: int | None
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class OfflineEvaluation(TakesOptions, L.Callback):
         every: Count = 1,
         epsilon: UnitInterval | None = None,
         behavior: Behavior = "recorded",
-        num_updates: Count = NUM_UPDATES,
+        num_updates: Count | None = None,
     ):
         super().__init__()
         self.take_options()

@@ -6,16 +6,18 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lit_rl.learner.reporting import SPEEDS, telling
 from lit_rl.source import source_of
 
 
 class EnvStepsProgressBar(TQDMProgressBar):
     """One bar for the whole run: env steps of `max_env_steps`, training return, evaluation return, env steps/s.
 
-    Of recorded data: updates of `max_updates`, evaluation return, updates/s.
+    Of recorded data: updates of `max_updates`, updates/s, and the evaluation return, or else what held-out episodes
+    say, or else the losses.
     """
 
-    SHOWN = {
+    LABELS = {
         "rollout/return_mean": "return",
         "eval/return_mean": "eval",
         "time/env_steps_per_s": "steps/s",
@@ -62,4 +64,5 @@ class EnvStepsProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
         metrics = trainer.progress_bar_metrics
-        return {label: f"{float(metrics[key]):.4g}" for key, label in self.SHOWN.items() if key in metrics}
+        shown = telling(metrics) | {name: float(metrics[name]) for name in SPEEDS if name in metrics}
+        return {self.LABELS.get(name, name): f"{value:.4g}" for name, value in shown.items()}

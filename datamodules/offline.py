@@ -1,9 +1,11 @@
 """Recorded data, for off-policy and imitation algorithms."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
+import gymnasium as gym
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensordict import TensorDict
@@ -39,6 +41,7 @@ from lit_rl.replay.recorded_feed import Draws, RecordedFeed, best, episodes_of, 
 from lit_rl.replay.streamed_feed import StreamedFeed, check_sizes, check_streams
 from lit_rl.spec import EnvSpec, MultiAgentSpec
 
+Space = Annotated[gym.Space, InstanceOf((gym.Space,), "a gymnasium space")]
 Columns = Annotated[dict[str, Any], InstanceOf((dict,), "a dict of columns")]
 Preset = Annotated[str, OneOf(*PRESETS)]
 
@@ -58,6 +61,8 @@ class OfflineDataModule(EvaluatingDataModule):
         columns: of tables: names of columns by "observation", "action", "reward", "terminated", "truncated", "episode",
             "next_observation", "step" and "agent". Several side by side are a list, those of a Dict space a dict.
         preset: names of columns as another tool has them, "rllib", "d4rl" or "lerobot". `columns` replaces some.
+        observation_space, action_space: of tables, where there is no `evaluation.env` to say them; None takes what the
+            data is in.
         validation_fraction: of the episodes, drawn at random by `seed`: they are not learned from, and say how good the
             algorithm is (`eval/td_error` and its like).
         top_fraction: of the episodes, those of the greatest returns, that are used at all; None uses all.
@@ -88,6 +93,8 @@ class OfflineDataModule(EvaluatingDataModule):
     paths: Any
     columns: dict[str, Any] | None
     preset: str | None
+    observation_space: gym.Space | None
+    action_space: gym.Space | None
     validation_fraction: float
     top_fraction: float | None
     streaming: bool | None
@@ -109,6 +116,8 @@ class OfflineDataModule(EvaluatingDataModule):
         *,
         columns: Columns | None = None,
         preset: Preset | None = None,
+        observation_space: Space | None = None,
+        action_space: Space | None = None,
         validation_fraction: Fraction = 0.0,
         top_fraction: PositiveFraction | None = None,
         streaming: bool | None = None,
@@ -131,6 +140,16 @@ class OfflineDataModule(EvaluatingDataModule):
             raise OptionError("evaluation.env_kwargs: expected evaluation.env too, the environment to play.")
         if self.evaluation.env is None and wrappers:
             raise OptionError("wrappers: expected evaluation.env too, the environment that they are of.")
+        self._given: dict[str, Any] = {  # spaces
+            name: space
+            for name, space in (("observation_space", observation_space), ("action_space", action_space))
+            if space is not None
+        }
+        for name in self._given:
+            if self.evaluation.env is not None:
+                raise OptionError(f"{name} together with evaluation.env, which has spaces: leave one of them out.")
+            if columns is None and preset is None:
+                raise OptionError(f"{name}: expected tables, with columns or a preset. Other recordings say their own.")
         self._recorded: Recorded | None = None
         self._files: DataFiles | OwnDataset | None = None  # if they are not in memory
         self._feeds: dict[str, RecordedFeed | StreamedFeed] = {}
@@ -195,7 +214,16 @@ class OfflineDataModule(EvaluatingDataModule):
         return found if self.spec is None else found.known_to_be(isinstance(self.spec, MultiAgentSpec))
 
     def find_spec(self) -> EnvSpec | MultiAgentSpec:
-        return self._read() if self.eval_env is None else self._try_out(self.eval_env)
+        if self.eval_env is not None:
+            return self._try_out(self.eval_env)
+        found = self._read()
+        if not self._given:
+            return found
+        self._recorded, self._files = None, None  # they are read again, and have to fit
+        if isinstance(found, MultiAgentSpec):
+            agents = {name: dataclasses.replace(agent, **self._given) for name, agent in found.agents.items()}
+            return dataclasses.replace(found, agents=agents)
+        return dataclasses.replace(found, **self._given)
 
     def _read(self) -> EnvSpec | MultiAgentSpec:
         """Read the data, once; returns its spaces."""
@@ -217,7 +245,8 @@ class OfflineDataModule(EvaluatingDataModule):
                 said = self._recorded.summary
             if spec is not None and self.eval_env is not None:
                 self._check_eval_env(spec, found)
-            rank_zero_info(f"{'paths' if is_dataset(self.paths) else ', '.join(self.paths)}: {said}.")
+            if spec is not None or not self._given:  # else it is read again
+                rank_zero_info(f"{'paths' if is_dataset(self.paths) else ', '.join(self.paths)}: {said}.")
             self.spec = spec or found
         assert self.spec is not None
         return self.spec
@@ -303,6 +332,11 @@ class OfflineDataModule(EvaluatingDataModule):
         learned, held_out = split(
             episodes, self.validation_fraction, np.random.SeedSequence(held_out_seed, spawn_key=(HELD_OUT, *key))
         )
+        if len(learned) < len(recorded.begins):
+            whose = f"{policy_id}: " if policy_id else ""
+            rank_zero_info(
+                f"{whose}{len(learned)} of {len(recorded.begins)} episodes are learned from, {len(held_out)} held out."
+            )
         rows = rows_of_rank(recorded, learned, rank, world_size)
         if not len(rows):
             raise OptionError(

@@ -74,6 +74,8 @@ class ReplayDataModule(EnvDataModule):
                 f"buffer_size={self.replay.buffer_size}: expected at least {2 * batch * (length + 1)} rows, for "
                 f"{batch} environments and rollout_length={length}. Raise it."
             )
+        if offline_paths is None and offline_fraction != 0.5:
+            raise OptionError(f"offline_fraction={offline_fraction}: expected offline_paths too, the recorded data.")
         self._recorded: Recorded | None = None
         self._env_steps = 0  # of all ranks so far, with those of the stream under way
 

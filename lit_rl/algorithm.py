@@ -404,6 +404,10 @@ class Algorithm(TakesOptions, L.LightningModule):
             "RolloutDataModule('CartPole-v1', max_env_steps=100_000)), or ReplayDataModule for off-policy algorithms."
         )
 
+    def time_shares(self) -> dict[str, float]:
+        """What "collecting", "updating" and "evaluating" took of the last `fit`, 0 to 1; {} if it trained nothing."""
+        return {} if self._reporter is None else self._reporter.shares()
+
     def resume_state(self) -> dict[str, Any]:
         """What this rank needs to go on exactly where it is, beside the weights, in plain data."""
         return {"generator": self.generator.get_state(), "algorithm": self.rank_state()}

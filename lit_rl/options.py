@@ -25,6 +25,7 @@ from lit_rl import peers
 from lit_rl.errors import OptionError, did_you_mean
 
 Made = TypeVar("Made")
+LONGEST = 300  # letters of a value that a message shows
 
 
 class Limit:
@@ -41,7 +42,9 @@ class Limit:
             OptionError: if it is not accepted. The message names the option, its value and what was expected.
         """
         if not self.accepts(value):
-            raise OptionError(f"{name}={value!r}: expected {self!r}.")
+            shown = " ".join(repr(value).split())
+            shown = f"a {type(value).__name__}" if len(shown) > LONGEST else shown
+            raise OptionError(f"{name}={shown}: expected {self!r}.")
         return self.kept(value)
 
     def accepts(self, value: Any) -> bool:
@@ -392,8 +395,8 @@ def hint(cls: type, name: str) -> str:
         if ours in options:
             return f" It is called {ours!r} here."
     elsewhere = () if asked in options else (asked, *peers.OPTIONS.get(asked, ()))
-    for ours in elsewhere:
-        for owner in peers.owners():
+    for owner in peers.owners(cls):
+        for ours in elsewhere:
             if ours in (options_of(owner) or {}):
                 called = "It" if ours == asked else f"It is called {ours!r} here, and"
                 return f" {called} is an option of {owner.__name__}."

@@ -10,8 +10,13 @@ from lit_rl.errors import did_you_mean
 
 # By a name of theirs, ours that may be meant, the likeliest first.
 OPTIONS: dict[str, tuple[str, ...]] = {
+    "actor_learning_rate": ("actor_lr",),
+    "alpha": ("initial_alpha", "min_q_weight"),
+    "alpha_threshold": ("lagrangian_thresh",),
     "anneal_lr": ("lr_schedule",),
     "batch_size": ("minibatch_size",),
+    "bc_logstd_coeff": ("entropy_coef",),
+    "bc_steps": ("bc_iters",),
     "buffer_capacity": ("buffer_size",),
     "capacity": ("buffer_size",),
     "clip_coef": ("clip",),
@@ -20,11 +25,20 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "clip_range_vf": ("value_clip",),
     "clip_vloss": ("value_clip",),
     "clip_rewards": ("reward_clip",),
+    "conservative_weight": ("min_q_weight",),
+    "cql_alpha": ("min_q_weight",),
+    "cql_lagrange": ("lagrangian",),
+    "cql_n_actions": ("num_actions",),
+    "cql_target_action_gap": ("lagrangian_thresh",),
+    "cql_temp": ("temperature",),
+    "critic_learning_rate": ("critic_lr",),
     "critics": ("num_critics",),
+    "dataset_num_iters_per_learner": ("updates_per_batch",),
     "custom_model": ("network",),
     "double_q": ("double",),
     "ent_coef": ("entropy_coef", "initial_alpha"),
     "entropy_coeff": ("entropy_coef",),
+    "env": ("evaluation",),
     "env_config": ("env_kwargs",),
     "env_id": ("env",),
     "environment": ("env",),
@@ -39,6 +53,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "grad_clip": ("max_grad_norm",),
     "hidden_sizes": ("network",),
     "initial_epsilon": ("epsilon_schedule",),
+    "input_": ("paths",),
+    "iql_tau": ("expectile",),
     "kl_coeff": ("kl_coef",),
     "lambda": ("gae_lambda", "lambda_"),
     "lambda_": ("gae_lambda",),
@@ -46,12 +62,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "learning_rate": ("lr",),
     "model": ("network",),
     "model_config": ("network",),
+    "n_action_samples": ("num_actions",),
     "n_critics": ("num_critics",),
     "n_envs": ("num_envs_per_env_runner",),
     "n_epochs": ("num_epochs",),
     "n_eval_episodes": ("evaluation",),
     "n_quantiles": ("num_quantiles",),
-    "n_steps": ("rollout_length", "n_step"),
+    "n_steps": ("rollout_length", "max_updates", "n_step"),
+    "n_steps_per_epoch": ("updates_per_batch",),
     "net_arch": ("network",),
     "num_env_runner": ("num_env_runners",),
     "num_envs": ("num_envs_per_env_runner",),
@@ -73,11 +91,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "start_steps": ("learning_starts",),
     "target_network_frequency": ("target_update_interval",),
     "target_network_update_freq": ("target_update_interval",),
+    "test_size": ("validation_fraction",),
     "timesteps": ("max_env_steps",),
     "total_steps": ("max_env_steps",),
     "total_timesteps": ("max_env_steps",),
-    "train_batch_size": ("rollout_length", "batch_size"),
-    "train_batch_size_per_learner": ("rollout_length", "batch_size"),
+    "train_batch_size": ("batch_size", "rollout_length"),
+    "train_batch_size_per_learner": ("batch_size", "rollout_length"),
     "train_freq": ("env_steps_per_batch", "update_to_data"),
     "twin_q": ("num_critics",),
     "update_epochs": ("num_epochs",),
@@ -88,6 +107,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "vf_loss_coeff": ("value_coef",),
     "vf_share_layers": ("share_encoder",),
     "warmup_steps": ("learning_starts",),
+    "weight_temp": ("beta",),
 }
 CLASSES = {
     "A2C": "PPO with num_epochs=1 and a minibatch_size of the whole rollout is A2C.",
@@ -101,10 +121,9 @@ CLASSES = {
     "RecurrentPPO": "PPO(network=LSTMNetwork) has memory.",
     "TD3": "SAC and TQC learn the same tasks.",
 }
-OWNERS = (
-    "RolloutDataModule", "ReplayDataModule", "OfflineDataModule", "PPO", "IMPALA", "APPO", "DQN", "Rainbow", "SAC",
-    "TQC", "MARWIL", "CQL", "IQL", "MultiAgent", "Evaluation",
-)  # fmt: skip
+SOURCES = ("RolloutDataModule", "ReplayDataModule", "OfflineDataModule")
+OWNERS = ("PPO", "IMPALA", "APPO", "DQN", "Rainbow", "SAC", "TQC", "MARWIL", "CQL", "IQL", "MultiAgent", "Evaluation")
+OFFLINE = ("MARWIL", "CQL", "DiscreteCQL", "IQL")
 
 
 def hint_on_class(name: str, known: Iterable[str]) -> str:
@@ -119,6 +138,11 @@ def hint_on_class(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, known)
 
 
-def owners() -> list[type]:
-    """The classes among whose options those of others are looked for."""
-    return [getattr(lit_rl, name) for name in OWNERS]
+def owners(cls: type) -> list[type]:
+    """The classes among whose options one that `cls` does not have is looked for, the likeliest first."""
+    from lit_rl.off_policy import OffPolicy
+
+    first = 1 if issubclass(cls, OffPolicy) else 0  # none that does not feed it
+    if issubclass(cls, tuple(getattr(lit_rl, name) for name in OFFLINE)):
+        first = 2
+    return [getattr(lit_rl, name) for name in (*SOURCES[first:], *OWNERS)]

@@ -8,6 +8,7 @@ LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.c
 WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*The dirpath has changed from.*",  # a resumed run logs to a folder of its own
+    ".*Total length of `list` across ranks is zero.*",  # nothing is evaluated, where there is nothing to evaluate by
     ".*Couldn't infer the batch indices.*",  # an episode is no batch of a data set
 )
 

@@ -70,5 +70,5 @@ def _check(paths: Sequence[str]) -> None:
         print(f"lit-rl: error: {sentence}", file=sys.stderr)
     print(f"{len(read)} of {len(dict.fromkeys(files))} files are whole: {num_episodes:,} episodes, {num_rows:,} rows.")
     if said:
-        print(f"{len(said)} faults.")
+        print(f"{len(said)} fault{'s' if len(said) > 1 else ''}.")
         sys.exit(1)

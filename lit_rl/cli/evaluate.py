@@ -24,7 +24,7 @@ def evaluate(args: Sequence[str]) -> None:
         "--estimators",
         nargs="+",
         default=None,
-        help="some of is, pdis, wis, wpdis, dr and fqe; all that can judge this policy if left out",
+        help="last on the line: some of is, pdis, wis, wpdis, dr, fqe; all that can judge this policy if left out",
     )
     parser.add_argument("--gamma", type=float | None, default=None, help="discount; the checkpoint's own if left out")
     parser.add_argument(
@@ -38,7 +38,12 @@ def evaluate(args: Sequence[str]) -> None:
         default="recorded",
         help="where the densities of the policy that played are from: 'recorded', or a 'fit' to its actions",
     )
-    parser.add_argument("--num_updates", type=int | None, default=None, help="gradient steps of dr and fqe")
+    parser.add_argument(
+        "--num_updates",
+        type=int | None,
+        default=None,
+        help="gradient steps of dr and fqe; if left out, 10,000 where gamma is 0.99",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--columns", type=dict | None, default=None, help="of tables: see OfflineDataModule")
     parser.add_argument("--preset", type=str | None, default=None, help="of tables: see OfflineDataModule")
@@ -54,6 +59,8 @@ def evaluate(args: Sequence[str]) -> None:
     if options.output is not None:
         check_ending("output", options.output, (".json",))
     own = {name: options[name] for name in ("network", "policy_class")}
+    if options.estimators is None or {"dr", "fqe"} & set(options.estimators):
+        print("Fitting Q for dr and fqe takes a minute or more; --estimators wis pdis does without.", flush=True)
     given = ("estimators", "epsilon", "behavior", "num_updates", "seed")
     result = evaluate_offline(
         load_player(options.checkpoint, options.seed, **own),

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, get_args
 
 import jsonargparse
@@ -21,7 +22,7 @@ from lit_rl.peers import hint_on_class
 
 # What to give where it is missing; a recipe otherwise.
 NEEDED = {
-    "checkpoint": "Give a checkpoint file: lit-rl play runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
+    "checkpoint": "Give a checkpoint file: lit-rl {command} runs/ppo_cartpole/version_0/checkpoints/last.ckpt",
     "what": "Give what to do and where: lit-rl data info runs/ppo_cartpole/version_0/episodes",
     "episodes": "Give their folder: lit-rl data info runs/ppo_cartpole/version_0/episodes",
     "paths": "Give recorded episodes, or a recipe: --data.paths DIR, --config bc_cartpole",
@@ -88,10 +89,20 @@ def sentence(error: BaseException, arguments: Sequence[str]) -> str:
         complaint = _expected(lines)
     needed = re.search(r"arguments are required: (\w+)", complaint)
     if needed:
-        complaint += f". {NEEDED.get(needed[1], 'Give a recipe: --config ppo_cartpole')}"
+        complaint += f". {NEEDED.get(needed[1], '').format(command=arguments[0]) or _config_of(arguments)}"
     complaint += _too_early(key, arguments) or suggestion(text)
     value = f"={given}" if given and len(given) < 80 else ""
     return f"{key}{value}: {complaint}" if key else complaint
+
+
+def _config_of(arguments: Sequence[str]) -> str:
+    """Which config to give: that of the run whose checkpoint is asked for, if it is there."""
+    for name, value in zip(arguments, [*arguments[1:], ""]):
+        name, _, joined = name.partition("=")
+        config = Path(joined or value).parent.parent / "config.yaml"  # <run>/checkpoints/last.ckpt
+        if name == "--ckpt_path" and config.is_file():
+            return f"Give the config of its run: --config {config}"
+    return "Give a recipe: --config ppo_cartpole"
 
 
 def _expected(lines: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from lit_rl.cli.shared import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
 from lit_rl.errors import CheckpointError, OptionError, did_you_mean
 from lit_rl.files import rescue
 from lit_rl.files.loading import read_first, whole_checkpoint
+from lit_rl.learner.reporting import telling
 from lit_rl.source import Source, source_of
 
 DEFAULTS = {
@@ -142,11 +143,11 @@ class CLI(LightningCLI):
         if not trainer.is_global_zero or trainer.interrupted or not isinstance(algorithm, Algorithm):
             return
         taken = datetime.timedelta(seconds=round(time.perf_counter() - self._started))
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in algorithm.reporter.shares().items())
-        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken} ({shares})"]
-        for name in ("rollout/return_mean", "eval/return_mean"):
-            if name in trainer.callback_metrics:
-                said.append(f"{name} {float(trainer.callback_metrics[name]):.4g}")
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in algorithm.time_shares().items())
+        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken}"]
+        if shares:
+            said[0] += f" ({shares})"
+        said += [f"{name} {value:.4g}" for name, value in telling(trainer.callback_metrics).items()]
         paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
         if saved := [Path(path) for path in paths if path]:
             said.append(f"checkpoint {os.path.relpath(max(saved, key=lambda path: path.stat().st_mtime))}")

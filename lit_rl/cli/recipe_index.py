@@ -15,7 +15,7 @@ MEASURED = re.compile(
     r"median (?P<median>-?[\d.]+)\."
 )
 NOT_MEASURED = "# Not measured over seeds yet."
-ENV_STEPS = re.compile(r"([\d,]+) (env steps|updates)")  # updates if it learns from recorded data
+LENGTHS = {"env steps": re.compile(r"([\d,]+) env steps"), "updates": re.compile(r"([\d,]+) updates")}
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def read_recipe(path: Path) -> Recipe:
     config = yaml.safe_load(text)
     data = config["data"]["init_args"]
     head = text.split("\nseed_everything")[0]
-    measured, steps = MEASURED.search(head), ENV_STEPS.search(head)
-    is_offline = "max_updates" in data
+    is_offline = "max_updates" in data  # its comment may speak of the env steps of the data, too
+    measured, steps = MEASURED.search(head), LENGTHS["updates" if is_offline else "env steps"].search(head)
     budget = data["max_updates" if is_offline else "max_env_steps"]
     length = int(steps[1].replace(",", "")) if measured and steps else budget
     return Recipe(

@@ -34,7 +34,6 @@ WEIGHTED: dict[str, Callable[..., Estimate]] = {
     "wpdis": offline.weighted_per_decision,
 }
 ESTIMATORS = (*WEIGHTED, "dr", "fqe")
-NUM_UPDATES = 3000  # of FQE
 NUM_REFITS = 10  # of FQE, on episodes drawn anew, which make its interval
 MOST_CUT = 0.05  # of the episodes may end in neither way, and are left out
 MOST_AFTER = 0.01  # discount of what comes after time limits, above which FQE's other meaning is said
@@ -150,7 +149,7 @@ def estimate(
     estimators: Sequence[str] | None = None,
     epsilon: float | None = None,
     behavior: str = "recorded",
-    num_updates: int = NUM_UPDATES,
+    num_updates: int | None = None,
     num_refits: int = NUM_REFITS,
     seed: int = 0,
 ) -> OfflineResult:
@@ -165,7 +164,8 @@ def estimate(
             one, instead of the policy as it draws its actions. Discrete actions only.
         behavior: where the densities of the policy that played are from: "recorded" with the episodes, or a "fit" of a
             policy to their actions.
-        num_updates: gradient steps of fitted Q evaluation.
+        num_updates: gradient steps of fitted Q evaluation; None takes as many as values need at this discount, see
+            `fitted_q.updates_for`.
         num_refits: of it, on episodes drawn anew, which make its interval.
         seed: of everything random here.
 
@@ -177,7 +177,7 @@ def estimate(
     check("estimators", estimators, Estimators | None)
     check("epsilon", epsilon, UnitInterval | None)
     check("behavior", behavior, Behavior)
-    check("num_updates", num_updates, Count)
+    check("num_updates", num_updates, Count | None)
     check("num_refits", num_refits, TwoOrMore)
     check("seed", seed, CountOrZero)
     recorded, notes = whole_episodes(recorded)
@@ -199,6 +199,7 @@ def estimate(
             played = fitted_log_prob(policy, recorded, seed) if behavior == "fit" else recorded.columns["log_prob"]
             log_ratio = padded(rows.log_prob(epsilon) - played, recorded)
             found = [WEIGHTED[name](reward, log_ratio, gamma=gamma, seed=seed) for name in wanted if name in WEIGHTED]
+        num_updates = num_updates or fitted_q.updates_for(gamma)
         fit = functools.partial(fitted_q.fit, gamma=gamma, num_updates=num_updates, seed=seed)
         if "dr" in wanted:
             q, value = cross_fitted(fit, transitions_of(recorded, rows, gamma), rows.choices(epsilon), seed)

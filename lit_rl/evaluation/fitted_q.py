@@ -17,6 +17,7 @@ from lit_rl.networks.ensemble import Ensemble
 LR, LAST_LR = 1e-3, 1e-4  # of Adam, at the beginning and at the end
 BATCH_SIZE = 256
 TAU = 0.02
+LEAST_UPDATES, MOST_UPDATES = 3000, 30_000
 BLOCK = 4096  # rows that are valued at a time
 LEAST_DEVIATION = 1e-3  # of returns that are all alike
 
@@ -56,6 +57,15 @@ class Choices:
 
     probs: Tensor | None = None
     draws: Tensor | None = None
+
+
+def updates_for(gamma: float) -> int:
+    """Gradient steps after which values have settled: the target follows in 1 / TAU, and 1 / (1 - gamma) times so.
+
+    >>> updates_for(0.99)
+    10000
+    """
+    return min(max(round(2 / (TAU * max(1 - gamma, 1e-6))), LEAST_UPDATES), MOST_UPDATES)
 
 
 @torch.enable_grad()

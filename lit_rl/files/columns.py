@@ -278,8 +278,15 @@ def _inferred(recorded: Recorded, path: File) -> EnvSpec:
         found[name] = leaves.get(name) or _nested({p.removeprefix(f"{name}/"): x for p, x in leaves.items()})
     say(
         f"{path}: spaces are taken from the data: observation {found['observation']}, action {found['action']}. Give "
-        "evaluation.env if the environment has others."
+        "evaluation.env, or observation_space and action_space, if the environment has others."
     )
+    actions = recorded.columns.get("action")
+    if (
+        actions is not None
+        and isinstance(found["action"], spaces.Box)
+        and not np.any(np.mod(actions[~recorded.closing], 1))
+    ):
+        say(f"{path}: all actions are whole numbers of a type with fractions: write integers if they are choices.")
     return EnvSpec(path.stem, found["observation"], found["action"])
 
 

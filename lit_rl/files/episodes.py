@@ -49,7 +49,7 @@ from lit_rl.trees import row_dtype, space_leaves
 Spec = EnvSpec | MultiAgentSpec
 FORMAT = 2
 KEY = b"lit_rl"
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
 SHARDS = "episodes-rank*.parquet"
 ALONE = "agent_0"  # where there is one agent
 FLAGS = ("terminated", "truncated", "closing")

@@ -103,7 +103,8 @@ def expand(given: str | File) -> list[File]:
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):
-        raise OptionError(f"paths={str(given)!r}: there is no such file or folder.")
+        made = " benchmarks/offline_data.py makes the recipes' data." if path.parts[:2] == ("runs", "data") else ""
+        raise OptionError(f"paths={str(given)!r}: there is no such file or folder.{made}")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not found:
         raise OptionError(f"paths={str(given)!r}: no file matches it.")

@@ -124,7 +124,7 @@ def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
             in_file, own = (tuple(found[name].shape) if name in found else "missing" for found in (there, here))
             raise CheckpointError(
                 f"init_from={str(path)!r}: the policy differs: {name} is {in_file} in the file and {own} here. Use the "
-                "environment, network and options it was trained with."
+                "environment, and the network= and options it was trained with."
             )
     algorithm.load_state_dict({name: there[name] for name in fitting}, strict=False)
     left = sorted((there.keys() | here.keys()) - fitting - COUNTERS)

@@ -182,8 +182,8 @@ class Table:
             return flat.reshape(len(chunk), int(lengths[0]), *flat.shape[1:])
         if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
             return chunk.to_numpy(zero_copy_only=False)
-        example = chunk[0].as_py()
-        shown = f", as in {example!r}" if pa.types.is_string(kind) and len(example) < 60 else ""
+        row, example = _no_number(chunk)
+        shown = f", as in {example!r} in row {row}" if pa.types.is_string(kind) and len(example) < 60 else ""
         advice = " It may be compressed or pickled: write plain lists of numbers." if len(str(example)) >= 60 else ""
         raise DataError(f"{self.path}: column {name!r} is of the type {kind}{shown}: expected numbers.{advice}")
 
@@ -194,3 +194,13 @@ class Table:
     def _unreadable(self, error: Exception) -> DataError:
         message = " ".join(str(error).split())[:200]
         return DataError(f"{self.path} cannot be read as {self._format}, it may be truncated or damaged: {message}")
+
+
+def _no_number(chunk: Any) -> tuple[int, Any]:
+    """The first value of an array of pyarrow that is no number, and its row; the first of all if all are."""
+    for row, value in enumerate(chunk):
+        try:
+            float(value.as_py())
+        except (TypeError, ValueError):
+            return row, value.as_py()
+    return 0, chunk[0].as_py()

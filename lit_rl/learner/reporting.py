@@ -1,11 +1,23 @@
 """Hands metrics to loggers, callbacks and the progress bar."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-SHOWN = ("rollout/return_mean", "time/env_steps_per_s", "time/updates_per_s", "eval/return_mean")  # by the progress bar
+RETURNS = ("rollout/return_mean", "eval/return_mean")
+HELD_OUT = ("eval/log_prob", "eval/td_error")  # of recorded episodes
+SPEEDS = ("time/env_steps_per_s", "time/updates_per_s")
+
+
+def telling(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The few that say how good a run is: returns, else what held-out episodes say, else the losses."""
+    for names in (RETURNS, HELD_OUT, [name for name in metrics if name.startswith("loss/")]):
+        found = {name: float(metrics[name]) for name in names if name in metrics}
+        if found:
+            return found
+    return {}
 
 
 class Reporter:
@@ -87,7 +99,7 @@ class Reporter:
     def _tell(self, values: dict[str, float]) -> None:
         trainer = self._trainer
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        trainer.progress_bar_metrics.update({name: values[name] for name in SHOWN if name in values})
+        trainer.progress_bar_metrics.update({name: values[name] for name in SPEEDS if name in values} | telling(values))
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self._trainer.loggers:

@@ -62,10 +62,10 @@ def environment_of(
         env_id = found["policy"]["spec"]["env_id"]
         older = "env" not in found
         if env is None and not (older and env_id in gym.registry):
-            why = "an older lit_rl wrote it" if older else "which was given as an object, not by name"
+            why = "an older lit_rl wrote it" if older else "its run had none, or was given an object in place of a name"
+            mend = env_id if env_id in gym.registry else "package.module:Class, or a gymnasium id"
             raise CheckpointError(
-                f"Checkpoint {path} does not say how to make its environment {env_id}, {why}: add --env "
-                "package.module:Class, or a gymnasium id."
+                f"Checkpoint {path} does not say how to make its environment {env_id}: {why}. Add --env {mend}."
             )
         saved = {"env": env_id, "env_kwargs": {}, "wrappers": [], "vectorization": "sync"}
     if env is None:

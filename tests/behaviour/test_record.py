@@ -252,7 +252,7 @@ def test_two_ranks_record_into_one_folder(tmp_path: Path, command_server: Comman
     assert {path.name[:14] for path in episodes.find(["data"])} == {"episodes-rank0", "episodes-rank1"}
     starts = rows.columns["episode"][rows.begins[:-1]]
     assert len(set(starts.tolist())) == len(starts) == starts.max() + 1
-    manifest = json.loads(Path("data/manifest.json").read_text())
+    manifest = json.loads(Path("data/_manifest.json").read_text())
     assert manifest["episodes"] == len(starts) and set(manifest["shards"]) == {p.name for p in episodes.find(["data"])}
     is_predicted = ~rows.columns["deterministic"][rows.begins[:-1]]
     assert is_predicted.sum() >= 5
@@ -314,7 +314,7 @@ def test_check_says_all_that_is_wrong_and_fails(capsys: pytest.CaptureFixture) -
     out, error = capsys.readouterr()
     assert caught.value.code == 1 and "faults." in out
     for words in (
-        f"{second} has 500 bytes: data/manifest.json says", f"{third} is missing: data/manifest.json has it.",
+        f"{second} has 500 bytes: data/_manifest.json says", f"{third} is missing: data/_manifest.json has it.",
         "episodes-rank0-00099.parquet has episode 0, which data/episodes-rank0-00000.parquet has too.",
     ):  # fmt: skip
         assert sum(words in line for line in error.splitlines()) == 1, error

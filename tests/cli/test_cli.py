@@ -199,6 +199,15 @@ def test_a_run_begins_with_how_it_runs_and_ends_with_what_came_of_it(
     assert path.exists() and Path(found[3]).parent == path.parent
 
 
+def test_predict_without_a_config_is_told_of_that_of_the_run(capsys: pytest.CaptureFixture) -> None:
+    lit_rl("fit", *TINY)
+    run = runs()[0]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        lit_rl("predict", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    assert f"Give the config of its run: --config {run / 'config.yaml'}" in capsys.readouterr().err
+
+
 def test_early_stopping_on_what_was_never_logged_is_answered_in_a_sentence(capsys: pytest.CaptureFixture) -> None:
     stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "eval/return"]
     with pytest.raises(SystemExit):

@@ -197,8 +197,15 @@ def test_an_older_checkpoint_is_played_by_its_id_and_another_environment_is_refu
     capsys.readouterr()
     checkpoint["lit_rl"]["policy"]["spec"]["env_id"] = "somewhere:Else"
     torch.save(checkpoint, "older.ckpt")
-    assert "somewhere:Else, an older lit_rl wrote it: add --env" in fails(capsys, "play", "older.ckpt")
+    assert "somewhere:Else: an older lit_rl wrote it. Add --env package.module:Class" in fails(
+        capsys, "play", "older.ckpt"
+    )
     assert "The policy was made for CartPole-v1" in fails(capsys, "play", "old.ckpt", "--env", "Pendulum-v1")
+    checkpoint["lit_rl"] |= {"env": None}  # as of recorded data, or of an environment given as an object
+    checkpoint["lit_rl"]["policy"]["spec"]["env_id"] = "CartPole-v1"
+    torch.save(checkpoint, "recorded.ckpt")
+    said = fails(capsys, "play", "recorded.ckpt")
+    assert said.endswith("its run had none, or was given an object in place of a name. Add --env CartPole-v1.")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])

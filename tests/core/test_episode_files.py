@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
@@ -115,7 +116,7 @@ def test_agents_have_time_lines_of_their_own() -> None:
     write(both, WholeEpisode(episode(2, 1, "b").lines, [1]), spec=spec)
     found, read_spec = episodes.read(["data"])
     assert read_spec == spec and found.agents == ["a", "b", "b", "b"] and found.begins.tolist() == [0, 3, 5, 8]
-    manifest = json.loads(Path("data/manifest.json").read_text())
+    manifest = json.loads(Path("data/_manifest.json").read_text())
     assert manifest["episodes"] == 2 and manifest["return_max"] == pytest.approx(5.2)
     other = EnvSpec("Test-v0", SPEC.observation_space, spaces.Discrete(2))
     with pytest.raises(DataError, match=r"the action_space of agent 'a' is .*, that of 'b' Discrete"):
@@ -125,16 +126,17 @@ def test_agents_have_time_lines_of_their_own() -> None:
 def test_the_manifest_says_what_is_there() -> None:
     write(episode(0, 3), episode(1, 1))
     write(episode(4, 2))
-    found = json.loads(Path("data/manifest.json").read_text())
+    found = json.loads(Path("data/_manifest.json").read_text())
     assert (found["episodes"], found["rows"], found["return_min"]) == (3, 9, pytest.approx(0.3))
     assert found["return_histogram"] == {"0.3": 1, "1": 1, "8.1": 1}
     assert found["return_mean"] == pytest.approx((0.3 + 1 + 8.1) / 3)
     assert found["shards"][Path(FIRST).name]["sha256"] == episodes.digest(Path(FIRST))
-    assert sorted(os.listdir("data"))[1:] == [
+    assert [name for name in sorted(os.listdir("data")) if name[0] != "."] == [
+        "_manifest.json",
         "episodes-rank0-00000.parquet",
         "episodes-rank0-00001.parquet",
-        "manifest.json",
     ]
+    assert pyarrow.dataset.dataset("data").count_rows() == 9  # the folder is a data set to others, too
 
 
 def test_episodes_that_are_there_are_not_written_again() -> None:
@@ -157,7 +159,7 @@ def test_another_rank_numbers_on_and_has_files_of_its_own() -> None:
     assert names == [f"episodes-rank{rank}-{n:05d}.parquet" for rank, n in ((0, 0), (0, 1), (1, 0))]
     rows = episodes.read_rows(episodes.find(["data"]))
     assert sorted(rows.columns["episode"][rows.begins[:-1]].tolist()) == [0, 1, 2, 3]
-    assert len(json.loads(Path("data/manifest.json").read_text())["shards"]) == 3
+    assert len(json.loads(Path("data/_manifest.json").read_text())["shards"]) == 3
 
 
 @pytest.mark.parametrize("at", ["write", "rename", "enter"])
@@ -187,7 +189,7 @@ def test_who_is_stopped_while_it_writes_leaves_a_shard_that_is_whole_or_none(
     assert EpisodeFolder("data", SPEC).add([episode(1), episode(2)]) == 2 - there
     rows = episodes.read_rows(episodes.find(["data"]))
     assert sorted(rows.columns["episode"][rows.begins[:-1]].tolist()) == [0, 1, 2]
-    assert json.loads(Path("data/manifest.json").read_text())["episodes"] == 3
+    assert json.loads(Path("data/_manifest.json").read_text())["episodes"] == 3
 
 
 def test_a_folder_of_another_environment_is_refused() -> None:
@@ -219,7 +221,7 @@ def change(**columns: Any) -> Callable[[], None]:
             else:
                 table = table.set_column(table.column_names.index(name), name, values)
         pq.write_table(table, FIRST)
-        Path("data/manifest.json").unlink()
+        Path("data/_manifest.json").unlink()
 
     return changed
 
@@ -230,7 +232,7 @@ def at(row: int, value: Any) -> Callable[[list[Any]], list[Any]]:
 
 def cut(size: int) -> Callable[[], None]:
     def changed() -> None:
-        Path("data/manifest.json").unlink()
+        Path("data/_manifest.json").unlink()
         os.truncate(FIRST, size)
 
     return changed
@@ -279,10 +281,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a truncated file": (cut(1000), f"{FIRST} is no whole Parquet file: "),
     "an empty file": (cut(0), f"{FIRST} is no whole Parquet file: "),
-    "a flipped bit": (flip, f"{FIRST} has another SHA-256 than data/manifest.json says. It is damaged."),
-    "a shorter file": (lambda: os.truncate(FIRST, 1000), f"{FIRST} has 1000 bytes: data/manifest.json says "),
-    "a missing file": (Path(FIRST).unlink, f"{FIRST} is missing: data/manifest.json has it. Restore it, or delete"),
-    "no manifest": (lambda: Path("data/manifest.json").write_text("{"), "data/manifest.json cannot be read: "),
+    "a flipped bit": (flip, f"{FIRST} has another SHA-256 than data/_manifest.json says. It is damaged."),
+    "a shorter file": (lambda: os.truncate(FIRST, 1000), f"{FIRST} has 1000 bytes: data/_manifest.json says "),
+    "a missing file": (Path(FIRST).unlink, f"{FIRST} is missing: data/_manifest.json has it. Restore it, or delete"),
+    "no manifest": (lambda: Path("data/_manifest.json").write_text("{"), "data/_manifest.json cannot be read: "),
     "other spaces": (other_spaces, "episodes-rank0-00007.parquet has action in Box(-2.0, 2.0, (3,), float32), data/"),
     "another type": (
         change(action=pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * N, np.float32)), 2)),
@@ -342,7 +344,7 @@ def test_a_newer_format_is_named() -> None:
     table = pq.read_table(FIRST)
     head = json.loads(table.schema.metadata[b"lit_rl"]) | {"format": 9}
     pq.write_table(table.replace_schema_metadata({"lit_rl": json.dumps(head)}), FIRST)
-    Path("data/manifest.json").unlink()
+    Path("data/_manifest.json").unlink()
     with pytest.raises(DataError, match=r"has format 9, this lit_rl reads up to 2\. Update lit_rl\."):
         episodes.read(["data"])
 
@@ -352,7 +354,7 @@ def test_what_is_missing_in_the_metadata_is_named() -> None:
     table = pq.read_table(FIRST)
     head = json.loads(table.schema.metadata[b"lit_rl"])
     del head["spec"]
-    Path("data/manifest.json").unlink()
+    Path("data/_manifest.json").unlink()
     for metadata, key in (({}, "lit_rl"), ({"lit_rl": json.dumps(head)}, "spec")):
         pq.write_table(table.replace_schema_metadata(metadata), FIRST)
         with pytest.raises(

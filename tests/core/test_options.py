@@ -15,12 +15,15 @@ from envs import CounterEnv
 
 import lit_rl
 from lit_rl import (
+    BC,
+    CQL,
     DQN,
     PPO,
     SAC,
     TQC,
     Evaluation,
     FaultTolerance,
+    OfflineDataModule,
     Placement,
     Rainbow,
     Replay,
@@ -413,6 +416,25 @@ def test_options_of_a_class_are_its_own_and_those_that_reach_its_parents() -> No
             lambda: SAC(lr=[[0, 1.0]]),
             "lr=[[0, 1.0]]: expected a number, above 0. Points [[env_step, value], ...] go to lr_schedule.",
         ),
+        (
+            lambda: OfflineDataModule("data", n_steps=1000),
+            "OfflineDataModule(n_steps=...): there is no such option. It is called 'max_updates' here.",
+        ),
+        (
+            lambda: OfflineDataModule("data", env="CartPole-v1"),
+            "OfflineDataModule(env=...): there is no such option. It is called 'evaluation' here.",
+        ),
+        (
+            lambda: BC(train_batch_size=8),
+            "BC(train_batch_size=...): there is no such option. It is called 'batch_size' here, and is an option of "
+            "OfflineDataModule.",
+        ),
+        (
+            lambda: DQN(train_batch_size=8),
+            "DQN(train_batch_size=...): there is no such option. It is called 'batch_size' here, and is an option of "
+            "ReplayDataModule.",
+        ),
+        (lambda: CQL(cql_alpha=8), "CQL(cql_alpha=...): there is no such option. It is called 'min_q_weight' here."),
         (lambda: SAC(tau=[[0, 1.0]]), "tau=[[0, 1.0]]: expected a number, above 0 and at most 1."),
     ],
 )  # fmt: skip
@@ -423,7 +445,7 @@ def test_an_option_that_does_not_exist_is_refused_with_the_like_of_it(make: Call
 
 
 def test_every_hint_from_another_library_names_an_option_that_is_there() -> None:
-    known = {name for owner in peers.owners() for name in options_of(owner) or {}}
+    known = {name for owner in peers.owners(PPO) for name in options_of(owner) or {}}
     assert {name for ours in peers.OPTIONS.values() for name in ours} <= known
     assert all(name not in ours for name, ours in peers.OPTIONS.items())
     assert not [name for name in peers.CLASSES if hasattr(lit_rl, name)]

@@ -296,7 +296,7 @@ def changed(name: str, row: int, value: Any) -> dict[str, Any]:
         (
             ROWS | {"r": ["1", "2", "3", "4", "5"]},
             COLUMNS,
-            "t.parquet: column 'r' is of the type string, as in '1': expected numbers.",
+            "t.parquet: column 'r' is of the type string, as in '1' in row 0: expected numbers.",
         ),
         (
             ROWS | {"x": [b"BCJNGGhAgAYAAAA" * 9] * 5},

@@ -1,6 +1,7 @@
 """Recorded episodes -> minibatches -> algorithm, under Trainer: by the clock of updates, without an environment."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import assert_same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -33,7 +35,8 @@ from lit_rl import (
     ReplayDataModule,
 )
 from lit_rl.callbacks import Record
-from lit_rl.errors import CheckpointError, LitRLError, OptionError
+from lit_rl.errors import CheckpointError, DataError, LitRLError, OptionError
+from lit_rl.learner.reporting import telling
 
 COLUMNS = {
     "observation": ["episode", "t"], "next_observation": ["episode", "next_t"], "action": "action", "reward": "reward",
@@ -556,3 +559,77 @@ def test_actions_are_as_the_policy_gives_them(kind: type, make_trainer, tmp_path
     )
     fit(make_trainer, algorithm, data, limit_val_batches=0)
     assert torch.cat(seen).abs().max().item() == pytest.approx(2.0 if kind is BC else 1.0, abs=0.01)
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_how_many_episodes_are_used_and_held_out_is_said(path: str, make_trainer, caplog) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    bar = EnvStepsProgressBar()
+    data = make_data(path, top_fraction=0.5, validation_fraction=0.25)
+    trainer = fit(make_trainer, DQN(), data, callbacks=[bar], enable_progress_bar=True, limit_val_batches=None)
+    found = re.search(r"(\d+) of (\d+) episodes are learned from, (\d+) held out\.", caplog.text)
+    assert found is not None
+    learned, episodes, held_out = map(int, found.groups())
+    assert learned + held_out == round(episodes / 2) and held_out == max(1, round(episodes / 8))
+    assert "eval/td_error" in bar.train_progress_bar.postfix and "loss/" not in bar.train_progress_bar.postfix
+    assert telling(trainer.callback_metrics) == {"eval/td_error": float(trainer.callback_metrics["eval/td_error"])}
+
+
+def test_without_held_out_episodes_losses_are_shown(path: str, make_trainer) -> None:
+    bar = EnvStepsProgressBar()
+    fit(make_trainer, DQN(), make_data(path), callbacks=[bar], enable_progress_bar=True)
+    assert "loss/" in bar.train_progress_bar.postfix
+
+
+# --- spaces of tables -------------------------------------------------------------------------------------------------
+
+TABLE = "x,push,gain,run\n" + "".join(f"0.{i % 10},0.{i % 7},1,{i // 8}\n" for i in range(64))
+OF_TABLE = {"observation": ["x"], "action": "push", "reward": "gain", "episode": "run"}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    (tmp_path / "log.csv").write_text(TABLE)
+    return str(tmp_path / "log.csv")
+
+
+def test_spaces_of_tables_may_be_given(table: str, make_trainer) -> None:
+    wide = spaces.Box(-2.0, 2.0, (1,), np.float32)
+    for given in ({"action_space": wide}, {"action_space": wide, "observation_space": spaces.Box(0, 1, (1,))}):
+        data = OfflineDataModule(table, columns=OF_TABLE, max_updates=2, **given)
+        algorithm = BC()
+        make_trainer().fit(algorithm, data)
+        assert algorithm.spec is not None and algorithm.spec.action_space == wide
+        assert algorithm.spec.observation_space == given.get("observation_space", spaces.Box(-np.inf, np.inf, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"action_space": 3}, "action_space=3: expected a gymnasium space."),
+        ({"action_space": spaces.Box(-0.1, 0.1, (1,))}, "is outside of the action space"),
+        ({"action_space": spaces.Box(-1, 1, (1,)), "columns": None}, "action_space: expected tables, with columns"),
+        (
+            {"observation_space": spaces.Box(-1, 1, (1,)), "evaluation": Evaluation(env="CartPole-v1")},
+            "observation_space together with evaluation.env, which has spaces",
+        ),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused(options: dict, words: str, table: str, make_trainer) -> None:
+    with pytest.raises((OptionError, DataError), match=re.escape(words)):
+        make_trainer().fit(BC(), OfflineDataModule(table, **{"columns": OF_TABLE, "max_updates": 2} | options))
+
+
+def test_whole_numbers_with_fractions_are_pointed_out(tmp_path: Path, make_trainer, caplog) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    (tmp_path / "log.csv").write_text("x,push,run\n" + "".join(f"0.{i},{i % 2}.0,0\n" for i in range(9)))
+    columns = {"observation": ["x"], "action": "push", "episode": "run"}
+    make_trainer().fit(BC(), OfflineDataModule(str(tmp_path / "log.csv"), columns=columns, max_updates=1))
+    assert "all actions are whole numbers of a type with fractions: write integers if they are choices" in caplog.text
+
+
+def test_a_fraction_of_no_recorded_data_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"offline_fraction=0\.25: expected offline_paths too"):
+        ReplayDataModule("CartPole-v1", offline_fraction=0.25)

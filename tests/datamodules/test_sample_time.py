@@ -51,7 +51,7 @@ def test_shares_of_the_time_say_what_it_was_spent_on(make_trainer) -> None:
     )
     assert min(collecting, updating, evaluating) > 0 and collecting + updating + evaluating <= 1
     assert collecting > evaluating and collecting > updating
-    after = algorithm.reporter.shares()
+    after = algorithm.time_shares()
     assert after["evaluating"] > evaluating  # with the one after the last batch
 
 
