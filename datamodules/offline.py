@@ -61,8 +61,8 @@ class OfflineDataModule(EvaluatingDataModule):
         columns: of tables: names of columns by "observation", "action", "reward", "terminated", "truncated", "episode",
             "next_observation", "step" and "agent". Several side by side are a list, those of a Dict space a dict.
         preset: names of columns as another tool has them, "rllib", "d4rl" or "lerobot". `columns` replaces some.
-        observation_space, action_space: of tables, where there is no `evaluation.env` to say them; None takes what the
-            data is in.
+        observation_space: of tables, where there is no `evaluation.env` to say it; None takes what the data is in.
+        action_space: of tables, likewise.
         validation_fraction: of the episodes, drawn at random by `seed`: they are not learned from, and say how good the
             algorithm is (`eval/td_error` and its like).
         top_fraction: of the episodes, those of the greatest returns, that are used at all; None uses all.
