@@ -1,7 +1,7 @@
 """Actor and critic, which learn from what the world model imagines. Section 3.2 of the paper.
 
-Shapes: B sequences, L rows; N = B * L imagined ones, H steps each; F features, A numbers of an action, P parameters of
-the action distribution, S latents, Z bins.
+Shapes: B sequences, L rows; N = B * L imagined ones of H steps, which come first; F features, A numbers of an action,
+P parameters of the action distribution, S latents, Z bins.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ class Imagined(NamedTuple):
     """What the world model imagines while the policy acts in it, without gradients.
 
     Attributes:
-        features: of the states, the first of which are real, [N, H + 1, F].
-        action: taken in them, but for the last, as numbers, [N, H, A].
-        reward: received on arriving at them, [N, H + 1].
-        discount: gamma times the chance that the episode goes on there, [N, H + 1].
+        features: of the states, the first of which are real, [H + 1, N, F].
+        action: taken in them, but for the last, as numbers, [H, N, A].
+        reward: received on arriving at them, [H + 1, N].
+        discount: gamma times the chance that the episode goes on there, [H + 1, N].
     """
 
     features: Tensor
@@ -52,17 +52,17 @@ def imagine(
         stoch = rssm.sample(rssm.prior(deter), uniform)
         features.append(torch.cat([deter, stoch], -1))
         actions.append(action)
-    whole = torch.stack(features, 1)
-    return Imagined(whole, torch.stack(actions, 1), *model.predict(whole))
+    whole = torch.stack(features)
+    return Imagined(whole, torch.stack(actions), *model.predict(whole))
 
 
 class Targets(NamedTuple):
     """What actor and critic learn from: no gradient flows into it.
 
     Attributes:
-        returns: lambda-returns of the imagined states but for the last, [N, H].
-        advantage: [N, H].
-        weight: the chance, discounted, that an imagined state is reached at all, [N, H].
+        returns: lambda-returns of the imagined states but for the last, [H, N].
+        advantage: [H, N].
+        weight: the chance, discounted, that an imagined state is reached at all, [H, N].
         scale: what advantages were divided by, [].
         limits: of the range of returns after these, see `ReturnRange`.
     """
@@ -78,23 +78,24 @@ class Targets(NamedTuple):
 def targets_of(
     imagined: Imagined, value: Tensor, returns_range: ReturnRange, *, lambda_: float, normalize: bool
 ) -> Targets:
-    """Targets of what was imagined, with the critic's values [N, H + 1] of its states: eqs. 11 and 12."""
+    """Targets of what was imagined, with the critic's values [H + 1, N] of its states: eqs. 11 and 12."""
     is_last = torch.zeros_like(value, dtype=torch.bool)  # an end is only ever more or less probable
-    returns = lambda_returns(imagined.reward, imagined.discount, is_last, value, lambda_=lambda_)
+    rows = (x.t() for x in (imagined.reward, imagined.discount, is_last, value))
+    returns = lambda_returns(*rows, lambda_=lambda_).t()
     limits = returns_range.moved(returns)
     scale = returns_range.scale(limits) if normalize else torch.ones_like(limits[0])
-    advantage = (returns - value[:, :-1]) / scale
-    return Targets(returns, advantage, imagined.discount.cumprod(1)[:, :-1], scale, limits)
+    advantage = (returns - value[:-1]) / scale
+    return Targets(returns, advantage, imagined.discount[:-1].cumprod(0), scale, limits)
 
 
 def policy_loss(
     policy: LatentPolicy, imagined: Imagined, targets: Targets, *, entropy_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """-weight (log pi(a|s) advantage + entropy_coef H(pi(.|s))) and the entropy, [N, H] each: eq. 11, REINFORCE.
+    """-weight (log pi(a|s) advantage + entropy_coef H(pi(.|s))) and the entropy, [H, N] each: eq. 11, REINFORCE.
 
     Features and actions were imagined without gradients: none reaches the world model.
     """
-    parameters = policy.action_parameters(imagined.features[:, :-1])
+    parameters = policy.action_parameters(imagined.features[:-1])
     log_prob, entropy = policy.distribution.evaluate(parameters, policy.as_action(imagined.action))
     return -targets.weight * (log_prob * targets.advantage + entropy_coef * entropy), entropy
 
