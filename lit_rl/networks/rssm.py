@@ -114,7 +114,7 @@ class RSSM(nn.Module):
                 self.hidden_norm.scale, self.gates.weight, self.gates.bias,
                 of_deter, norm.scale, last.weight, last.bias,
             )  # fmt: skip
-        deters, stochs, logits = (x.transpose(0, 1) for x in found)
+        deters, stochs, logits = (x.transpose(0, 1) for x in found[:3])
         return deters, stochs, logits
 
     def observe_stepwise(
