@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead, WorldModel
+from lit_rl.networks.opaque import key_of, module_of, operator, step_of
 from lit_rl.normalizer import ReturnRange
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.returns import lambda_returns
@@ -45,15 +46,35 @@ def imagine(
         noise: uniform numbers, [N, H, S].
         action_noise: what actions are made of, [N, H, 1] or [N, H, A].
     """
-    rssm, features, actions = policy.encoder.rssm, [torch.cat([deter, stoch], -1)], []
-    for uniform, own in zip(noise.unbind(1), action_noise.unbind(1)):
-        action = policy.imagined_action(features[-1], own)
-        deter = rssm.step(deter, stoch, rssm.embed(action))
-        stoch = rssm.sample(rssm.prior(deter), uniform)
-        features.append(torch.cat([deter, stoch], -1))
+    noises = noise.transpose(0, 1), action_noise.transpose(0, 1)  # steps first
+    if torch.compiler.is_compiling():
+        features, action = _imagined(key_of(policy), deter, stoch, *noises, policy.encoder.num_actions)
+    else:
+        features, action = _steps(policy, deter, stoch, *noises, compiled=False)
+    return Imagined(features, action, *model.predict(features))
+
+
+def _steps(
+    policy: LatentPolicy, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """The features [H + 1, N, F] and actions [H, N, A] of as many steps as there is noise for."""
+    features = deter.new_empty(len(noise) + 1, len(deter), deter.shape[-1] + stoch.shape[-1])
+    torch.cat([deter, stoch], -1, out=features[0])
+    step, actions = step_of(_step, compiled, id(policy), features.shape), []
+    for t, (uniform, own) in enumerate(zip(noise.unbind(0), action_noise.unbind(0))):
+        deter, stoch, action = step(policy, features[t], deter, stoch, uniform, own)
+        torch.cat([deter, stoch], -1, out=features[t + 1])
         actions.append(action)
-    whole = torch.stack(features)
-    return Imagined(whole, torch.stack(actions), *model.predict(whole))
+    return features, torch.stack(actions)
+
+
+def _step(
+    policy: LatentPolicy, features: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step from each of N states: the policy acts, the recurrent state follows, the prior is sampled."""
+    rssm, action = policy.encoder.rssm, policy.imagined_action(features, action_noise)
+    deter = rssm.step(deter, stoch, rssm.embed(action))
+    return deter, rssm.sample(rssm.prior(deter), noise), action
 
 
 class Targets(NamedTuple):
@@ -143,3 +164,21 @@ def replay_value_loss(
     features = features[:, :-1]
     loss = value_loss(critic, slow, critic(features), features, target)
     return torch.where(batch["is_last"][:, :-1], 0.0, loss)
+
+
+@torch.no_grad()
+def _compiled_steps(policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int) -> tuple[Tensor, Tensor]:
+    return _steps(module_of(policy), deter.contiguous(), stoch.contiguous(), noise.contiguous(), action_noise.contiguous(), compiled=True)
+
+
+def _like(policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int) -> tuple[Tensor, Tensor]:
+    rows, horizon = len(deter), len(noise)
+    return deter.new_empty(horizon + 1, rows, deter.shape[-1] + stoch.shape[-1]), deter.new_empty(horizon, rows, num_actions)
+
+
+_imagined = operator(
+    "imagine(int policy, Tensor deter, Tensor stoch, Tensor noise, Tensor action_noise, int num_actions) -> "
+    "(Tensor, Tensor)",
+    _compiled_steps,
+    _like,
+)

@@ -163,7 +163,7 @@ class DreamerV3(OffPolicy):
     def build(self, spec: EnvSpec) -> None:
         size = self.network_size
         self.policy = self.make_policy(spec, size=size, unimix=self.hp.unimix)  # type: ignore[assignment]
-        self.model = WorldModel(self.policy, size, stepwise=self.hp.compile)
+        self.model = WorldModel(self.policy, size)
         num_features = self.policy.encoder.output_size
         self.critic = TwoHotHead(num_features, units=size["units"], layers=size["layers"], bins=size["bins"])
         self.slow_critic = target_of(self.critic)

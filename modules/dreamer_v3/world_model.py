@@ -58,12 +58,10 @@ class WorldModel(nn.Module):
     Args:
         policy: whose latents it predicts from.
         size: of the networks.
-        stepwise: go through sequences step by step, as compilers can.
     """
 
-    def __init__(self, policy: LatentPolicy, size: Mapping[str, int], *, stepwise: bool):
+    def __init__(self, policy: LatentPolicy, size: Mapping[str, int]):
         super().__init__()
-        self.stepwise = stepwise
         rssm = policy.encoder.rssm
         num_features, units = rssm.num_features, size["units"]
         images, vectors = split_observation(policy.input_space)
@@ -88,8 +86,7 @@ class WorldModel(nn.Module):
         network, obs = policy.encoder, policy.inputs(batch["observation"])
         tokens, action = network.encoder(obs), policy.as_numbers(batch["previous_action"])
         state = batch["state"]
-        observe = network.rssm.observe_stepwise if self.stepwise else network.rssm.observe
-        deter, stoch, logits = observe(
+        deter, stoch, logits = network.rssm.observe(
             tokens, action, batch["is_first"], state["deter"], state["stoch"], batch["posterior_noise"]
         )
         posterior = network.rssm.probs(logits)  # [B, L, S, K]
