@@ -92,7 +92,8 @@ def sheeprl(clone: Path, size: str) -> tuple[int, Callable[[], Any]]:
         "dense_units": units, "mlp_layers": 3, "world_model.discrete_size": classes,
         "world_model.recurrent_model.recurrent_state_size": SHEEPRL_DETER[size],
         "world_model.transition_model.hidden_size": hidden, "world_model.representation_model.hidden_size": hidden,
-        "cnn_keys.encoder": "[]", "cnn_keys.decoder": "[]", "mlp_keys.encoder": "[state]", "mlp_keys.decoder": "[state]",
+        "cnn_keys.encoder": "[]", "cnn_keys.decoder": "[]",
+        "mlp_keys.encoder": "[state]", "mlp_keys.decoder": "[state]",
     }  # fmt: skip
     with initialize_config_dir(str(clone / "sheeprl/configs"), version_base=None):
         cfg: Any = compose("config", ["exp=dreamer_v3", "env=gym", *(f"algo.{k}={n}" for k, n in numbers.items())])

@@ -120,7 +120,7 @@ class RSSM(nn.Module):
     def observe_stepwise(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `observe` gives, in plain steps: for compilers, and to read."""
+        """What `observe` gives, in plain steps: to read, and to check `observe` against."""
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)
         embedded = self.embed(action * keep)
         deters, stochs, logits = [], [], []

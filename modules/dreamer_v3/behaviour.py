@@ -101,8 +101,7 @@ def targets_of(
 ) -> Targets:
     """Targets of what was imagined, with the critic's values [H + 1, N] of its states: eqs. 11 and 12."""
     is_last = torch.zeros_like(value, dtype=torch.bool)  # an end is only ever more or less probable
-    rows = (x.t() for x in (imagined.reward, imagined.discount, is_last, value))
-    returns = lambda_returns(*rows, lambda_=lambda_).t()
+    returns = _returns(*(x.t() for x in (imagined.reward, imagined.discount, is_last, value)), lambda_=lambda_).t()
     limits = returns_range.moved(returns)
     scale = returns_range.scale(limits) if normalize else torch.ones_like(limits[0])
     advantage = (returns - value[:-1]) / scale
@@ -160,25 +159,45 @@ def replay_value_loss(
     """
     discount = gamma * (~batch["is_terminal"]).float()
     with torch.no_grad():
-        target = lambda_returns(batch["reward"], discount, batch["is_last"], bootstrap, lambda_=lambda_)
+        target = _returns(batch["reward"], discount, batch["is_last"], bootstrap, lambda_=lambda_)
     features = features[:, :-1]
     loss = value_loss(critic, slow, critic(features), features, target)
     return torch.where(batch["is_last"][:, :-1], 0.0, loss)
 
 
+def _returns(reward: Tensor, discount: Tensor, is_last: Tensor, bootstrap: Tensor, *, lambda_: float) -> Tensor:
+    """`lambda_returns`, a loop of one operator to a compiler."""
+    if torch.compiler.is_compiling():
+        return _lambda_returns(reward, discount, is_last, bootstrap, lambda_)
+    return lambda_returns(reward, discount, is_last, bootstrap, lambda_=lambda_)
+
+
+# --- for compilers, which look into no loop: see `lit_rl.networks.opaque` ---------------------------------------------
+
+
 @torch.no_grad()
-def _compiled_steps(policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int) -> tuple[Tensor, Tensor]:
-    return _steps(module_of(policy), deter.contiguous(), stoch.contiguous(), noise.contiguous(), action_noise.contiguous(), compiled=True)
+def _compiled_steps(
+    policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int
+) -> tuple[Tensor, Tensor]:
+    starts = (x.contiguous() for x in (deter, stoch, noise, action_noise))
+    return _steps(module_of(policy), *starts, compiled=True)
 
 
-def _like(policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int) -> tuple[Tensor, Tensor]:
-    rows, horizon = len(deter), len(noise)
-    return deter.new_empty(horizon + 1, rows, deter.shape[-1] + stoch.shape[-1]), deter.new_empty(horizon, rows, num_actions)
+def _like_steps(
+    policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int
+) -> tuple[Tensor, Tensor]:
+    (rows, _), horizon, num_features = deter.shape, len(noise), deter.shape[-1] + stoch.shape[-1]
+    return deter.new_empty(horizon + 1, rows, num_features), deter.new_empty(horizon, rows, num_actions)
 
 
 _imagined = operator(
     "imagine(int policy, Tensor deter, Tensor stoch, Tensor noise, Tensor action_noise, int num_actions) -> "
     "(Tensor, Tensor)",
     _compiled_steps,
-    _like,
+    _like_steps,
+)
+_lambda_returns = operator(
+    "lambda_returns(Tensor reward, Tensor discount, Tensor is_last, Tensor bootstrap, float lambda_) -> Tensor",
+    lambda *rows_and_lambda: lambda_returns(*rows_and_lambda[:4], lambda_=rows_and_lambda[4]),
+    lambda reward, *_: reward.new_empty(len(reward), reward.shape[1] - 1),
 )
