@@ -9,6 +9,7 @@ import torch
 from envs import IdentityEnv, MaskedEnv, TargetEnv, TurningEnv
 from gymnasium import spaces
 from helpers import greedy_return, quiet_trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict
 
 from lit_rl import (
@@ -25,9 +26,12 @@ from lit_rl import (
 )
 from lit_rl.callbacks.predictions import draw_images
 from lit_rl.errors import OptionError, SpaceError
-from lit_rl.modules.dreamer_v3 import SIZES
+from lit_rl.learner.clipping import Clipping
+from lit_rl.learner.compiled import CompiledStep
+from lit_rl.modules.dreamer_v3 import SIZES, behaviour
 from lit_rl.modules.dreamer_v3.behaviour import Imagined, imagine, policy_loss, replay_value_loss, targets_of
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead
+from lit_rl.networks import rssm_scan
 from lit_rl.normalizer import ReturnRange
 from lit_rl.spec import EnvSpec
 
@@ -399,6 +403,33 @@ def test_an_open_loop_sees_the_first_rows_alone() -> None:
         predicted = algorithm.open_loop(other, context=2)["box"][1]
         assert torch.equal(predicted[:, :same], compared["box"][1][:, :same])
         assert same == L or not torch.equal(predicted[:, same:], compared["box"][1][:, same:])
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_loops_as_operators_and_steps_as_an_eager_update_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced as ever; only what makes C++ of it is left out, which takes minutes.
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compiler(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    )
+    for module in (rssm_scan, behaviour):
+        monkeypatch.setattr(module, "step_of", lambda function, *_: function)
+    eager, compiled = make(blocks=2, warmup=0, lr=1e-3), make(blocks=2, warmup=0, lr=1e-3, compile=True)
+    compiled.load_state_dict(eager.state_dict())
+    optimizer, inner = eager.configure_optimizers(), compiled.configure_optimizers()
+    step = CompiledStep(compiled, LightningOptimizer(inner), Clipping(None, "global_norm"))
+    for _ in range(2):  # in the first, the gradients of what is before a last layer of zeros are 0
+        batch = minibatch(eager)
+        loss, (latents, limits, terms) = eager.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found, norm, (own_latents, own_limits, own_terms) = step(batch)
+        expected = torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]).norm()
+        torch.testing.assert_close((found, norm, own_limits, own_terms), (loss.detach(), expected, limits, terms))
+        torch.testing.assert_close(own_latents, latents)
+    for own, parameter in zip(compiled.parameters(), eager.parameters()):
+        torch.testing.assert_close(own, parameter, rtol=1e-3, atol=1e-4)
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
