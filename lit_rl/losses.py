@@ -1,5 +1,7 @@
 """Losses: pure functions, one formula each, one value per sample (the caller takes the mean)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -178,7 +180,7 @@ def two_hot_mean(log_probs: Tensor, bins: Tensor) -> Tensor:
     >>> two_hot_mean(torch.zeros(255).log_softmax(-1), symexp_bins(255))
     tensor(0.)
     """
-    probs, middle = log_probs.exp(), len(bins) // 2
+    probs, middle = (log_probs * (1 / math.log(2))).exp2(), len(bins) // 2  # exp2, as MKL's exp is slow on AMD
     return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ bins[middle + 1 :]
 
 

@@ -1,9 +1,11 @@
 """The layers of DreamerV3's networks: RMSNorm and SiLU after each, block-diagonal matrices, convolutions."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
 
 EPSILON = 1e-4  # of RMSNorm
 KERNEL = 5
@@ -62,7 +64,38 @@ class NormedSiLU(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.silu(nn.functional.rms_norm(x.float(), self.scale.shape, self.scale, EPSILON))
+        if torch.compiler.is_compiling():  # which makes one loop of the formula
+            return silu(rms_norm(x.float(), self.scale.shape, self.scale, EPSILON))
+        return _NormedSiLU.apply(x.float(), self.scale)[0]
+
+
+class _NormedSiLU(torch.autograd.Function):
+    """silu(x rate scale) with rate = (mean(x^2) + EPSILON)^-1/2, in half the time of the formula and its gradient.
+
+    What else it returns, x rate and the rate, is for the gradient alone.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rate = norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_()
+        normed = x * rate
+        return silu(normed * scale, inplace=True), normed, rate
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[1], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        scale, normed, rate = ctx.saved_tensors
+        d_scaled = torch.ops.aten.silu_backward(grads[0], normed * scale)
+        per_scale = d_scaled * normed
+        with torch.autocast(normed.device.type, enabled=False):
+            along = (per_scale @ scale).unsqueeze(-1) / scale.numel()
+        d_x = torch.addcmul(d_scaled * scale, normed, along, value=-1) * rate
+        return d_x, per_scale.flatten(0, -2).sum(0)
 
 
 def normed(in_features: int, *sizes: int) -> nn.Sequential:

@@ -61,22 +61,21 @@ class RSSM(nn.Module):
         return self.from_action(action / action.abs().clamp(min=1))
 
     def step(self, deter: Tensor, stoch: Tensor, embedded: Tensor) -> Tensor:
-        """The recurrent state [B, D] after an action."""
+        """The recurrent state [B, D] after an action.
+
+        A block's input is its part of the recurrent state, and what all blocks share, which is not copied for each.
+        """
         shared = torch.cat([self.from_deter(deter), self.from_stoch(stoch), embedded], -1)
-        if self.blocks == 1:
-            x = torch.cat([deter, shared], -1)
-        else:
-            parts = shared.unsqueeze(1).expand(-1, self.blocks, -1)
-            x = torch.cat([deter.unflatten(1, (self.blocks, -1)), parts], -1)
-        gates = self.gates(self.hidden_norm(self.hidden(x)))
-        if self.blocks == 1:
-            reset, candidate, update = gates.chunk(3, -1)
-        else:
-            each = gates.unflatten(1, (self.blocks, 3, -1)).unbind(2)
-            reset, candidate, update = (gate.flatten(1) for gate in each)
+        before = deter.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # [G, B, D / G], as all below
+        own, of_shared = self.hidden.weight.split([before.shape[-1], shared.shape[-1]], 1)
+        x = torch.baddbmm(torch.bmm(before, own), shared.expand(self.blocks, -1, -1), of_shared)
+        x = self.hidden_norm((x + self.hidden.bias.view(self.blocks, 1, -1)).transpose(0, 1).flatten(1))
+        gate_bias = self.gates.bias.view(self.blocks, 1, -1)
+        gates = torch.baddbmm(gate_bias, x.unflatten(-1, (self.blocks, -1)).transpose(0, 1), self.gates.weight)
+        reset, candidate, update = gates.float().chunk(3, -1)
         # tanh(x) = 2 sigmoid(2 x) - 1, in a fifth of the time.
         candidate = torch.sigmoid(torch.sigmoid(reset) * candidate * 2).mul(2).sub(1)
-        return torch.lerp(deter.to(candidate.dtype), candidate, torch.sigmoid(update + UPDATE_BIAS))
+        return torch.lerp(before.float(), candidate, torch.sigmoid(update + UPDATE_BIAS)).transpose(0, 1).flatten(1)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Probabilities [*N, S, K] of logits [*N, S * K], of which `unimix` is uniform."""
@@ -115,13 +114,13 @@ class RSSM(nn.Module):
                 self.hidden_norm.scale, self.gates.weight, self.gates.bias,
                 of_deter, norm.scale, last.weight, last.bias,
             )  # fmt: skip
-        deters, stochs, logits = (x.transpose(0, 1) for x in found)
+        deters, stochs, logits = (x.transpose(0, 1) for x in found[:3])
         return deters, stochs, logits
 
     def observe_stepwise(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `observe` gives, in plain steps: for compilers, and to read."""
+        """What `observe` gives, in plain steps: to read, and to check `observe` against."""
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)
         embedded = self.embed(action * keep)
         deters, stochs, logits = [], [], []

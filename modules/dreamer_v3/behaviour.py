@@ -1,7 +1,7 @@
 """Actor and critic, which learn from what the world model imagines. Section 3.2 of the paper.
 
-Shapes: B sequences, L rows; N = B * L imagined ones, H steps each; F features, A numbers of an action, P parameters of
-the action distribution, S latents, Z bins.
+Shapes: B sequences, L rows; N = B * L imagined ones of H steps, which come first; F features, A numbers of an action,
+P parameters of the action distribution, S latents, Z bins.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead, WorldModel
+from lit_rl.networks.opaque import key_of, module_of, operator, step_of
 from lit_rl.normalizer import ReturnRange
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.returns import lambda_returns
@@ -20,10 +21,10 @@ class Imagined(NamedTuple):
     """What the world model imagines while the policy acts in it, without gradients.
 
     Attributes:
-        features: of the states, the first of which are real, [N, H + 1, F].
-        action: taken in them, but for the last, as numbers, [N, H, A].
-        reward: received on arriving at them, [N, H + 1].
-        discount: gamma times the chance that the episode goes on there, [N, H + 1].
+        features: of the states, the first of which are real, [H + 1, N, F].
+        action: taken in them, but for the last, as numbers, [H, N, A].
+        reward: received on arriving at them, [H + 1, N].
+        discount: gamma times the chance that the episode goes on there, [H + 1, N].
     """
 
     features: Tensor
@@ -45,24 +46,44 @@ def imagine(
         noise: uniform numbers, [N, H, S].
         action_noise: what actions are made of, [N, H, 1] or [N, H, A].
     """
-    rssm, features, actions = policy.encoder.rssm, [torch.cat([deter, stoch], -1)], []
-    for uniform, own in zip(noise.unbind(1), action_noise.unbind(1)):
-        action = policy.imagined_action(features[-1], own)
-        deter = rssm.step(deter, stoch, rssm.embed(action))
-        stoch = rssm.sample(rssm.prior(deter), uniform)
-        features.append(torch.cat([deter, stoch], -1))
+    noises = noise.transpose(0, 1), action_noise.transpose(0, 1)  # steps first
+    if torch.compiler.is_compiling():
+        features, action = _imagined(key_of(policy), deter, stoch, *noises, policy.encoder.num_actions)
+    else:
+        features, action = _steps(policy, deter, stoch, *noises, compiled=False)
+    return Imagined(features, action, *model.predict(features))
+
+
+def _steps(
+    policy: LatentPolicy, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """The features [H + 1, N, F] and actions [H, N, A] of as many steps as there is noise for."""
+    features = deter.new_empty(len(noise) + 1, len(deter), deter.shape[-1] + stoch.shape[-1])
+    torch.cat([deter, stoch], -1, out=features[0])
+    step, actions = step_of(_step, compiled, id(policy), features.shape), []
+    for t, (uniform, own) in enumerate(zip(noise.unbind(0), action_noise.unbind(0))):
+        deter, stoch, action = step(policy, features[t], deter, stoch, uniform, own)
+        torch.cat([deter, stoch], -1, out=features[t + 1])
         actions.append(action)
-    whole = torch.stack(features, 1)
-    return Imagined(whole, torch.stack(actions, 1), *model.predict(whole))
+    return features, torch.stack(actions)
+
+
+def _step(
+    policy: LatentPolicy, features: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step from each of N states: the policy acts, the recurrent state follows, the prior is sampled."""
+    rssm, action = policy.encoder.rssm, policy.imagined_action(features, action_noise)
+    deter = rssm.step(deter, stoch, rssm.embed(action))
+    return deter, rssm.sample(rssm.prior(deter), noise), action
 
 
 class Targets(NamedTuple):
     """What actor and critic learn from: no gradient flows into it.
 
     Attributes:
-        returns: lambda-returns of the imagined states but for the last, [N, H].
-        advantage: [N, H].
-        weight: the chance, discounted, that an imagined state is reached at all, [N, H].
+        returns: lambda-returns of the imagined states but for the last, [H, N].
+        advantage: [H, N].
+        weight: the chance, discounted, that an imagined state is reached at all, [H, N].
         scale: what advantages were divided by, [].
         limits: of the range of returns after these, see `ReturnRange`.
     """
@@ -78,23 +99,23 @@ class Targets(NamedTuple):
 def targets_of(
     imagined: Imagined, value: Tensor, returns_range: ReturnRange, *, lambda_: float, normalize: bool
 ) -> Targets:
-    """Targets of what was imagined, with the critic's values [N, H + 1] of its states: eqs. 11 and 12."""
+    """Targets of what was imagined, with the critic's values [H + 1, N] of its states: eqs. 11 and 12."""
     is_last = torch.zeros_like(value, dtype=torch.bool)  # an end is only ever more or less probable
-    returns = lambda_returns(imagined.reward, imagined.discount, is_last, value, lambda_=lambda_)
+    returns = _returns(*(x.t() for x in (imagined.reward, imagined.discount, is_last, value)), lambda_=lambda_).t()
     limits = returns_range.moved(returns)
     scale = returns_range.scale(limits) if normalize else torch.ones_like(limits[0])
-    advantage = (returns - value[:, :-1]) / scale
-    return Targets(returns, advantage, imagined.discount.cumprod(1)[:, :-1], scale, limits)
+    advantage = (returns - value[:-1]) / scale
+    return Targets(returns, advantage, imagined.discount[:-1].cumprod(0), scale, limits)
 
 
 def policy_loss(
     policy: LatentPolicy, imagined: Imagined, targets: Targets, *, entropy_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """-weight (log pi(a|s) advantage + entropy_coef H(pi(.|s))) and the entropy, [N, H] each: eq. 11, REINFORCE.
+    """-weight (log pi(a|s) advantage + entropy_coef H(pi(.|s))) and the entropy, [H, N] each: eq. 11, REINFORCE.
 
     Features and actions were imagined without gradients: none reaches the world model.
     """
-    parameters = policy.action_parameters(imagined.features[:, :-1])
+    parameters = policy.action_parameters(imagined.features[:-1])
     log_prob, entropy = policy.distribution.evaluate(parameters, policy.as_action(imagined.action))
     return -targets.weight * (log_prob * targets.advantage + entropy_coef * entropy), entropy
 
@@ -138,7 +159,45 @@ def replay_value_loss(
     """
     discount = gamma * (~batch["is_terminal"]).float()
     with torch.no_grad():
-        target = lambda_returns(batch["reward"], discount, batch["is_last"], bootstrap, lambda_=lambda_)
+        target = _returns(batch["reward"], discount, batch["is_last"], bootstrap, lambda_=lambda_)
     features = features[:, :-1]
     loss = value_loss(critic, slow, critic(features), features, target)
     return torch.where(batch["is_last"][:, :-1], 0.0, loss)
+
+
+def _returns(reward: Tensor, discount: Tensor, is_last: Tensor, bootstrap: Tensor, *, lambda_: float) -> Tensor:
+    """`lambda_returns`, a loop of one operator to a compiler."""
+    if torch.compiler.is_compiling():
+        return _lambda_returns(reward, discount, is_last, bootstrap, lambda_)
+    return lambda_returns(reward, discount, is_last, bootstrap, lambda_=lambda_)
+
+
+# --- for compilers, which look into no loop: see `lit_rl.networks.opaque` ---------------------------------------------
+
+
+@torch.no_grad()
+def _compiled_steps(
+    policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int
+) -> tuple[Tensor, Tensor]:
+    starts = (x.contiguous() for x in (deter, stoch, noise, action_noise))
+    return _steps(module_of(policy), *starts, compiled=True)
+
+
+def _like_steps(
+    policy: int, deter: Tensor, stoch: Tensor, noise: Tensor, action_noise: Tensor, num_actions: int
+) -> tuple[Tensor, Tensor]:
+    (rows, _), horizon, num_features = deter.shape, len(noise), deter.shape[-1] + stoch.shape[-1]
+    return deter.new_empty(horizon + 1, rows, num_features), deter.new_empty(horizon, rows, num_actions)
+
+
+_imagined = operator(
+    "imagine(int policy, Tensor deter, Tensor stoch, Tensor noise, Tensor action_noise, int num_actions) -> "
+    "(Tensor, Tensor)",
+    _compiled_steps,
+    _like_steps,
+)
+_lambda_returns = operator(
+    "lambda_returns(Tensor reward, Tensor discount, Tensor is_last, Tensor bootstrap, float lambda_) -> Tensor",
+    lambda *rows_and_lambda: lambda_returns(*rows_and_lambda[:4], lambda_=rows_and_lambda[4]),
+    lambda reward, *_: reward.new_empty(len(reward), reward.shape[1] - 1),
+)

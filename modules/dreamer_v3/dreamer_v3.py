@@ -163,7 +163,7 @@ class DreamerV3(OffPolicy):
     def build(self, spec: EnvSpec) -> None:
         size = self.network_size
         self.policy = self.make_policy(spec, size=size, unimix=self.hp.unimix)  # type: ignore[assignment]
-        self.model = WorldModel(self.policy, size, stepwise=self.hp.compile)
+        self.model = WorldModel(self.policy, size)
         num_features = self.policy.encoder.output_size
         self.critic = TwoHotHead(num_features, units=size["units"], layers=size["layers"], bins=size["bins"])
         self.slow_critic = target_of(self.critic)
@@ -210,17 +210,17 @@ class DreamerV3(OffPolicy):
         # Actor and critic, on what is imagined from every row.
         starts = (latents["deter"], latents["stoch"], batch["latent_noise"], batch["action_noise"])
         imagined = imagine(policy, self.model, *(x.flatten(0, 1) for x in starts))
-        log_probs = critic(imagined.features)  # [N, H + 1, Z]
+        log_probs = critic(imagined.features)  # [H + 1, N, Z + 1]
         value = critic.mean(log_probs.detach())
         targets = targets_of(imagined, value, self.returns_range, lambda_=hp.lambda_, normalize=hp.normalize_returns)
         losses["policy"], entropy = policy_loss(policy, imagined, targets, entropy_coef=hp.entropy_coef)
         losses["value"] = targets.weight * value_loss(
-            critic, slow, log_probs[:, :-1], imagined.features[:, :-1], targets.returns
+            critic, slow, log_probs[:-1], imagined.features[:-1], targets.returns
         )
-        assert losses["policy"].shape == losses["value"].shape == targets.returns.shape  # [N, H]
+        assert losses["policy"].shape == losses["value"].shape == targets.returns.shape  # [H, N]
 
         # The critic, on what was replayed.
-        bootstrap = targets.returns[:, 0].view_as(batch["reward"])
+        bootstrap = targets.returns[0].view_as(batch["reward"])
         losses["replay_value"] = replay_value_loss(
             critic, slow, features, batch, bootstrap, gamma=hp.gamma, lambda_=hp.lambda_
         )

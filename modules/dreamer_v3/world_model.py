@@ -25,7 +25,10 @@ SPACE_BLOCKS = 8  # of the layer that makes an image's first pixels of the recur
 
 
 class TwoHotHead(nn.Module):
-    """Features [*N, F] to a distribution over bins: log-probabilities [*N, Z]. At first its mean is 0 everywhere."""
+    """Features [*N, F] to a distribution over bins: log-probabilities [*N, Z + 1]. At first its mean is 0 everywhere.
+
+    After the Z bins comes one of probability 0: so many columns are multiplied in half the time of an odd number.
+    """
 
     bins: Tensor
 
@@ -36,14 +39,13 @@ class TwoHotHead(nn.Module):
         self.register_buffer("bins", symexp_bins(bins), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        # One more bin, of probability 0: so many columns are multiplied in less than half the time of an odd number.
         weight = nn.functional.pad(self.logits.weight, (0, 0, 0, 1))
         bias = nn.functional.pad(self.logits.bias, (0, 1), value=IMPOSSIBLE)
-        return nn.functional.linear(self.layers(features), weight, bias).float().log_softmax(-1)[..., :-1]
+        return nn.functional.linear(self.layers(features), weight, bias).float().log_softmax(-1)
 
     def mean(self, log_probs: Tensor) -> Tensor:
         """The distribution's mean, [*N]."""
-        return two_hot_mean(log_probs, self.bins)
+        return two_hot_mean(log_probs[..., :-1], self.bins)
 
     def loss(self, log_probs: Tensor, *targets: Tensor) -> Tensor:
         """Cross entropy to numbers [*N], summed over several of them."""
@@ -56,12 +58,10 @@ class WorldModel(nn.Module):
     Args:
         policy: whose latents it predicts from.
         size: of the networks.
-        stepwise: go through sequences step by step, as compilers can.
     """
 
-    def __init__(self, policy: LatentPolicy, size: Mapping[str, int], *, stepwise: bool):
+    def __init__(self, policy: LatentPolicy, size: Mapping[str, int]):
         super().__init__()
-        self.stepwise = stepwise
         rssm = policy.encoder.rssm
         num_features, units = rssm.num_features, size["units"]
         images, vectors = split_observation(policy.input_space)
@@ -86,8 +86,7 @@ class WorldModel(nn.Module):
         network, obs = policy.encoder, policy.inputs(batch["observation"])
         tokens, action = network.encoder(obs), policy.as_numbers(batch["previous_action"])
         state = batch["state"]
-        observe = network.rssm.observe_stepwise if self.stepwise else network.rssm.observe
-        deter, stoch, logits = observe(
+        deter, stoch, logits = network.rssm.observe(
             tokens, action, batch["is_first"], state["deter"], state["stoch"], batch["posterior_noise"]
         )
         posterior = network.rssm.probs(logits)  # [B, L, S, K]

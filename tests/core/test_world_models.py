@@ -12,6 +12,7 @@ from lit_rl.errors import SpaceError
 from lit_rl.learner.laprop import LaProp
 from lit_rl.learner.rules import rule_of
 from lit_rl.losses import categorical_kl, kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
+from lit_rl.networks import rssm_scan
 from lit_rl.networks.normed import BlockLinear, Linear, NormedSiLU
 from lit_rl.networks.rssm import RSSM, straight_through
 from lit_rl.networks.rssm_scan import sample
@@ -222,6 +223,22 @@ def test_the_gradient_that_is_written_out_is_that_of_the_steps(blocks: int) -> N
         learned = [p for name, p in rssm.named_parameters() if not name.startswith("prior")]
         results.append((found, torch.autograd.grad(loss, [tokens, *learned])))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operators_that_compilers_call_have_the_shapes_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rssm_scan, "step_of", lambda function, *_: function)
+    length, batch = 6, 4
+    inputs = [torch.rand(length, batch, n) for n in (5, 8, 1)] + [torch.randn(batch, n) for n in (8, 12)]
+    inputs.append(torch.rand(length, batch, 3))
+    weights = [torch.randn(5, 8), torch.randn(5), torch.ones(5), torch.randn(5, 12), torch.randn(5), torch.ones(5)]
+    weights += [torch.randn(2, 4, 4), torch.randn(10, 8), torch.ones(8), torch.randn(2, 4, 12), torch.randn(24)]
+    weights += [torch.randn(5, 8), torch.ones(5), torch.randn(12, 5), torch.randn(12)]
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(torch.ops.lit_rl.scan.default, (inputs, weights, 0.01, True), **checks)
+    found = torch.ops.lit_rl.scan(inputs, weights, 0.01, True)
+    saved = [inputs[2], *found, *weights]
+    grads = [torch.ones_like(x) for x in found[:3]]
+    torch.library.opcheck(torch.ops.lit_rl.scan_backward.default, (grads, saved, 0.01, 3, True), **checks)
 
 
 # --- returns --------------------------------------------------------------------------------------------------------

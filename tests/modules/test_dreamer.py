@@ -9,6 +9,7 @@ import torch
 from envs import IdentityEnv, MaskedEnv, TargetEnv, TurningEnv
 from gymnasium import spaces
 from helpers import greedy_return, quiet_trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict
 
 from lit_rl import (
@@ -25,9 +26,12 @@ from lit_rl import (
 )
 from lit_rl.callbacks.predictions import draw_images
 from lit_rl.errors import OptionError, SpaceError
-from lit_rl.modules.dreamer_v3 import SIZES
+from lit_rl.learner.clipping import Clipping
+from lit_rl.learner.compiled import CompiledStep
+from lit_rl.modules.dreamer_v3 import SIZES, behaviour
 from lit_rl.modules.dreamer_v3.behaviour import Imagined, imagine, policy_loss, replay_value_loss, targets_of
 from lit_rl.modules.dreamer_v3.world_model import TwoHotHead
+from lit_rl.networks import rssm_scan
 from lit_rl.normalizer import ReturnRange
 from lit_rl.spec import EnvSpec
 
@@ -222,31 +226,31 @@ def test_images_are_predicted_pixel_by_pixel(layout: str) -> None:
 def test_targets_of_what_is_imagined_equal_a_table() -> None:
     # Two steps; the chance to go on, which holds the discount, is 1/2 and 1/4 on arriving. lambda = 1/2.
     imagined = Imagined(
-        features=torch.zeros(1, 3, 2), action=torch.zeros(1, 2, 1), reward=torch.tensor([[50.0, 1.0, 2.0]]),
-        discount=torch.tensor([[0.8, 0.5, 0.25]]),
+        features=torch.zeros(3, 1, 2), action=torch.zeros(2, 1, 1), reward=torch.tensor([[50.0], [1.0], [2.0]]),
+        discount=torch.tensor([[0.8], [0.5], [0.25]]),
     )  # fmt: skip
-    value = torch.tensor([[10.0, 4.0, 8.0]])
+    value = torch.tensor([[10.0], [4.0], [8.0]])
     last = 2 + 0.25 * 8
     first = 1 + 0.5 * (0.5 * 4 + 0.5 * last)
     returns_range = ReturnRange(rate=1.0)
     targets = targets_of(imagined, value, returns_range, lambda_=0.5, normalize=True)
-    torch.testing.assert_close(targets.returns, torch.tensor([[first, last]]))
+    torch.testing.assert_close(targets.returns, torch.tensor([[first], [last]]))
     low, high = np.percentile([first, last], [5, 95])
     torch.testing.assert_close(targets.limits.tolist(), [float(low), float(high)])
     scale = max(1.0, high - low)
-    torch.testing.assert_close(targets.advantage, torch.tensor([[(first - 10) / scale, (last - 4) / scale]]).float())
-    torch.testing.assert_close(targets.weight, torch.tensor([[0.8, 0.8 * 0.5]]))
+    torch.testing.assert_close(targets.advantage, torch.tensor([[(first - 10) / scale], [(last - 4) / scale]]).float())
+    torch.testing.assert_close(targets.weight, torch.tensor([[0.8], [0.8 * 0.5]]))
     plain = targets_of(imagined, value, returns_range, lambda_=0.5, normalize=False)
-    torch.testing.assert_close(plain.advantage, torch.tensor([[first - 10, last - 4]]))
+    torch.testing.assert_close(plain.advantage, torch.tensor([[first - 10], [last - 4]]))
 
 
 def test_the_advantage_is_divided_by_the_range_of_returns_and_not_moved_by_it() -> None:
     reward = torch.zeros(2, 2)
     reward[1, 1] = 100.0
-    imagined = Imagined(torch.zeros(2, 2, 1), torch.zeros(2, 1, 1), reward + 1000, torch.ones(2, 2) * 0.5)
+    imagined = Imagined(torch.zeros(2, 2, 1), torch.zeros(1, 2, 1), reward + 1000, torch.ones(2, 2) * 0.5)
     targets = targets_of(imagined, torch.zeros(2, 2), ReturnRange(rate=1.0), lambda_=0.5, normalize=True)
     torch.testing.assert_close(targets.scale.item(), 90.0)  # between 1005 and 1095
-    torch.testing.assert_close(targets.advantage, torch.tensor([[1000 / 90], [1100 / 90]]))
+    torch.testing.assert_close(targets.advantage, torch.tensor([[1000 / 90, 1100 / 90]]))
 
 
 def test_imagination_goes_by_the_prior_alone_and_discounts_once() -> None:
@@ -257,15 +261,15 @@ def test_imagination_goes_by_the_prior_alone_and_discounts_once() -> None:
     del policy.encoder.rssm.posterior  # nobody asks it
     starts = (latents["deter"], latents["stoch"], batch["latent_noise"], batch["action_noise"])
     imagined = imagine(policy, model, *(x.flatten(0, 1) for x in starts))
-    assert imagined.features.shape == (B * L, H + 1, policy.encoder.output_size)
-    assert imagined.action.shape == (B * L, H, 3) and (imagined.action.sum(-1) == 1).all()
-    torch.testing.assert_close(imagined.features[:, 0], torch.cat(list(latents.values()), -1).flatten(0, 1))
+    assert imagined.features.shape == (H + 1, B * L, policy.encoder.output_size)
+    assert imagined.action.shape == (H, B * L, 3) and (imagined.action.sum(-1) == 1).all()
+    torch.testing.assert_close(imagined.features[0], torch.cat(list(latents.values()), -1).flatten(0, 1))
     torch.testing.assert_close(imagined.discount, torch.sigmoid(model.continues(imagined.features).squeeze(-1)))
     assert (imagined.reward == 0).all()  # before anything is learned, exactly
     deter, stoch = (latents[name].flatten(0, 1) for name in ("deter", "stoch"))
     rssm = policy.encoder.rssm
-    following = rssm.step(deter, stoch, rssm.embed(imagined.action[:, 0]))
-    torch.testing.assert_close(imagined.features[:, 1, : rssm.deter], following)
+    following = rssm.step(deter, stoch, rssm.embed(imagined.action[0]))
+    torch.testing.assert_close(imagined.features[1, :, : rssm.deter], following)
 
 
 @pytest.mark.parametrize("action", [DISCRETE, BOX], ids=["discrete", "box"])
@@ -293,14 +297,14 @@ def test_the_policys_loss_is_reinforce_with_an_entropy_bonus() -> None:
     algorithm = make()
     n = 5
     imagined = Imagined(
-        torch.randn(n, H + 1, algorithm.policy.encoder.output_size),
-        torch.nn.functional.one_hot(torch.randint(3, (n, H)), 3).float(),
-        torch.randn(n, H + 1),
-        torch.rand(n, H + 1),
+        torch.randn(H + 1, n, algorithm.policy.encoder.output_size),
+        torch.nn.functional.one_hot(torch.randint(3, (H, n)), 3).float(),
+        torch.randn(H + 1, n),
+        torch.rand(H + 1, n),
     )
-    targets = targets_of(imagined, torch.randn(n, H + 1), ReturnRange(1.0), lambda_=0.9, normalize=True)
+    targets = targets_of(imagined, torch.randn(H + 1, n), ReturnRange(1.0), lambda_=0.9, normalize=True)
     loss, entropy = policy_loss(algorithm.policy, imagined, targets, entropy_coef=0.5)
-    logits = algorithm.policy.head(imagined.features[:, :-1])
+    logits = algorithm.policy.head(imagined.features[:-1])
     theirs = torch.distributions.Categorical(0.99 * logits.softmax(-1) + 0.01 / 3)
     log_prob = theirs.log_prob(imagined.action.argmax(-1))
     torch.testing.assert_close(entropy, theirs.entropy())
@@ -399,6 +403,33 @@ def test_an_open_loop_sees_the_first_rows_alone() -> None:
         predicted = algorithm.open_loop(other, context=2)["box"][1]
         assert torch.equal(predicted[:, :same], compared["box"][1][:, :same])
         assert same == L or not torch.equal(predicted[:, same:], compared["box"][1][:, same:])
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_loops_as_operators_and_steps_as_an_eager_update_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced as ever; only what makes C++ of it is left out, which takes minutes.
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compiler(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    )
+    for module in (rssm_scan, behaviour):
+        monkeypatch.setattr(module, "step_of", lambda function, *_: function)
+    eager, compiled = make(blocks=2, warmup=0, lr=1e-3), make(blocks=2, warmup=0, lr=1e-3, compile=True)
+    compiled.load_state_dict(eager.state_dict())
+    optimizer, inner = eager.configure_optimizers(), compiled.configure_optimizers()
+    step = CompiledStep(compiled, LightningOptimizer(inner), Clipping(None, "global_norm"))
+    for _ in range(2):  # in the first, the gradients of what is before a last layer of zeros are 0
+        batch = minibatch(eager)
+        loss, (latents, limits, terms) = eager.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found, norm, (own_latents, own_limits, own_terms) = step(batch)
+        expected = torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]).norm()
+        torch.testing.assert_close((found, norm, own_limits, own_terms), (loss.detach(), expected, limits, terms))
+        torch.testing.assert_close(own_latents, latents)
+    for own, parameter in zip(compiled.parameters(), eager.parameters()):
+        torch.testing.assert_close(own, parameter, rtol=1e-3, atol=1e-4)
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
