@@ -123,6 +123,7 @@ CLASSES = {
 }
 SOURCES = ("RolloutDataModule", "ReplayDataModule", "OfflineDataModule")
 OWNERS = ("PPO", "IMPALA", "APPO", "DQN", "Rainbow", "SAC", "TQC", "MARWIL", "CQL", "IQL", "MultiAgent", "Evaluation")
+OFF_POLICY = ("DQN", "SAC", "MARWIL", "IQL", "DreamerV3")  # which RolloutDataModule does not feed
 OFFLINE = ("MARWIL", "CQL", "DiscreteCQL", "IQL")
 
 
@@ -140,9 +141,5 @@ def hint_on_class(name: str, known: Iterable[str]) -> str:
 
 def owners(cls: type) -> list[type]:
     """The classes among whose options one that `cls` does not have is looked for, the likeliest first."""
-    from lit_rl.off_policy import OffPolicy
-
-    first = 1 if issubclass(cls, OffPolicy) else 0  # none that does not feed it
-    if issubclass(cls, tuple(getattr(lit_rl, name) for name in OFFLINE)):
-        first = 2
+    first = sum(issubclass(cls, tuple(getattr(lit_rl, name) for name in names)) for names in (OFF_POLICY, OFFLINE))
     return [getattr(lit_rl, name) for name in (*SOURCES[first:], *OWNERS)]
