@@ -64,6 +64,13 @@ def draw_overview(results: Sequence[tuple[Task, dict[str, Any]]], path: Path) ->
         draw_on(axes, result)
         axes.set_title(result["recipe"], fontsize=10)
         axes.set(xlabel="", ylabel="")
+    line, marks = figure.axes[0].get_lines(), figure.axes[0].containers
+    named = {
+        "return while training: median and range of seeds": line[0],
+        "greedy return of the last checkpoint: median and range": marks[0],
+        "bar": next(x for x in line if x.get_linestyle() == "--"),
+    }
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

@@ -368,8 +368,8 @@ class EnvDataModule(EvaluatingDataModule):
         done = self.algorithm.env_steps_done
         if self._budget_left(done) < self._max_rows:
             rank_zero_info(
-                f"Nothing to train: env_steps={done} of max_env_steps={self.max_env_steps} are done. Set a larger "
-                "max_env_steps to go on."
+                f"Nothing to train: env_steps={done} of max_env_steps={self.max_env_steps} are done, and a rollout "
+                f"takes {self._max_rows}. Set a larger max_env_steps to go on."
             )
             self.stop_at_budget()
 
@@ -432,9 +432,7 @@ class EnvDataModule(EvaluatingDataModule):
         )
 
     def _check_budget(self) -> None:
-        if self.max_env_steps is None:
-            return
-        if self.max_env_steps < self._max_rows:
+        if self.max_env_steps is not None and self.max_env_steps < self._max_rows:
             raise OptionError(
                 f"max_env_steps={self.max_env_steps}: expected at least the {self._max_rows} env steps that are taken "
                 "at a time (runners x num_envs_per_env_runner x rollout_length x ranks). Raise it, or shorten "

@@ -9,6 +9,7 @@ import gymnasium as gym
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed
@@ -239,8 +240,14 @@ class EvaluatingDataModule(TakesOptions, L.LightningDataModule, Source):
         return float("inf") if self.budget is None else self.budget - clock
 
     def _say_if_epochs_end_it(self, epoch: int) -> None:
-        """Warn if the Trainer's `max_epochs`, of so many steps of the clock each, end before the budget does."""
-        epochs = self.attached_trainer.max_epochs
+        """Warn if `max_epochs`, of so many steps of the clock each, end before the budget, or if nothing ends it."""
+        trainer, epochs = self.attached_trainer, self.attached_trainer.max_epochs
+        stops = any(isinstance(callback, Timer | EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.budget is None and epochs in (None, -1) and trainer.max_steps in (None, -1) and not stops:
+            rank_zero_warn(
+                f"The run has no end: set {self.BUDGET} on the datamodule, or Trainer(max_time=), max_epochs or "
+                "max_steps. Ctrl-C stops it with a checkpoint."
+            )
         if epochs is not None and epochs >= 0 and epochs * epoch < (self.budget or 0):
             rank_zero_warn(
                 f"Training ends at {epochs * epoch} of {self.BUDGET}={self.budget} {self.clock.replace('_', ' ')}, "

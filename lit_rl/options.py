@@ -335,7 +335,7 @@ class TakesOptions:
             try:
                 kept[name] = check(name, value, annotations.get(name))
             except OptionError as error:
-                points = hint_on_points(type(self), name) if isinstance(value, list | tuple) else ""
+                points = hint_on_points(type(self), name) if isinstance(value, list | tuple) or callable(value) else ""
                 raise OptionError(f"{error}{points}") from None
         self.keep_options(kept, caller)
 
@@ -393,18 +393,23 @@ def hint(cls: type, name: str) -> str:
     asked = part or whole
     for ours in peers.OPTIONS.get(asked, ()):
         if ours in options:
-            return f" It is called {ours!r} here."
+            return f" It is called {ours!r} here{_note(asked, ours)}."
     elsewhere = () if asked in options else (asked, *peers.OPTIONS.get(asked, ()))
     for owner in peers.owners(cls):
         for ours in elsewhere:
             if ours in (options_of(owner) or {}):
-                called = "It" if ours == asked else f"It is called {ours!r} here, and"
+                called = "It" if ours == asked else f"It is called {ours!r} here{_note(asked, ours)}, and"
                 return f" {called} is an option of {owner.__name__}."
     return did_you_mean(asked, [option for option in options if option != name])
 
 
+def _note(theirs: str, ours: str) -> str:
+    note = peers.NOTES.get((theirs, ours))
+    return "" if note is None else f" ({note})"
+
+
 def hint_on_points(cls: type, name: str) -> str:
-    """What to say if a list is given for a number that has a schedule: one sentence after a space, or ""."""
+    """What to say if no number is given for one that has a schedule: one sentence after a space, or ""."""
     has_schedule = f"{name}_schedule" in (options_of(cls) or {})
     return f" Points [[env_step, value], ...] go to {name}_schedule." if has_schedule else ""
 

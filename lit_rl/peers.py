@@ -43,7 +43,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "env_id": ("env",),
     "environment": ("env",),
     "eval_freq": ("evaluation",),
-    "evaluation_duration": ("evaluation",),
+    "evaluation_duration": ("evaluation", "episodes"),
     "evaluation_interval": ("evaluation",),
     "exploration_final_eps": ("epsilon",),
     "exploration_fraction": ("epsilon_schedule",),
@@ -66,7 +66,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "n_critics": ("num_critics",),
     "n_envs": ("num_envs_per_env_runner",),
     "n_epochs": ("num_epochs",),
-    "n_eval_episodes": ("evaluation",),
+    "n_eval_episodes": ("evaluation", "episodes"),
     "n_quantiles": ("num_quantiles",),
     "n_steps": ("rollout_length", "max_updates", "n_step"),
     "n_steps_per_epoch": ("updates_per_batch",),
@@ -97,7 +97,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "total_timesteps": ("max_env_steps",),
     "train_batch_size": ("batch_size", "rollout_length"),
     "train_batch_size_per_learner": ("batch_size", "rollout_length"),
-    "train_freq": ("env_steps_per_batch", "update_to_data"),
+    "train_freq": ("update_to_data",),
     "twin_q": ("num_critics",),
     "update_epochs": ("num_epochs",),
     "use_lstm": ("network",),
@@ -108,6 +108,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "vf_share_layers": ("share_encoder",),
     "warmup_steps": ("learning_starts",),
     "weight_temp": ("beta",),
+}
+# What else is to be known where the meaning is not the same.
+NOTES = {
+    ("gradient_steps", "update_to_data"): "gradient_steps / train_freq",
+    ("train_batch_size", "rollout_length"): "of each environment: theirs is that of all together",
+    ("train_batch_size_per_learner", "rollout_length"): "of each environment: theirs is that of all together",
+    ("train_freq", "update_to_data"): "gradient_steps / train_freq",
+    ("vf_coef", "value_coef"): "of half the squared error: twice the number",
+    ("vf_loss_coeff", "value_coef"): "of half the squared error: twice the number",
 }
 CLASSES = {
     "A2C": "PPO with num_epochs=1 and a minibatch_size of the whole rollout is A2C.",

@@ -195,7 +195,7 @@ class PPO(ActorCritic):
     def loss(self, minibatch: TensorDict) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch [M] (with memory [M, L]), and the means of its terms.
 
-        The terms are those of `TERMS`.
+        The means are one tensor [5], in the order of `TERMS`. To log more, use `self.log`.
         """
         hp, advantage = self.hp, minibatch["advantage"]
         features = self.policy.features(minibatch)

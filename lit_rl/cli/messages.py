@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lit_rl
 from lit_rl.cli.configs import class_of, suggestion
+from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.cli.shared import end
 from lit_rl.errors import LitRLError, OptionError, did_you_mean
 from lit_rl.networks import NETWORKS
@@ -28,6 +29,7 @@ NEEDED = {
     "paths": "Give recorded episodes, or a recipe: --data.paths DIR, --config bc_cartpole",
     "runs": "Give the folder of a run, or of several: lit-rl plot runs/ppo_cartpole",
 }
+TOP = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "init_from", "cluster", "out")
 TYPES = {
     "float": "a number",
     "int": "a whole number",
@@ -90,9 +92,22 @@ def sentence(error: BaseException, arguments: Sequence[str]) -> str:
     needed = re.search(r"arguments are required: (\w+)", complaint)
     if needed:
         complaint += f". {NEEDED.get(needed[1], '').format(command=arguments[0]) or _config_of(arguments)}"
-    complaint += _too_early(key, arguments) or suggestion(text)
+    complaint += _too_early(key, arguments) or suggestion(text) or _of_the_top(text)
     value = f"={given}" if given and len(given) < 80 else ""
     return f"{key}{value}: {complaint}" if key else complaint
+
+
+def _of_the_top(text: str) -> str:
+    """What an unknown argument, or the first part of an unknown key, may stand for; "" if that is not known."""
+    found = re.search(r"[Uu]nrecognized arguments: (\S+)|does not accept option '([\w]+)", text)
+    if found is None:
+        return ""
+    name = (found[1] or found[2]).partition("=")[0]
+    if not name.startswith("-") and name in recipe_files():
+        return f". It is a recipe: --config {name}"
+    dashes = "--" if name.startswith("--") else ""
+    said = did_you_mean(name.lstrip("-").partition(".")[0], TOP).replace("'", f"'{dashes}", 1)
+    return f".{said}" if said else ""
 
 
 def _config_of(arguments: Sequence[str]) -> str:

@@ -30,8 +30,8 @@ class _Maker(Limit):
 
     def __repr__(self) -> str:
         return (
-            "a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that returns an environment, or "
-            "a module of PettingZoo"
+            "a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that returns an environment (its "
+            "class, or a function), or a module of PettingZoo"
         )
 
 

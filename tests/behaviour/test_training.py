@@ -364,3 +364,14 @@ class SeededSource(Source):
 
     spec = EnvSpec("Vector", spaces.Box(-1, 1, (300,)), spaces.Discrete(2))
     seed = 1
+
+
+def test_a_run_that_nothing_ends_says_so(make_trainer) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match=r"The run has no end: set max_env_steps on the datamodule"):
+        make_trainer(limit_val_batches=0, max_epochs=-1, callbacks=[Stop()]).fit(
+            PPO(**QUICK), RolloutDataModule("CartPole-v1", **SMALL)
+        )

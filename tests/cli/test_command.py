@@ -35,6 +35,7 @@ def script(*args: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
 
 
+@pytest.mark.slow
 def test_an_environment_in_the_working_folder_is_found(command_server: CommandServer) -> None:
     Path("my_env.py").write_text(OWN)
     code, output = command_server.run(Path.cwd(), ["lit-rl", *FIT])

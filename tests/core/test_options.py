@@ -212,7 +212,7 @@ def test_check_ending_returns_it_in_lower_case_and_names_the_others() -> None:
         (
             lambda: Evaluation(env=3),
             "evaluation.env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that "
-            "returns an environment, or a module of PettingZoo.",
+            "returns an environment (its class, or a function), or a module of PettingZoo.",
         ),
         (
             lambda: Evaluation(num_env_runners=-1),
@@ -243,7 +243,7 @@ def test_check_ending_returns_it_in_lower_case_and_names_the_others() -> None:
         (
             lambda: RolloutDataModule(3),
             "env=3: expected a gymnasium id such as 'CartPole-v1', 'package.module:Class', a callable that returns an "
-            "environment, or a module of PettingZoo.",
+            "environment (its class, or a function), or a module of PettingZoo.",
         ),
     ],
 )  # fmt: skip
@@ -435,6 +435,20 @@ def test_options_of_a_class_are_its_own_and_those_that_reach_its_parents() -> No
             "ReplayDataModule.",
         ),
         (lambda: CQL(cql_alpha=8), "CQL(cql_alpha=...): there is no such option. It is called 'min_q_weight' here."),
+        (
+            lambda: PPO(vf_loss_coeff=1.0),
+            "PPO(vf_loss_coeff=...): there is no such option. It is called 'value_coef' here (of half the squared "
+            "error: twice the number).",
+        ),
+        (
+            lambda: Evaluation(n_eval_episodes=3),  # type: ignore[call-arg]
+            "Evaluation(n_eval_episodes=...): there is no such option. It is called 'episodes' here.",
+        ),
+        (
+            lambda: PPO(lr=abs),
+            "lr=<built-in function abs>: expected a number, above 0. Points [[env_step, value], ...] go to "
+            "lr_schedule.",
+        ),
         (lambda: SAC(tau=[[0, 1.0]]), "tau=[[0, 1.0]]: expected a number, above 0 and at most 1."),
     ],
 )  # fmt: skip

@@ -342,6 +342,7 @@ def test_runners_in_actors_give_whole_transitions(monkeypatch: pytest.MonkeyPatc
     assert source.ledger.delivered == 640 and source.ledger.agent_steps == found.total()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_actors_fragments_are_those_of_a_runner_in_process(ray_session: Any) -> None:
     env = EnvConfig("agent_envs:LoggedAgents", {"mode": "random", "num_agents": 3})
