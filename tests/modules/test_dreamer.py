@@ -549,7 +549,7 @@ def test_it_predicts_what_comes_of_actions_and_that_a_time_limit_ends_nothing() 
     algorithm = DreamerV3(size="nano", deter=48, sequence_length=20, horizon=2, lr=3e-3, warmup=20)
     data = ReplayDataModule(
         TurningEnv, max_env_steps=1000, num_envs_per_env_runner=4, learning_starts=400, batch_size=160,
-        env_steps_per_batch=200, update_to_data=0.4, seed=0,
+        env_steps_per_batch=200, update_to_data=0.8, seed=0,
     )  # fmt: skip
     quiet_trainer(limit_val_batches=0).fit(algorithm, data)
     batch = data.buffer.peek(200, np.random.default_rng(0))
