@@ -58,6 +58,7 @@ def run_learners(cluster: Cluster, learn: Callable[[dict[str, Any]], Any], confi
         )
     from lit_rl.runners import ray_session
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what a learner prints is logged, without it once more
     ray_session.connect(cluster.ray_address)
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig

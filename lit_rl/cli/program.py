@@ -1,6 +1,7 @@
 """The console script `lit-rl`: LightningCLI over the algorithms and datamodules, with one-sentence errors."""
 
 import datetime
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
 from lit_rl.cli.configs import check_config, check_groups
-from lit_rl.cli.quiet import quieten
+from lit_rl.cli.quiet import LIGHTNING_LOGGERS, quieten
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.cli.shared import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
 from lit_rl.errors import CheckpointError, OptionError, did_you_mean
@@ -154,6 +155,15 @@ class CLI(LightningCLI):
         print(f"Done: {', '.join(said)}")
 
 
+class EpochLines(L.Callback):
+    """A line after each epoch, where there is no progress bar."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and isinstance(pl_module, Algorithm):
+            said = [f"{name} {value:.4g}" for name, value in telling(trainer.callback_metrics).items()]
+            print(", ".join([f"{pl_module.clock:,} {source_of(trainer).clock.replace('_', ' ')}", *said]))
+
+
 class LearnerCLI(CLI):
     """`lit-rl fit` in a process that Ray Train started."""
 
@@ -165,13 +175,18 @@ class LearnerCLI(CLI):
         fit = self.config_init.fit
         own = trainer_arguments(fit.cluster, fit.trainer.get("plugins"))
         trainer = super().instantiate_trainer(enable_progress_bar=False, **own, **kwargs)
-        trainer.callbacks.append(RayTrainReportCallback())  # type: ignore[attr-defined]
+        trainer.callbacks += [RayTrainReportCallback(), EpochLines()]  # type: ignore[attr-defined]
         return prepare_trainer(trainer)
 
 
 def _learn(config: dict[str, Any]) -> OptionError | None:
     """A learner's whole run. What no restart mends is returned, so that Ray Train tries none."""
     quieten()
+    for name in LIGHTNING_LOGGERS:  # Ray Train's handler at the root would print each line once more
+        logging.getLogger(name).propagate = False
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler):  # not its files: each report of an epoch has all metrics
+            handler.setLevel(logging.WARNING)
     folder = config.pop("folder")
     if os.path.isdir(folder):
         os.chdir(folder)  # relative paths are those of the command

@@ -6,13 +6,15 @@ import warnings
 
 from lit_rl.quiet import leave_out_noise
 
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
 
 def quieten() -> None:
     """As `leave_out_noise`; and a warning is one line, and what Lightning tells goes to stdout."""
     warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended to run from within Python.*")
     leave_out_noise()
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LIGHTNING_LOGGERS:
         logging.getLogger(name).handlers = [_Printed()]
 
 

@@ -50,7 +50,7 @@ class Evaluator:
         connect: Callable[[], None] = lambda: None,
     ):
         self._env, self._options = env, options
-        self._info_metrics = tuple(info_metrics)
+        self._info_metrics = self._not_seen = tuple(info_metrics)
         self._faults, self._placement, self._connect = faults, placement, connect
         self.recorder: Callable[[Episode], None] | None = None
         self._pool: EvalPool | None = None
@@ -67,6 +67,7 @@ class Evaluator:
     def take_results(self) -> list[EvaluationResult]:
         """The evaluations since this was asked last, the oldest first."""
         results, self._results = self._results, []
+        self._say_missing([episode for result in results for episode in result.episodes])
         return results
 
     def play(
@@ -163,6 +164,18 @@ class Evaluator:
         if self.recorder is not None:
             self.recorder(episode)
         return episode
+
+    def _say_missing(self, episodes: Sequence[Episode]) -> None:
+        """Warn once of `info_metrics` that no episode had so far."""
+        missing = [key for key in self._not_seen if not any(key in episode.info for episode in episodes)]
+        if episodes and missing:
+            log.warning(
+                "info_metrics=%s: the last info of none of the %d evaluation episodes had it. Check the name, and that "
+                "the environment puts it into the info of its last step.",
+                missing,
+                len(episodes),
+            )
+        self._not_seen = () if episodes else self._not_seen
 
     def _say_cut(self, num_ended: int, asked: int) -> None:
         log.warning(

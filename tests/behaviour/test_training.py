@@ -128,6 +128,15 @@ def test_named_info_metrics_are_logged(make_trainer) -> None:
     assert trainer.callback_metrics["eval/info/score_mean"] == 0.0  # first episodes have score 0
 
 
+def test_an_info_metric_that_no_episode_has_is_said_once(make_trainer, caplog) -> None:
+    data = RolloutDataModule(
+        CounterEnv, max_env_steps=256, info_metrics=["score", "succes"], evaluation=Evaluation(episodes=3), **SMALL
+    )
+    make_trainer().fit(PPO(**QUICK), data)
+    said = [record.getMessage() for record in caplog.records if "info_metrics" in record.getMessage()]
+    assert len(said) == 1 and "info_metrics=['succes']: the last info of none of the 3 evaluation episodes" in said[0]
+
+
 def test_everything_is_logged_against_env_steps(make_trainer, tmp_path: Path) -> None:
     data = RolloutDataModule(
         "CartPole-v1", max_env_steps=128 * 4, rollouts_per_epoch=2, evaluation=Evaluation(episodes=1), **SMALL

@@ -1,6 +1,7 @@
 """The console script: what it imports from the working folder, and commands whose mistake is easily made."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,15 @@ def test_processes_find_it_too(command_server: CommandServer, more: list[str]) -
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_learners_of_a_cluster_find_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learners_of_a_cluster_find_it_too(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
     Path("my_env.py").write_text(OWN)
     cli.main([*FIT, "--cluster.num_learners", "1", "--cluster.storage_path", "stored"])
     sys.modules.pop("my_env", None)
     assert list(Path("stored").rglob("checkpoint.ckpt"))
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("Learning on 1 torch thread") == 1  # by Lightning, Ray Train and at the root
+    assert re.search(r"\d+ env steps, rollout/return_mean", said.out)
 
 
 @pytest.mark.slow
