@@ -22,13 +22,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl import distributed
+from lit_rl import distributed, peers
 from lit_rl.central import with_central
 from lit_rl.errors import DivergedError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, summarize
 from lit_rl.files import rescue
 from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
-from lit_rl.files.fits import check_fits, init_from
+from lit_rl.files.fits import check_fits, init_from, say_changed_options
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_box_options, check_memory, check_trainer
@@ -396,13 +396,11 @@ class Algorithm(TakesOptions, L.LightningModule):
         age = self.updates_done - rollout["policy_version"].double()
         return float(distributed.masked_mean(age, mask_of(rollout)))
 
-    def learn(self, *args: Any, **kwargs: Any) -> None:
-        """Not how it is trained here: refused in words for those who come from libraries where it is."""
-        name = type(self).__name__
-        raise OptionError(
-            f"{name}.learn(...): training is the Trainer's. lightning.Trainer(max_epochs=-1).fit({name}(), "
-            "RolloutDataModule('CartPole-v1', max_env_steps=100_000)), or ReplayDataModule for off-policy algorithms."
-        )
+    def __getattr__(self, name: str) -> Any:
+        if name in peers.METHODS:
+            kind = type(self).__name__
+            raise AttributeError(f"{kind} has no {name!r}. {peers.METHODS[name].format(kind)}")
+        return super().__getattr__(name)
 
     def time_shares(self) -> dict[str, float]:
         """What "collecting", "updating" and "evaluating" took of the last `fit`, 0 to 1; {} if it trained nothing."""
@@ -593,6 +591,7 @@ class Algorithm(TakesOptions, L.LightningModule):
         states = [rank["data"] for rank in found["ranks"]]
         if self._trainer.training:
             self._resume = found
+            say_changed_options(self, checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
             self.source.load_ranks(states, self.global_rank, self.trainer.world_size)
         else:
             self.source.load_evaluated(states)

@@ -130,6 +130,22 @@ CLASSES = {
     "RecurrentPPO": "PPO(network=LSTMNetwork) has memory.",
     "TD3": "SAC and TQC learn the same tasks.",
 }
+_TRAINING = (
+    "Training is the Trainer's: lightning.Trainer(max_epochs=-1).fit({0}(), RolloutDataModule('CartPole-v1', "
+    "max_env_steps=100_000)), or ReplayDataModule for off-policy algorithms."
+)
+_ACTING = "Actions are the policy's: action, state = algorithm.policy.act(obs), or load_policy(checkpoint).act(obs)."
+_SAVING = "Checkpoints are the Trainer's: trainer.save_checkpoint(path), or the callback ModelCheckpoint."
+METHODS = {  # of an algorithm
+    "learn": _TRAINING,
+    "predict": _ACTING,
+    "compute_single_action": _ACTING,
+    "compute_actions": _ACTING,
+    "get_action": _ACTING,
+    "save": _SAVING,
+    "save_to_path": _SAVING,
+    "restore": "{0}.load_from_checkpoint(path) reads a checkpoint, Trainer.fit(..., ckpt_path=path) goes on from it.",
+}
 SOURCES = ("RolloutDataModule", "ReplayDataModule", "OfflineDataModule")
 OWNERS = ("PPO", "IMPALA", "APPO", "DQN", "Rainbow", "SAC", "TQC", "MARWIL", "CQL", "IQL", "MultiAgent", "Evaluation")
 OFF_POLICY = ("DQN", "SAC", "MARWIL", "IQL", "DreamerV3")  # which RolloutDataModule does not feed

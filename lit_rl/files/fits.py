@@ -90,6 +90,29 @@ def check_policy_fits(algorithm: Any, found: Mapping[str, Any]) -> None:
             )
 
 
+def say_changed_options(algorithm: Any, options: Mapping[str, Any]) -> None:
+    """Tell which options a resumed run has otherwise than its checkpoint.
+
+    Args:
+        algorithm: of the run.
+        options: of the checkpoint.
+    """
+    here = dict(algorithm.hparams) | algorithm.describe_networks()
+    names = sorted(here.keys() & options.keys() - {"spec"})
+    changed = [
+        f"{name}={here[name]!r} (was {options[name]!r})"
+        for name in names
+        if _plain(here, name) != _plain(options, name)
+    ]
+    if changed:
+        rank_zero_info(f"Resumed with other options than the checkpoint's: {', '.join(changed)}.")
+
+
+def _plain(options: Mapping[str, Any], name: str) -> Any:
+    value = options[name]
+    return list(value) if isinstance(value, tuple) else value
+
+
 def init_from(algorithm: Any, path: Any, policy_id: str | None = None) -> None:
     """Take the policy with its normaliser from another run's checkpoint, and all else of equal name and shape.
 

@@ -197,7 +197,10 @@ def named_network(description: dict[str, Any], option: str = "network") -> Netwo
     """
     name = description["name"]
     if name not in NETWORKS:
-        raise CheckpointError(f"The policy was trained with a network of your own, {name!r}: pass it as {option}=.")
+        raise CheckpointError(
+            f"The policy was trained with a network of your own, {name!r}: pass it as {option}=, in "
+            "functools.partial(...) if it had arguments."
+        )
     return functools.partial(NETWORKS[name], **description.get("arguments", {}))
 
 

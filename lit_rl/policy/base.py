@@ -399,7 +399,8 @@ class Policy(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(
                 f"The weights do not fit the policy's network, {type(self.encoder).__name__}: "
-                f"{' '.join(str(error).split())}. Pass the network it was trained with as network=."
+                f"{' '.join(str(error).split())}. Pass the network it was trained with as network=, in "
+                "functools.partial(...) if it had arguments."
             ) from error
 
     # ------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,21 @@ def test_resuming_goes_on_with_everything_that_was_saved(make_trainer) -> None:
     assert algorithm.env_steps_done == 1024 and algorithm.updates_done == 8
 
 
+def test_options_that_a_resumed_run_has_otherwise_are_said(make_trainer, caplog) -> None:
+    fit(make_trainer, 128)
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    for options, said in (
+        (MODEL, []),
+        (MODEL | {"lr": 0.5, "gamma": 0.5}, ["gamma=0.5 (was 0.99), lr=0.5 (was 0.0003)."]),
+    ):
+        caplog.clear()
+        data = RolloutDataModule("CartPole-v1", max_env_steps=256, rollouts_per_epoch=2, **SMALL)
+        make_trainer(limit_val_batches=0).fit(PPO(**options), data, ckpt_path="out.ckpt")
+        start = "Resumed with other options than the checkpoint's: "
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Resumed with")]
+        assert lines == [start + end for end in said]
+
+
 def test_resuming_in_the_middle_of_an_epoch_finishes_that_epoch(make_trainer) -> None:
     class SaveAt(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: PPO, *_: object) -> None:

@@ -92,6 +92,14 @@ def test_what_is_no_path_is_refused() -> None:
         algorithm.configure_model()
 
 
-def test_learn_says_in_words_how_to_train() -> None:
-    with pytest.raises(OptionError, match=r"PPO\.learn\(\.\.\.\): training is the Trainer's.*fit\(PPO\(\), Rollout"):
-        PPO().learn(100)
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("learn", r"Training is the Trainer's: .*fit\(PPO\(\), Rollout"),
+        ("predict", r"Actions are the policy's: .*policy\.act\(obs\)"),
+        ("save", r"Checkpoints are the Trainer's: trainer\.save_checkpoint"),
+    ],
+)
+def test_methods_of_other_libraries_are_answered_in_words(method: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=rf"PPO has no '{method}'\. {words}"):
+        getattr(PPO(), method)
