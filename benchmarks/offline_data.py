@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "data")
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "halfcheetah_medium"], default=list(SETS))
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)  # before training, not after
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     out = ROOT / "docs" / "results" / "offline_data.json"
