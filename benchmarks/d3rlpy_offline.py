@@ -3,7 +3,7 @@
 d3rlpy pins gymnasium, and so needs a virtual environment of its own:
 
     python -m venv ../d3rlpy
-    ../d3rlpy/bin/pip install -c constraints.txt torch d3rlpy pyarrow
+    ../d3rlpy/bin/pip install -c constraints.txt torch d3rlpy pyarrow mujoco imageio
     .venv/bin/python benchmarks/offline_data.py
     .venv/bin/python benchmarks/d3rlpy_offline.py --d3rlpy-python ../d3rlpy/bin/python --write
 
