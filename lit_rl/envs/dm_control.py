@@ -88,7 +88,7 @@ class DMControl(gym.Env):
         terminated = now.last() and now.discount == 0
         return _flat(now.observation), reward, terminated, now.last() and not terminated, {}
 
-    def render(self) -> np.ndarray:
+    def render(self) -> Any:
         """What the camera sees, [height, width, 3] uint8."""
         height, width, camera_id = self._camera
         return self._env.physics.render(height, width, camera_id)

@@ -56,24 +56,27 @@ class FallingDot(gym.Env):
         self._paddle = int(self.np_random.integers(SQUARES - PADDLE + 1))
         self._left, self._caught = self._num_dots, 0
         self._drop()
-        return self.render(), {}
+        return self._observe(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self._paddle = min(max(self._paddle + int(action) - 1, 0), SQUARES - PADDLE)
         if self._row == BOTTOM:
             self._drop()
-            return self.render(), 0.0, False, False, {}
+            return self._observe(), 0.0, False, False, {}
         self._row += 1
         if self._row < BOTTOM:
-            return self.render(), 0.0, False, False, {}
+            return self._observe(), 0.0, False, False, {}
         caught = 0 <= self._column - self._paddle < PADDLE
         self._caught += caught
         over = self._left == 0
         info = {"caught": self._caught / self._num_dots} if over else {}
-        return self.render(), 1.0 if caught else -1.0, over, False, info
+        return self._observe(), 1.0 if caught else -1.0, over, False, info
 
-    def render(self) -> np.ndarray:
+    def render(self) -> Any:
         """The picture, which is the observation too."""
+        return self._observe()
+
+    def _observe(self) -> np.ndarray:
         board = np.zeros((SQUARES, SQUARES, 3), np.uint8)
         board[0, : self._left] = COLORS["left"]
         board[BOTTOM, self._paddle : self._paddle + PADDLE] = COLORS["paddle"]
