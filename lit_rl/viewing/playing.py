@@ -34,8 +34,11 @@ TRUSTED_ENVS = (
     "lit_rl.envs.coins:CoinGame",
     "lit_rl.envs.cooperation:Halves",
     "lit_rl.envs.cooperation:TwoStepGame",
+    "lit_rl.envs.dm_control:DMControl",
+    "lit_rl.envs.memory:DelayedCue",
     "lit_rl.envs.multi_agent:ReplicatedEnv",
     "lit_rl.envs.openspiel:OpenSpielEnv",
+    "lit_rl.envs.pixels:FallingDot",
 )
 TRUSTED_PLUGINS = ("ale_py",)  # modules whose import registers environments: "ale_py:ALE/Pong-v5"
 

@@ -59,6 +59,8 @@ def runs() -> list[Path]:
 def test_every_recipe_trains_for_one_batch(recipe: Path) -> None:
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
+    if data["env"].startswith("lit_rl.envs.dm_control:"):
+        pytest.importorskip("dm_control.suite")
     fragments = data.get("fragments_per_batch") or max(1, data.get("num_env_runners", 0))
     steps, updates = fragments * data.get("num_envs_per_env_runner", 1) * data.get("rollout_length", 1), 1
     policies = config["model"]["init_args"].get("policies", {})

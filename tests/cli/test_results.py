@@ -93,3 +93,23 @@ def test_random_actions_are_measured_with_one_agent_and_with_several(monkeypatch
     game = results.play_randomly(results.env_config({"env": "lit_rl.envs.cooperation:TwoStepGame"}))
     assert abs(game["return_mean"] - 4.75) < 1.0  # half of them 7, half the mean of 0, 1, 1 and 8
     assert 15 < results.play_randomly(results.env_config({"env": "CartPole-v1"}))["return_mean"] < 30
+
+
+def test_scores_are_in_the_form_of_dreamers_author_and_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scores = importlib.import_module("scores")
+    curve = {"rollout/return_mean": [[500.0, 9.5], [1000.0, 20.25]], "eval/return_mean": [[1000.0, 30.0]]}
+    made_up = {"runs": [{"seed": 3, "return_mean": 30.0, "curve": curve}]}
+    for recipe in ("dreamer_cartpole_swingup", "dreamer_pendulum", "ppo_pendulum", "dreamer_speed"):
+        (tmp_path / f"{recipe}.json").write_text(json.dumps(made_up))
+    names = ["dmc_proprio-lit_rl_dreamerv3.json.gz", "gym-lit_rl_dreamerv3.json.gz"]
+    assert [path.name for path in scores.write(tmp_path)] == names
+    expected = {"method": "lit_rl_dreamerv3", "seed": 3, "ys": [9.5, 20.25]}
+    swingup, pendulum = (scores.read(tmp_path / "scores" / name) for name in names)
+    assert swingup == [{"task": "dmc_cartpole_swingup", **expected, "xs": [1000, 2000]}]  # frames: 2 of an env step
+    assert pendulum == [{"task": "gym_pendulum", **expected, "xs": [500, 1000]}]
+    written = {path.name: scores.read(path) for path in (scores.RESULTS / "scores").iterdir()}
+    current = {f"{suite}-{scores.METHOD}.json.gz": runs for suite, runs in scores.scores().items()}
+    assert written == current, "run benchmarks/scores.py"
