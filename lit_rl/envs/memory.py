@@ -15,12 +15,13 @@ CUE, CHOOSE = slice(NUM_CUES), NUM_CUES  # where in the observation they are sho
 class DelayedCue(gym.Env):
     """One of two cues is shown at the start and asked for at the end, with nothing to be seen in between.
 
-    The first observation shows the cue. The next `delay` observations are all 0. The last says "choose": the action
-    that equals the cue gets reward 1, the other one -1, and the episode terminates. Actions before that change nothing
-    and get 0. An episode has `delay + 2` steps. Without memory the return is 0 on average, with memory it can be 1.
+    The first observation shows the cue. The next `delay` observations are all 0. Then one says "choose": the action
+    that equals the cue gets reward 1, the other one -1, and the episode terminates. Its final observation shows the cue
+    once more. Actions before that change nothing and get 0. An episode has `delay + 2` steps. Without memory the return
+    is 0 on average, with memory it can be 1.
 
-    bsuite's memory_len (Osband et al. 2020, arXiv:1908.03568) is the same task with the same rewards, but shows how
-    much time is left.
+    bsuite's memory_len (Osband et al. 2020, arXiv:1908.03568) is much the same task with the same rewards, but shows how
+    much time is left, and not the cue once more.
 
     Observations [3]: the cue, one-hot; 1 if it is time to choose, else 0.
     Actions: 0 or 1, the cues.
@@ -56,7 +57,7 @@ class DelayedCue(gym.Env):
 
     def _observe(self) -> np.ndarray:
         obs = np.zeros(NUM_CUES + 1, np.float32)
-        if self._t == 0:
+        if self._t in (0, self._delay + 2):
             obs[CUE][self._cue] = 1
         obs[CHOOSE] = self._t == self._delay + 1
         return obs

@@ -38,7 +38,7 @@ def played(env: gym.Env, seed: int, rng: np.random.Generator) -> list[np.ndarray
 
 
 @pytest.mark.parametrize("delay", [0, 1, 10])
-def test_a_cue_is_shown_at_first_alone_and_asked_for_at_the_end(delay: int) -> None:
+def test_a_cue_is_shown_at_the_start_asked_for_and_shown_once_more(delay: int) -> None:
     env = DelayedCue(delay=delay)
     cues, last = set(), ([], [])
     for seed in range(20):
@@ -51,7 +51,7 @@ def test_a_cue_is_shown_at_first_alone_and_asked_for_at_the_end(delay: int) -> N
                 steps.append(obs.tolist())
                 assert not truncated
             cues.add(cue)
-            assert steps == [[1 - cue, cue, 0], *[[0, 0, 0]] * delay, [0, 0, 1], [0, 0, 0]]
+            assert steps == [[1 - cue, cue, 0], *[[0, 0, 0]] * delay, [0, 0, 1], [1 - cue, cue, 0]]
             assert rewards[:-1] == [0] * (delay + 1)
             last[wrong].append(rewards[-1])
     assert set(last[0]) == {1} and set(last[1]) == {-1} and cues == {0, 1}
