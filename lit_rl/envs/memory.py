@@ -20,8 +20,8 @@ class DelayedCue(gym.Env):
     once more. Actions before that change nothing and get 0. An episode has `delay + 2` steps. Without memory the return
     is 0 on average, with memory it can be 1.
 
-    bsuite's memory_len (Osband et al. 2020, arXiv:1908.03568) is much the same task with the same rewards, but shows how
-    much time is left, and not the cue once more.
+    bsuite's memory_len (Osband et al. 2020, arXiv:1908.03568) is much the same task with the same rewards, but shows
+    how much time is left, and not the cue once more.
 
     Observations [3]: the cue, one-hot; 1 if it is time to choose, else 0.
     Actions: 0 or 1, the cues.
