@@ -397,10 +397,13 @@ class Algorithm(TakesOptions, L.LightningModule):
         return float(distributed.masked_mean(age, mask_of(rollout)))
 
     def __getattr__(self, name: str) -> Any:
-        if name in peers.METHODS:
+        try:
+            return super().__getattr__(name)  # a subclass may have a module of such a name
+        except AttributeError:
+            if name not in peers.METHODS:
+                raise
             kind = type(self).__name__
-            raise AttributeError(f"{kind} has no {name!r}. {peers.METHODS[name].format(kind)}")
-        return super().__getattr__(name)
+            raise AttributeError(f"{kind} has no {name!r}. {peers.METHODS[name].format(kind)}") from None
 
     def time_shares(self) -> dict[str, float]:
         """What "collecting", "updating" and "evaluating" took of the last `fit`, 0 to 1; {} if it trained nothing."""

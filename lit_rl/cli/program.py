@@ -145,14 +145,20 @@ class CLI(LightningCLI):
             return
         taken = datetime.timedelta(seconds=round(time.perf_counter() - self._started))
         shares = ", ".join(f"{name} {share:.0%}" for name, share in algorithm.time_shares().items())
-        said = [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')} in {taken}"]
+        said = _so_far(trainer, algorithm)
+        said[0] += f" in {taken}"
         if shares:
             said[0] += f" ({shares})"
-        said += [f"{name} {value:.4g}" for name, value in telling(trainer.callback_metrics).items()]
         paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
         if saved := [Path(path) for path in paths if path]:
             said.append(f"checkpoint {os.path.relpath(max(saved, key=lambda path: path.stat().st_mtime))}")
         print(f"Done: {', '.join(said)}")
+
+
+def _so_far(trainer: L.Trainer, algorithm: Algorithm) -> list[str]:
+    """How long a run has learned, and the few metrics that say how good it is."""
+    metrics = [f"{name} {value:.4g}" for name, value in telling(trainer.callback_metrics).items()]
+    return [f"{algorithm.clock:,} {source_of(trainer).clock.replace('_', ' ')}", *metrics]
 
 
 class EpochLines(L.Callback):
@@ -160,8 +166,7 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, Algorithm):
-            said = [f"{name} {value:.4g}" for name, value in telling(trainer.callback_metrics).items()]
-            print(", ".join([f"{pl_module.clock:,} {source_of(trainer).clock.replace('_', ' ')}", *said]))
+            print(", ".join(_so_far(trainer, pl_module)))
 
 
 class LearnerCLI(CLI):

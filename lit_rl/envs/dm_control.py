@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from lit_rl.errors import OptionError, did_you_mean
 from lit_rl.observations import short
+from lit_rl.options import Count, check
 
 
 class DMControl(gym.Env):
@@ -47,8 +48,7 @@ class DMControl(gym.Env):
         height: int = 240,
         camera_id: int = 0,
     ):
-        if not isinstance(action_repeat, int) or action_repeat < 1:
-            raise OptionError(f"action_repeat={action_repeat!r}: expected a whole number of at least 1.")
+        action_repeat = check("action_repeat", action_repeat, Count)
         try:
             suite = _suite()
         except ImportError as error:

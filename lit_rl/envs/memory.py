@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import OptionError
+from lit_rl.options import CountOrZero, check
 
 NUM_CUES = 2
 CUE, CHOOSE = slice(NUM_CUES), NUM_CUES  # where in the observation they are shown
@@ -37,9 +37,7 @@ class DelayedCue(gym.Env):
     action_space = spaces.Discrete(NUM_CUES)
 
     def __init__(self, delay: int = 10):
-        if not isinstance(delay, int) or delay < 0:
-            raise OptionError(f"delay={delay!r}: expected a whole number of at least 0.")
-        self._delay = delay
+        self._delay = check("delay", delay, CountOrZero)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

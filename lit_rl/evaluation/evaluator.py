@@ -50,7 +50,7 @@ class Evaluator:
         connect: Callable[[], None] = lambda: None,
     ):
         self._env, self._options = env, options
-        self._info_metrics = self._not_seen = tuple(info_metrics)
+        self._info_metrics = self._to_check = tuple(info_metrics)
         self._faults, self._placement, self._connect = faults, placement, connect
         self.recorder: Callable[[Episode], None] | None = None
         self._pool: EvalPool | None = None
@@ -166,16 +166,18 @@ class Evaluator:
         return episode
 
     def _say_missing(self, episodes: Sequence[Episode]) -> None:
-        """Warn once of `info_metrics` that no episode had so far."""
-        missing = [key for key in self._not_seen if not any(key in episode.info for episode in episodes)]
-        if episodes and missing:
+        """Warn of `info_metrics` that none of the first episodes had."""
+        if not episodes:
+            return
+        missing = [key for key in self._to_check if not any(key in episode.info for episode in episodes)]
+        self._to_check = ()
+        if missing:
             log.warning(
                 "info_metrics=%s: the last info of none of the %d evaluation episodes had it. Check the name, and that "
                 "the environment puts it into the info of its last step.",
                 missing,
                 len(episodes),
             )
-        self._not_seen = () if episodes else self._not_seen
 
     def _say_cut(self, num_ended: int, asked: int) -> None:
         log.warning(

@@ -92,6 +92,12 @@ def test_what_is_no_path_is_refused() -> None:
         algorithm.configure_model()
 
 
+def test_a_subclass_may_have_a_module_that_is_called_like_a_method_of_other_libraries() -> None:
+    algorithm = PPO()
+    algorithm.predict = torch.nn.Linear(2, 3)
+    assert algorithm.predict.out_features == 3
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
