@@ -6,8 +6,9 @@ The rivals have a venv of their own, because they pin other versions than lit_rl
     ../rivals/bin/pip install -c constraints.txt torch psutil stable-baselines3 sb3-contrib sbx-rl rlox
     .venv/bin/python benchmarks/rivals.py --python ../rivals/bin/python --rounds 5 --write
 
-Each system runs in a process of its own with one thread, in turns. The time begins when learning has gone on for a
-while, so that no compilation is in it. `TASKS` names the settings. Read the ratios, which are made within each round.
+Each system runs in a process of its own, in turns, on one core: XLA uses more of them, whatever it is told. The time
+begins when learning has gone on for a while, so that no compilation is in it. `TASKS` names the settings. Read the
+ratios, which are made within each round.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import ppo_speed
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed_rivals.json"
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",
 }  # fmt: skip
 PACKAGES = {"SB3": "stable_baselines3", "sbx": "sbx", "rlox": "rlox"}  # what `--python` must import
 VERSIONS = ("torch", "stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "rlox")
@@ -132,10 +133,18 @@ def versions_of_rivals(python: str, systems: set[str]) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
+def stay_on_one_core() -> None:
+    """Of those that this process may use the first, where the system can be told so."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def run(python: str, task: str, name: str) -> float:
     """Env steps/s of one system, measured in a process of its own."""
     command = [python, __file__, "--one", task, name]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | ONE_THREAD, preexec_fn=stay_on_one_core
+    )
     if done.returncode:
         sys.exit(f"{task}, {name} failed:\n{done.stderr[-3000:]}")
     return float(done.stdout.splitlines()[-1])

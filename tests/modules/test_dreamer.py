@@ -521,13 +521,15 @@ def test_actions_that_exploration_chose_are_the_ones_that_are_remembered() -> No
 
 
 @pytest.mark.slow
-def test_it_learns_to_name_what_it_sees() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_it_learns_to_name_what_it_sees_whatever_a_reward_is_worth(scale: float) -> None:
     algorithm = DreamerV3(
         size="nano", sequence_length=8, horizon=2, lr=3e-3, warmup=10, entropy_coef=0.01, return_rate=0.1, gamma=0.9
     )
     data = ReplayDataModule(
         IdentityEnv, max_env_steps=1500, num_envs_per_env_runner=4, learning_starts=128, batch_size=64,
         buffer_size=4000, env_steps_per_batch=500, update_to_data=0.25, seed=0, evaluation=Evaluation(episodes=20),
+        reward_scale=scale,
     )  # fmt: skip
     assert greedy_return(algorithm, data) >= 0.9  # at random 0.25
 
