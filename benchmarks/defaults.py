@@ -100,7 +100,7 @@ def table() -> str:
         cells = []
         for system in reversed(SYSTEMS):
             runs = [run for _, run in sorted(systems.get(system, {}).items())]
-            returns = [run["return_mean"] for run in runs]
+            returns = [run["return_mean"] + 0.0 for run in runs]  # a sum of -0.0 is written as 0
             cells += [f"{statistics.median(returns):.5g}", ", ".join(f"{found:.4g}" for found in returns)]
             cells += [f"{statistics.median(run['cpu_s'] for run in runs):.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -1,6 +1,7 @@
 """The comparison with rivals: an interpreter without them is refused, and the table is right."""
 
 import importlib.metadata
+import json
 import re
 import sys
 from types import ModuleType
@@ -43,6 +44,13 @@ def test_ratios_are_made_within_each_round(rivals: ModuleType) -> None:
         "| dqn | lit_rl, compiled | 20 |  |  |",
         "| dqn | sbx | 20 | 0.50 | 1.00 |",
     ]
+
+
+def test_the_table_in_the_docs_is_the_one_that_was_measured(rivals: ModuleType) -> None:
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    measured = json.loads(rivals.OUT.read_text())["tasks"]
+    assert page.split("<!-- rivals -->\n")[1].split("\n<!-- end -->")[0] == rivals.table(measured)
+    assert measured.keys() == rivals.TASKS.keys()
 
 
 def test_each_task_compares_lit_rl_with_rivals(rivals: ModuleType) -> None:
