@@ -113,33 +113,49 @@ class ConvLayer(nn.Module):
     Args:
         in_channels, out_channels: of the convolution.
         pool: whether the greatest of every two by two pixels is kept, between convolution and norm.
-        scale_up: whether each pixel is doubled first.
+        scale_up: see `Convolution`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, pool: bool = False, scale_up: bool = False):
         super().__init__()
-        self.convolution = convolution(in_channels, out_channels)
+        self.convolution = Convolution(in_channels, out_channels, scale_up=scale_up)
         self.norm = NormedSiLU(out_channels)
-        self._pool, self._scale_up = pool, scale_up
+        self._pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._scale_up:
-            x = doubled(x)
         x = self.convolution(x)
         if self._pool:
             x = nn.functional.max_pool2d(x, 2)
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A convolution that keeps height and width, with first weights as in `Linear`."""
-    layer = nn.Conv2d(in_channels, out_channels, KERNEL, padding="same")
-    truncated_normal(layer.weight, in_channels * KERNEL * KERNEL)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer
+class Convolution(nn.Conv2d):
+    """A convolution that keeps height and width, with first weights as in `Linear`.
 
+    Args:
+        in_channels, out_channels: as of `nn.Conv2d`.
+        scale_up: whether each pixel is doubled in both directions first. The doubled image is not made: each of its two
+            by two pixels has a kernel of its own, of 3 by 3 original pixels. That is a third of the products.
+    """
 
-def doubled(x: Tensor) -> Tensor:
-    """Images [N, C, h, w] of twice the height and width."""
-    return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    shares: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, *, scale_up: bool = False):
+        super().__init__(in_channels, out_channels, KERNEL, padding="same")
+        truncated_normal(self.weight, in_channels * KERNEL * KERNEL)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+        self._scale_up = scale_up
+        # Which of the kernel's five pixels fall on the original pixel before, on and after an even and an odd one.
+        even = [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+        odd = [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+        self.register_buffer("shares", torch.tensor([even, odd], dtype=torch.float32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._scale_up:
+            return super().forward(x)
+        rows = torch.einsum("pat,oits->opias", self.shares, self.weight)
+        weight = torch.einsum("qbs,opias->opqiab", self.shares, rows).flatten(0, 2)
+        assert self.bias is not None
+        out = nn.functional.conv2d(x, weight, self.bias.repeat_interleave(4), padding=1)
+        return nn.functional.pixel_shuffle(out, 2)

@@ -14,7 +14,7 @@ from lit_rl.errors import OptionError
 from lit_rl.losses import kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
 from lit_rl.networks.inputs import ImageInput
 from lit_rl.networks.latent import MULTIPLES, count_channels, sides_after, split_observation
-from lit_rl.networks.normed import BlockLinear, ConvLayer, Linear, NormedSiLU, convolution, doubled, normed
+from lit_rl.networks.normed import BlockLinear, ConvLayer, Convolution, Linear, NormedSiLU, normed
 from lit_rl.networks.rssm_scan import one_hot
 from lit_rl.policy.latent import LatentPolicy
 from lit_rl.spec import class_counts
@@ -206,7 +206,7 @@ class ImageDecoder(nn.Module):
         self.norm = NormedSiLU(filters[-1])
         layers = [ConvLayer(c, n, scale_up=True) for c, n in zip(filters[:0:-1], filters[-2::-1])]
         self.layers = nn.Sequential(*layers)
-        self.outputs = convolution(filters[0], sum(self._channels))
+        self.outputs = Convolution(filters[0], sum(self._channels), scale_up=True)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
         """Of each image by path its pixels, [*N, C, height, width]."""
@@ -215,7 +215,7 @@ class ImageDecoder(nn.Module):
         from_deter = self.from_deter(deter).unflatten(-1, (SPACE_BLOCKS, height, width, -1))
         x = from_deter.permute(0, 2, 3, 1, 4).flatten(3)  # each block gives some of every pixel's filters
         x = self.norm(x + self.from_stoch(stoch).unflatten(-1, (height, width, filters)))
-        x = torch.sigmoid(self.outputs(doubled(self.layers(x.permute(0, 3, 1, 2)))).float())
+        x = torch.sigmoid(self.outputs(self.layers(x.permute(0, 3, 1, 2))).float())
         return {path: part.unflatten(0, batch) for path, part in zip(self._paths, x.split(self._channels, 1))}
 
     def compare(self, deter: Tensor, stoch: Tensor, obs: Tree) -> dict[str, tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from lit_rl.learner.laprop import LaProp
 from lit_rl.learner.rules import rule_of
 from lit_rl.losses import categorical_kl, kl_losses, symexp, symexp_bins, symlog, two_hot_loss, two_hot_mean
 from lit_rl.networks import rssm_scan
-from lit_rl.networks.normed import BlockLinear, Linear, NormedSiLU
+from lit_rl.networks.normed import BlockLinear, Convolution, Linear, NormedSiLU
 from lit_rl.networks.rssm import RSSM, straight_through
 from lit_rl.networks.rssm_scan import sample
 from lit_rl.normalizer import ReturnRange
@@ -167,6 +167,22 @@ def test_a_block_linear_layer_is_a_block_diagonal_matrix() -> None:
     matrix = torch.block_diag(*layer.weight)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), x @ matrix + layer.bias)
+
+
+def test_a_convolution_of_the_doubled_image_needs_no_doubled_image() -> None:
+    torch.manual_seed(0)
+    layer = Convolution(3, 5, scale_up=True).double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 4, 6, dtype=F64, requires_grad=True)
+    weights = [x, layer.weight, layer.bias]
+    doubled = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    expected = torch.nn.functional.conv2d(doubled, layer.weight, layer.bias, padding=2)
+    out = layer(x)
+    assert out.shape == (2, 5, 8, 12)
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (out, expected))
+    for ours, by_definition in zip(*gradients):
+        torch.testing.assert_close(ours, by_definition)
 
 
 def test_rms_norm_divides_by_the_root_mean_square() -> None:
