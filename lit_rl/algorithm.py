@@ -28,7 +28,7 @@ from lit_rl.errors import DivergedError, OptionError
 from lit_rl.evaluation.summary import EvaluationResult, summarize
 from lit_rl.files import rescue
 from lit_rl.files.checkpoint import LitCheckpointIO, rng_state, set_rng_state
-from lit_rl.files.fits import check_fits, init_from, say_changed_options
+from lit_rl.files.fits import changed_options, check_fits, init_from
 from lit_rl.files.loading import FORMAT, SECTION, read_first, section, upgrade, with_previous
 from lit_rl.learner.host import Host, make_host
 from lit_rl.learner.refusals import check_box_options, check_memory, check_trainer
@@ -594,10 +594,16 @@ class Algorithm(TakesOptions, L.LightningModule):
         states = [rank["data"] for rank in found["ranks"]]
         if self._trainer.training:
             self._resume = found
-            say_changed_options(self, checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+            changed = self.changed_options(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+            if changed:
+                rank_zero_info(f"Resumed with other options than the checkpoint's: {', '.join(changed)}.")
             self.source.load_ranks(states, self.global_rank, self.trainer.world_size)
         else:
             self.source.load_evaluated(states)
+
+    def changed_options(self, options: Mapping[str, Any]) -> list[str]:
+        """Which options are not those of a checkpoint, in words."""
+        return changed_options(self, options)
 
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint of another algorithm, policy or network: see `files.fits`."""

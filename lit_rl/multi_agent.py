@@ -331,6 +331,14 @@ class MultiAgent(Membership):
             self.register = Register.from_state(checkpoint[SECTION]["register"])
             self.policy.numbers = dict(self.register.numbers)
 
+    def changed_options(self, options: Mapping[str, Any]) -> list[str]:
+        there = options.get("policies", {})
+        return super().changed_options(options) + [
+            f"{policy_id}: {changed}"
+            for policy_id, algorithm in self.algorithms.items()
+            for changed in algorithm.changed_options(there.get(policy_id, {}).get("options", {}))
+        ]
+
     def check_fits(self, found: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
         check_algorithm(self, found)
         there, groups = found["policy"]["policies"], found.get("groups", {})

@@ -90,8 +90,8 @@ def check_policy_fits(algorithm: Any, found: Mapping[str, Any]) -> None:
             )
 
 
-def say_changed_options(algorithm: Any, options: Mapping[str, Any]) -> None:
-    """Tell which options a resumed run has otherwise than its checkpoint.
+def changed_options(algorithm: Any, options: Mapping[str, Any]) -> list[str]:
+    """What a run has otherwise than its checkpoint, in words: "lr=0.1 (was 0.2)".
 
     Args:
         algorithm: of the run.
@@ -99,13 +99,11 @@ def say_changed_options(algorithm: Any, options: Mapping[str, Any]) -> None:
     """
     here = dict(algorithm.hparams) | algorithm.describe_networks()
     names = sorted(here.keys() & options.keys() - {"spec"})
-    changed = [
+    return [
         f"{name}={here[name]!r} (was {options[name]!r})"
         for name in names
         if _plain(here, name) != _plain(options, name)
     ]
-    if changed:
-        rank_zero_info(f"Resumed with other options than the checkpoint's: {', '.join(changed)}.")
 
 
 def _plain(options: Mapping[str, Any], name: str) -> Any:

@@ -462,6 +462,19 @@ def test_a_resumed_run_goes_on_with_every_algorithm(saved: tuple[Path, MultiAgen
     assert first.env_steps_done == 96
 
 
+def test_a_resumed_run_says_which_policys_options_are_others(saved: tuple[Path, MultiAgent], caplog: Any) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    for change, said in ((False, []), (True, ["two: gamma=0.5 (was 0.99)."])):
+        caplog.clear()
+        again = pair()
+        if change:
+            again.algorithms["two"].hparams["gamma"] = 0.5
+        fit(again, data(max_env_steps=128), saved[0], limit_val_batches=0)
+        start = "Resumed with other options than the checkpoint's: "
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Resumed with")]
+        assert lines == [start + end for end in said]
+
+
 def test_a_resumed_run_begins_with_what_every_algorithm_had(saved: tuple[Path, MultiAgent]) -> None:
     path, first = saved
     found: list[Any] = []
