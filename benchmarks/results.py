@@ -5,8 +5,8 @@
 Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>` in a process of its own. Its last
 checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
 `docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
-With `--folder` the runs are kept (`<folder>/<recipe>/seed_<seed>`), and a seed that was trained there before is judged
-without training it again. `bars.yaml` has each recipe's bar: what a seed is expected to reach. After a change of it
+With `--folder` the runs are kept (`<folder>/<recipe>/seed_<seed>`). A seed that was trained there before is judged
+without training it again, and one that was stopped goes on from its newest checkpoint. `bars.yaml` has each recipe's bar: what a seed is expected to reach. After a change of it
 
     .venv/bin/python benchmarks/results.py --bars
 
@@ -29,8 +29,8 @@ import contextlib
 import csv
 import importlib.metadata
 import json
+import math
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -71,7 +71,10 @@ def commit() -> str:
 
 
 def train(recipe: str, seed: int, folder: Path, data: str | None = None) -> None:
-    """Train one seed, on the recipe's own data or on another set, and note the commit and the time it took."""
+    """Train one seed, on the recipe's own data or on another set, and note the commits and the time it took.
+
+    It goes on from the newest checkpoint, if it was stopped before.
+    """
     command = [
         sys.executable, "-m", "lit_rl", "fit", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"),
         "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false",
@@ -79,21 +82,47 @@ def train(recipe: str, seed: int, folder: Path, data: str | None = None) -> None
     ]  # fmt: skip
     if data is not None:
         command += ["--data.paths", str(ROOT / "runs" / "data" / data)]
-    started = time.perf_counter()
+    run, started = folder / f"seed_{seed}", time.perf_counter()
+    checkpoints = [path for name in ("last", "interrupted") for path in run.glob(f"version_*/checkpoints/{name}.ckpt")]
+    if checkpoints:
+        command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
     done = subprocess.run(command, capture_output=True, text=True)
+    notes = run / "parts.json"
+    parts = json.loads(notes.read_text()) if notes.exists() else []
+    parts.append({"commit": commit(), "wall_s": round(time.perf_counter() - started, 1)})
+    if run.exists():
+        notes.write_text(json.dumps(parts))
     if done.returncode:
-        sys.exit(f"seed {seed} failed:\n{done.stderr[-4000:]}")
-    notes = {"commit": commit(), "wall_s": round(time.perf_counter() - started, 1)}
-    (folder / f"seed_{seed}" / "trained.json").write_text(json.dumps(notes))
+        sys.exit(
+            f"seed {seed} failed, or was stopped; with --folder it goes on in the next call:\n{done.stderr[-4000:]}"
+        )
+    trained = {"commit": ", ".join(dict.fromkeys(part["commit"] for part in parts))}
+    trained["wall_s"] = round(sum(part["wall_s"] for part in parts), 1)
+    (run / "trained.json").write_text(json.dumps(trained | ({"parts": len(parts)} if len(parts) > 1 else {})))
+
+
+def read_metrics(run: Path, clock: str) -> list[dict[str, str]]:
+    """The rows of a run's logs; where it went on from a checkpoint, what came after that the first time is left out."""
+    rows: list[dict[str, str]] = []
+    for version in sorted(run.glob("version_*"), key=_number):
+        if (version / "metrics.csv").exists():
+            with (version / "metrics.csv").open() as file:
+                more = list(csv.DictReader(file))
+            first = min((float(row[clock]) for row in more if row[clock]), default=math.inf)
+            rows = [row for row in rows if row[clock] and float(row[clock]) < first] + more
+    return rows
+
+
+def _number(version: Path) -> int:
+    return int(version.name.rpartition("_")[2])
 
 
 def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int, set_: str | None = None) -> dict[str, Any]:
     """One seed's figures and its curve; trains it if that is not done, on its own data or on another set."""
     trained = folder / f"seed_{seed}" / "trained.json"
     if not trained.exists():
-        shutil.rmtree(trained.parent, ignore_errors=True)  # of a run that was killed
         train(recipe, seed, folder, set_)
-    run = folder / f"seed_{seed}" / "version_0"
+    run = max(trained.parent.glob("version_*"), key=_number)
     data = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["data"]["init_args"]
     env = env_config(data)
     seeds = np.random.SeedSequence([seed, 20_000]).generate_state(num_episodes).tolist()
@@ -103,9 +132,8 @@ def run_seed(recipe: str, seed: int, folder: Path, num_episodes: int, set_: str 
         returns, games = shares(checkpoint, env, *GAMES[recipe], seeds)
     else:
         returns = [episode.return_ for episode in play(env, load_policy(checkpoint), seeds)]
-    with (run / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
     clock = clock_of(data)
+    rows = read_metrics(trained.parent, clock)
     curve = {
         name: points
         for name in curve_names(recipe)
@@ -215,7 +243,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="measure random actions first")
     parser.add_argument("--episodes", type=int, default=100, help="greedy episodes of each last checkpoint")
     parser.add_argument("--data", help="the data set to learn from in the place of the recipe's own, by its name")
-    parser.add_argument("--folder", type=Path, help="keep the runs here, and do not train again what is trained")
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with those that are there")
     args = parser.parse_args()
     if args.bars:
         write_bars()

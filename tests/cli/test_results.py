@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -77,6 +79,38 @@ def test_results_are_judged_by_new_bars_without_training(tmp_path: Path, monkeyp
         "easy": (1, 0), "hard": (2.5, 2), "comparison": (None, None),
     }  # fmt: skip
     assert all(new["median"] == 2.0 and new["runs"] == runs for new in found.values())
+
+
+def test_a_seed_that_was_stopped_goes_on_from_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = importlib.import_module("results")
+    run, commands = tmp_path / "seed_7", []
+
+    def fit(command: list[str], **_: Any) -> Any:
+        """A run that is stopped after three rows of its log, and then one that goes on from the second."""
+        version = run / f"version_{len(commands)}"
+        (version / "checkpoints").mkdir(parents=True)
+        last = version / "checkpoints" / ("last.ckpt" if commands else "interrupted.ckpt")
+        last.touch()
+        commands.append(command)
+        steps = range(1, 4) if len(commands) == 1 else range(3, 6)
+        (version / "metrics.csv").write_text("\n".join(["env_steps,x", *(f"{n},{len(commands)}" for n in steps)]))
+        return SimpleNamespace(returncode=143 if len(commands) == 1 else 0, stderr="SIGTERM")
+
+    monkeypatch.setattr(results, "commit", lambda: f"commit {len(commands)}")
+    monkeypatch.setattr(results.subprocess, "run", fit)
+    with pytest.raises(SystemExit, match="seed 7 failed, or was stopped"):
+        results.train("ppo_cartpole", 7, tmp_path)
+    assert not (run / "trained.json").exists()
+    results.train("ppo_cartpole", 7, tmp_path)
+    assert "--ckpt_path" not in commands[0]
+    assert commands[1][-2:] == ["--ckpt_path", str(run / "version_0" / "checkpoints" / "interrupted.ckpt")]
+    trained = json.loads((run / "trained.json").read_text())
+    assert trained["commit"] == "commit 1, commit 2" and trained["parts"] == 2
+    rows = [(row["env_steps"], row["x"]) for row in results.read_metrics(run, "env_steps")]
+    assert rows == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2"), ("5", "2")]
 
 
 def test_the_table_of_defaults_in_the_docs_is_the_one_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
