@@ -6,7 +6,8 @@ Each seed is `lit-rl fit --config recipes/<recipe>.yaml --seed_everything <seed>
 checkpoint (not its best) then plays 100 greedy episodes, with seeds that no run has seen. Writes
 `docs/results/<recipe>.json` (every seed's figure, the command, the commit, versions) and `docs/results/<recipe>.png`.
 With `--folder` the runs are kept (`<folder>/<recipe>/seed_<seed>`). A seed that was trained there before is judged
-without training it again, and one that was stopped goes on from its newest checkpoint. `bars.yaml` has each recipe's bar: what a seed is expected to reach. After a change of it
+without training it again, and one that was stopped goes on from its newest checkpoint. `bars.yaml` has each recipe's
+bar: what a seed is expected to reach. After a change of it
 
     .venv/bin/python benchmarks/results.py --bars
 
