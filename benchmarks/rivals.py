@@ -6,12 +6,14 @@ The rivals have a venv of their own, because they pin other versions than lit_rl
     ../rivals/bin/pip install -c constraints.txt torch psutil stable-baselines3 sb3-contrib sbx-rl rlox
     .venv/bin/python benchmarks/rivals.py --python ../rivals/bin/python --rounds 5 --write
 
-Each system runs in a process of its own, in turns, on one core: XLA uses more of them, whatever it is told. The time
-begins when learning has gone on for a while, so that no compilation is in it. `TASKS` names the settings. Read the
+Each system runs in a process of its own, in turns, on one core: XLA uses more of them, whatever it is told (`--cores 2`
+lets it, and writes a file of its own). The time begins when learning has gone on for a while, so that no compilation is
+in it. `TASKS` names the settings. Read the
 ratios, which are made within each round.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -133,18 +135,17 @@ def versions_of_rivals(python: str, systems: set[str]) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def stay_on_one_core() -> None:
+def stay_on(cores: int) -> None:
     """Of those that this process may use the first, where the system can be told so."""
     if sys.platform == "linux":
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
-def run(python: str, task: str, name: str) -> float:
+def run(python: str, task: str, name: str, cores: int) -> float:
     """Env steps/s of one system, measured in a process of its own."""
     command = [python, __file__, "--one", task, name]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | ONE_THREAD, preexec_fn=stay_on_one_core
-    )
+    pin = functools.partial(stay_on, cores)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD, preexec_fn=pin)
     if done.returncode:
         sys.exit(f"{task}, {name} failed:\n{done.stderr[-3000:]}")
     return float(done.stdout.splitlines()[-1])
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--python", help="the rivals' interpreter")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--cores", type=int, default=1, help="that a system may use")
     parser.add_argument("--write", action="store_true", help=f"write {OUT.name}")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "SYSTEM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -203,14 +205,20 @@ def main() -> None:
         for number in range(args.rounds):
             for name in systems:
                 python = sys.executable if name.startswith("lit_rl") else args.python
-                speeds[name].append(run(python, task, name))
+                speeds[name].append(run(python, task, name, args.cores))
                 print(f"round {number + 1}  {task}  {name:18s} {speeds[name][-1]:8.0f} env steps/s", flush=True)
         results[task] = {"settings": settings, **with_ratios(speeds)}
     print(f"\nMedians of {args.rounds} rounds\n{table(results)}")
     if args.write:
         ours = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "gymnasium")}
-        result = {"rounds": args.rounds, "versions": {"lit_rl's": ours, "rivals'": versions}, "tasks": results}
-        OUT.write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "rounds": args.rounds,
+            "cores": args.cores,
+            "versions": {"lit_rl's": ours, "rivals'": versions},
+            "tasks": results,
+        }
+        out = OUT if args.cores == 1 else OUT.with_stem(f"{OUT.stem}_{args.cores}_cores")
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
