@@ -1,5 +1,6 @@
 """Config files before they are parsed, and what may have been meant by an option that does not exist."""
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -7,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import lightning as L
 import yaml
 
+import lit_rl
 from lit_rl.errors import OptionError
 from lit_rl.options import hint, hint_on_points, options_of
 
@@ -46,6 +49,29 @@ def check_config(path: str) -> None:
                     "Leave one of them out."
                 )
             keys.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+
+
+@contextlib.contextmanager
+def own_names_first() -> Iterator[None]:
+    """A class's name without a module means lit_rl's own, if there is one that fits.
+
+    By itself jsonargparse refuses a name of which it knows two classes: torchrl and torchvision have an MLP too.
+    """
+    typehints: Any = jsonargparse._typehints
+    by_name = typehints.resolve_class_path_by_name
+
+    def resolve(kinds: Any, name: str) -> str:
+        own = getattr(lit_rl, name, None) if "." not in name else None
+        of = tuple(kind for kind in (kinds if isinstance(kinds, tuple) else (kinds,)) if isinstance(kind, type))
+        if isinstance(own, type) and issubclass(own, of):
+            return f"{own.__module__}.{own.__qualname__}"
+        return by_name(kinds, name)
+
+    typehints.resolve_class_path_by_name = resolve
+    try:
+        yield
+    finally:
+        typehints.resolve_class_path_by_name = by_name
 
 
 def suggestion(message: str) -> str:

@@ -22,7 +22,7 @@ import lit_rl.multi_agent
 from lit_rl.algorithm import Algorithm
 from lit_rl.callbacks import EnvStepsProgressBar, Record
 from lit_rl.cli.cluster import Cluster, last_reported, run_learners, trainer_arguments
-from lit_rl.cli.configs import check_config, check_groups
+from lit_rl.cli.configs import check_config, check_groups, own_names_first
 from lit_rl.cli.quiet import LIGHTNING_LOGGERS, quieten
 from lit_rl.cli.recipe_index import recipe_files
 from lit_rl.cli.shared import OF_LIGHTNING, SUBCOMMANDS, import_from_folder
@@ -327,22 +327,23 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _run(cli: type[CLI], args: list[str] | dict[str, Any]) -> None:
-    cli(
-        Algorithm,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults=DEFAULTS,
-        seed_everything_default=True,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={
-            "exit_on_error": False,
-            "allow_abbrev": False,
-            "version": lit_rl.__version__,
-            "prog": "lit-rl",
-        },
-        args=args,
-    )
+    with own_names_first():
+        cli(
+            Algorithm,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults=DEFAULTS,
+            seed_everything_default=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "version": lit_rl.__version__,
+                "prog": "lit-rl",
+            },
+            args=args,
+        )

@@ -394,6 +394,14 @@ def test_networks_and_a_policy_class_are_named_on_the_command_line() -> None:
         load_policy(path)
 
 
+def test_a_name_without_a_module_is_lit_rls_own() -> None:
+    import torchrl.modules  # which has an MLP too
+
+    assert issubclass(torchrl.modules.MLP, torch.nn.Module)
+    lit_rl("fit", *TINY, "--model.network", "MLP", "--model.network.hidden_sizes", "[4]")
+    assert load_policy(next(Path("runs").rglob("last.ckpt"))).encoder.output_size == 4
+
+
 class Careful(Policy):
     """A policy of the user's own."""
 
