@@ -33,8 +33,8 @@ train: venv  ## train PPO on CartPole-v1, play 100 episodes with its last checkp
 	  $(BIN)/lit-rl plot $$run --metric rollout/return_mean --metric eval/return_mean -o $$run/curve.png >/dev/null \
 	    && echo "Checkpoint: $$newest, curve: $$run/curve.png, log: $$run/metrics.csv"
 
-test: venv  ## run the tests, 18 minutes on two idle cores (ARGS="-m 'not slow'" for the quick ones, 4 minutes)
-	@echo "make test: about 18 minutes on two idle cores; about 4 with ARGS=\"-m 'not slow'\""
+test: venv  ## run the tests, 19 minutes on two idle cores (ARGS="-m 'not slow'" for the quick ones, 4 minutes)
+	@echo "make test: about 19 minutes on two idle cores; about 4 with ARGS=\"-m 'not slow'\""
 	$(BIN)/pytest -n 2 --dist worksteal --durations=30 $(ARGS)
 
 chaos: venv  ## the long form of the tests that kill and break things: half an hour (ARGS="--chaos-seed 1")
