@@ -45,6 +45,7 @@ def _one_thread_and_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # else processes log through that of an earlier test's run
 
 
 @pytest.fixture
