@@ -8,8 +8,7 @@ The rivals have a venv of their own, because they pin other versions than lit_rl
 
 Each system runs in a process of its own, in turns, on one core: XLA uses more of them, whatever it is told (`--cores 2`
 lets it, and writes a file of its own). The time begins when learning has gone on for a while, so that no compilation is
-in it. `TASKS` names the settings. Read the
-ratios, which are made within each round.
+in it. `TASKS` names the settings. Read the ratios, which are made within each round.
 """
 
 import argparse
